@@ -1,0 +1,1 @@
+"""The patches, one file each. docs/writing-a-patch.md tells how to add one."""

@@ -1,0 +1,245 @@
+"""Apply a plan to a source file: outline it, edit the statements that hold anchors, insert, splice, check."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trlpatch.rewrite.checks import problems
+from trlpatch.rewrite.edits import HOOKS, MARKER
+from trlpatch.rewrite.patch import Anchor
+from trlpatch.rewrite.plan import Plan, Skip, Step, plan
+from trlpatch.rewrite.regions import Outline, Region, outline
+from trlpatch.source.locate import SourceFile
+from trlpatch.source.releases import Release
+
+Status = Literal["applied", "skipped", "failed"]
+
+_IMPORT = f"{MARKER}hooks\nimport trlpatch.hooks as {HOOKS}\n\n"
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Where upstream's text is not what a patch expects.
+
+    Attributes:
+        line: line of `qualname` in the upstream file, counted from 1.
+        anchor: name of the anchor, or of the failed check.
+        lookalike: the nearest line that looks like the anchor, as `<line>: <text>`, or empty.
+    """
+
+    file: str
+    line: int
+    qualname: str
+    anchor: str
+    expected: int
+    found: int
+    lookalike: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one patch on one target."""
+
+    target: str
+    patch: str
+    status: Status
+    reason: str = ""
+    variant: str = ""
+    anchors: dict[str, int] = field(default_factory=dict)
+    drift: Drift | None = None
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A source file with its plan applied; the upstream text if anything failed.
+
+    Attributes:
+        touched: qualified names of the functions and field lists that differ from upstream.
+    """
+
+    source: SourceFile
+    text: str
+    outcomes: tuple[Outcome, ...]
+    touched: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the text as UTF-8."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def failed(self) -> tuple[Outcome, ...]:
+        """The outcomes that make this target, and those it couples to, stay stock."""
+        return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
+
+
+def rewrite(source: SourceFile, release: Release, *, skip: frozenset[str] = frozenset()) -> Rewritten:
+    """Return `source` with every patch that applies to it in `release`.
+
+    Never raises for drift or a failed check: the outcome says so and the text is upstream's.
+
+    Raises:
+        UnknownPatch: `skip` names a patch that does not exist.
+    """
+    return apply_plan(source, plan(source.target, release, skip))
+
+
+def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:
+    """Return `source` with `steps` applied, or its own text if one of them failed."""
+    upstream = outline(source.text, source.target.classes)
+    edits = _Edits(upstream, steps)
+    outcomes = [_applied(source, upstream, edits, step) for step in steps.steps]
+    outcomes += [_skipped(source, upstream, skip_) for skip_ in steps.skips]
+    text = edits.splice()
+    if not any(outcome.status == "failed" for outcome in outcomes):
+        outcomes += [_failed_check(source, problem) for problem in _check(source, upstream, edits, text)]
+    if any(outcome.status == "failed" for outcome in outcomes):
+        return Rewritten(source, source.text, tuple(outcomes), ())
+    return Rewritten(source, text, tuple(outcomes), edits.touched)
+
+
+class _Edits:
+    """What one plan does to one file, by line."""
+
+    def __init__(self, file: Outline, steps: Plan) -> None:
+        self.file = file
+        self.plan = steps
+        self.found: dict[str, Counter[Anchor]] = {step.patch.name: Counter() for step in steps.steps}
+        self.places: dict[tuple[str, Anchor], int] = {}
+        self._touched: dict[str, None] = {}
+        self._replaced: dict[Region, str] = {}
+        self._inserted: defaultdict[int, list[str]] = defaultdict(list)
+        for step in steps.steps:
+            self._insert(step)
+        self._transform([step for step in steps.steps if step.patch.transformer is not None])
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return tuple(self._touched)
+
+    @property
+    def hits(self) -> int:
+        return sum(counter.total() for counter in self.found.values())
+
+    def splice(self) -> str:
+        """Return the file with everything put in."""
+        if not self.hits:
+            return "".join(self.file.lines)
+        inserted = self._inserted | {self.file.import_line: [_IMPORT, *self._inserted[self.file.import_line]]}
+        parts: list[str] = []
+        position = 1
+        cuts = {region.first: region for region in self._replaced}
+        for line in sorted({*cuts, *inserted}):
+            parts += [self.file.text(position, line - 1), *inserted.get(line, [])]
+            position = line
+            if line in cuts:
+                parts.append(self._replaced[cuts[line]])
+                position = cuts[line].last + 1
+        return "".join([*parts, *self.file.lines[position - 1 :]])
+
+    def _count(self, step: Step, anchor: Anchor, function: str, line: int, count: int = 1) -> None:
+        self.found[step.patch.name][anchor] += count
+        self.places.setdefault((step.patch.name, anchor), line)
+        self._touched[function] = None
+
+    def _insert(self, step: Step) -> None:
+        if step.patch.inserter is None:
+            return
+        for insertion in step.patch.inserter(self.file, step.variant.anchors):
+            lines = [MARKER + step.patch.name, *insertion.statements.splitlines()]
+            text = "".join(f"{insertion.indent}{line}\n" for line in lines)
+            self._inserted[insertion.line].append(text)
+            self._count(step, insertion.anchor, insertion.function, insertion.line)
+
+    def _transform(self, steps: list[Step]) -> None:
+        triggers = {trigger for step in steps for trigger in _triggers(step)}
+        for function in self.file.functions:
+            for region in self.file.regions(function, lambda text: any(t in text for t in triggers)):
+                self._edit(region, [step for step in steps if any(t in region.text for t in _triggers(step))])
+
+    def _edit(self, region: Region, steps: list[Step]) -> None:
+        module = region.parse()
+        markers = []
+        for step in steps:
+            assert step.patch.transformer is not None
+            transformer = step.patch.transformer(region)
+            module = module.visit(transformer)
+            for anchor, count in transformer.hits.items():
+                self._count(step, anchor, region.function, region.first, count)
+            if transformer.hits:
+                markers.append(f"{self.file.indent(region.first)}{MARKER}{step.patch.name}\n")
+        if markers:
+            self._replaced[region] = "".join(markers) + region.unparse(module)
+
+
+def _triggers(step: Step) -> set[str]:
+    return {t for variant in step.patch.variants for anchor in variant.anchors for t in anchor.triggers}
+
+
+def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Outcome:
+    target, patch, variant = source.target.name, step.patch.name, str(step.variant.trl)
+    found, expected = edits.found[patch], step.variant.anchors
+    counts = {anchor.name: found[anchor] for anchor in [*expected, *(a for a in found if a not in expected)]}
+    for anchor in {**expected, **found}:
+        if found[anchor] != expected.get(anchor, 0):
+            place = edits.places.get((patch, anchor), 0)
+            drift = _drift(source, file, anchor, expected.get(anchor, 0), found[anchor], place)
+            reason = f"{anchor.name}: expected {drift.expected}, found {drift.found}"
+            return Outcome(target, patch, "failed", reason, variant, counts, drift)
+    return Outcome(target, patch, "applied", "", variant, counts)
+
+
+def _skipped(source: SourceFile, file: Outline, skip: Skip) -> Outcome:
+    target, patch = source.target.name, skip.patch.name
+    for anchor in {a for variant in skip.patch.variants for a in variant.anchors if a.sign and skip.forbids}:
+        line = _first_line(file, anchor.sign)
+        if line:
+            reason = f"{anchor.name}: expected 0, because {skip.reason}, found one"
+            return Outcome(target, patch, "failed", reason, drift=_drift(source, file, anchor, 0, 1, line))
+    return Outcome(target, patch, "skipped", skip.reason)
+
+
+def _lines_like(file: Outline, pattern: str) -> list[int]:
+    search = re.compile(pattern).search
+    return [n for n, line in enumerate(file.lines, 1) if search(line) and not line.lstrip().startswith("#")]
+
+
+def _first_line(file: Outline, pattern: str) -> int:
+    return next(iter(_lines_like(file, pattern)), 0)
+
+
+def _drift(source: SourceFile, file: Outline, anchor: Anchor, expected: int, found: int, line: int) -> Drift:
+    alike = _lines_like(file, anchor.looks_like)
+    nearest = min(alike, key=lambda candidate: abs(candidate - line), default=0) if line else next(iter(alike), 0)
+    around = line or nearest
+    function = next((f for f in file.functions if f.first <= around <= f.last), None)
+    return Drift(
+        file=str(source.path),
+        line=function.first if function else max(around, 1),
+        qualname=function.qualname if function else ", ".join(source.target.classes) or "module",
+        anchor=anchor.name,
+        expected=expected,
+        found=found,
+        lookalike=f"{nearest}: {file.lines[nearest - 1].strip()}" if nearest else "",
+    )
+
+
+def _check(source: SourceFile, upstream: Outline, edits: _Edits, text: str) -> list[str]:
+    if not edits.hits:
+        return []
+    try:
+        patched = outline(text, source.target.classes)
+    except SyntaxError as error:
+        return [f"does not parse: {error}"]
+    second = _Edits(patched, edits.plan)
+    again = [f"{name} is not idempotent" for name, counter in second.found.items() if counter]
+    return [*again, *problems(upstream, patched, frozenset(edits.touched))]
+
+
+def _failed_check(source: SourceFile, problem: str) -> Outcome:
+    drift = Drift(str(source.path), 1, ", ".join(source.target.classes), "output check", 0, 1, "")
+    return Outcome(source.target.name, "output check", "failed", problem, drift=drift)

@@ -1,0 +1,184 @@
+"""Find the installed TRL and read its trainer sources without importing it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnsupportedTrl
+from trlpatch.source.releases import (
+    NEWEST_TESTED,
+    OLDEST_SUPPORTED,
+    Release,
+    format_release,
+    parse_release,
+)
+from trlpatch.source.targets import ALGORITHMS, TARGETS, Target
+
+_VERSION_LITERAL = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TrlInstall:
+    """An installed or unpacked TRL; `root` is its `trl` package directory."""
+
+    root: Path
+    version: str
+    release: Release
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """The upstream text of one target."""
+
+    target: Target
+    path: Path
+    module: str
+    text: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the upstream text as UTF-8."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def find_trl(path: Path | None = None) -> TrlInstall:
+    """Return the TRL that `import trl` would load, or the one at `path`.
+
+    Args:
+        path: a `trl` package directory, or a directory that holds one (site-packages, an unpacked wheel, a source
+            checkout). None looks on `sys.path`.
+
+    Raises:
+        TrlNotFound: there is no TRL there.
+        UnparsableVersion: its version is not PEP 440.
+        UnsupportedTrl: it is older than 0.18.0.
+    """
+    root = _installed_root() if path is None else _root_at(path)
+    version = _version_of(root)
+    release = parse_release(version)
+    if release < OLDEST_SUPPORTED:
+        raise UnsupportedTrl(
+            f"TRL {version} at {root} is older than {format_release(OLDEST_SUPPORTED)}, the first release with an "
+            f"in-process vLLM engine for GRPO. trlpatch works on {format_release(OLDEST_SUPPORTED)} to "
+            f"{format_release(NEWEST_TESTED)} and tries newer ones. Run: pip install -U trl"
+        )
+    return TrlInstall(root, version, release)
+
+
+def _installed_root() -> Path:
+    # find_spec of a top-level name runs no code of that package.
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        raise TrlNotFound(
+            "TRL is not installed in this environment (no package `trl` on sys.path). Run: pip install trl"
+        )
+    return Path(spec.origin).parent
+
+
+def _root_at(path: Path) -> Path:
+    for candidate in (path, path / "trl"):
+        if candidate.name == "trl" and (candidate / "trainer").is_dir():
+            return candidate
+    raise TrlNotFound(
+        f"No TRL at {path}: expected a `trl` package directory with a `trainer` folder in it, or a directory that "
+        "holds one. Get a release's sources with: pip download trl==1.16.0 --no-deps, then unzip the wheel"
+    )
+
+
+def _version_of(root: Path) -> str:
+    # TRL 0.22.0 says `trl.__version__ == "unknown"`; the distribution metadata beside it is right.
+    for distribution in importlib.metadata.distributions(name="trl", path=[str(root.parent)]):
+        return distribution.version
+    for text_file in (root / "VERSION", root.parent / "VERSION"):
+        if text_file.is_file():
+            return text_file.read_text(encoding="utf-8").strip()
+    init = root / "__init__.py"
+    literal = _VERSION_LITERAL.search(init.read_text(encoding="utf-8")) if init.is_file() else None
+    if literal is None:
+        raise TrlNotFound(
+            f"The `trl` at {root} does not say its version: expected trl-<version>.dist-info beside it, a VERSION "
+            "file, or __version__ in __init__.py. Run: pip install --force-reinstall trl"
+        )
+    return literal[1]
+
+
+def target_names(algorithm: str | None) -> frozenset[str]:
+    """Return the targets that `algorithm` needs in any release; None means all.
+
+    Raises:
+        UnknownAlgorithm: the name is not in the table.
+    """
+    if algorithm is None:
+        return frozenset(TARGETS)
+    key = algorithm.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
+    key = {"onlinedpo": "online_dpo", "iwopd": "iw_opd"}.get(key, key)
+    if key not in ALGORITHMS:
+        raise UnknownAlgorithm(
+            f"Unknown algorithm {algorithm!r}: no trainer of that name rolls out on an in-process vLLM engine. "
+            f"Known: {', '.join(sorted(ALGORITHMS))}. None patches all of them."
+        )
+    return frozenset(ALGORITHMS[key])
+
+
+def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFile]:
+    """Read the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
+
+    A target that the table places in this release but whose file is missing is returned by `missing` instead.
+
+    Raises:
+        UnknownAlgorithm: the name is not known, or that trainer has no in-process engine in this release.
+    """
+    wanted = target_names(algorithm)
+    found = []
+    for target in TARGETS.values():
+        home = target.home(install.release)
+        if target.name not in wanted or home is None:
+            continue
+        path = install.root / home.file
+        if path.is_file():
+            found.append(SourceFile(target, path, f"trl.{home.module}", path.read_text(encoding="utf-8")))
+    if algorithm is not None and not any(source.target.kind == "trainer" for source in found):
+        here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].home(install.release))
+        raise UnknownAlgorithm(
+            f"{algorithm!r} has no trainer with an in-process vLLM engine in TRL {install.version} at {install.root}. "
+            f"This release has: {', '.join(here)}."
+        )
+    return found
+
+
+def missing(install: TrlInstall, algorithm: str | None = None) -> list[tuple[Target, Path]]:
+    """Return the targets whose file the table expects in this release but which are not there."""
+    wanted = target_names(algorithm)
+    return [
+        (target, install.root / home.file)
+        for target in TARGETS.values()
+        if target.name in wanted
+        and (home := target.home(install.release)) is not None
+        and not (install.root / home.file).is_file()
+    ]
+
+
+def components(names: list[str]) -> list[frozenset[str]]:
+    """Return the connected components of the targets' `couples` among `names`: each is one transaction."""
+    remaining = list(names)
+    result = []
+    while remaining:
+        component = {remaining.pop(0)}
+        grown = True
+        while grown:
+            linked = {
+                name
+                for name in remaining
+                if any(name in TARGETS[member].couples or member in TARGETS[name].couples for member in component)
+            }
+            remaining = [name for name in remaining if name not in linked]
+            component |= linked
+            grown = bool(linked)
+        result.append(frozenset(component))
+    return result
