@@ -32,7 +32,7 @@ releases = st.sampled_from(around_boundaries()) | st.tuples(
 
 
 @pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(release=releases)
 def test_variants_and_holes_cover_every_release_exactly_once(patch: Patch, release: Release):
     for name in patch.targets:
@@ -40,6 +40,7 @@ def test_variants_and_holes_cover_every_release_exactly_once(patch: Patch, relea
         assert len(matching) == (TARGETS[name].home(release) is not None), (name, release, matching)
 
 
+@settings(deadline=None)
 @given(release=releases)
 def test_a_target_has_at_most_one_home(release: Release):
     for target in TARGETS.values():
@@ -104,6 +105,7 @@ class WithoutHooks(ast.NodeTransformer):
         return node
 
 
+@settings(max_examples=300, deadline=None)
 @given(call=calls(), wrapper=wrappers)
 def test_call_edits_survive_every_shape(call: str, wrapper: str):
     expression = wrapper.format(call, call)
@@ -166,6 +168,7 @@ def indent(text: str, spaces: int) -> str:
     return "".join(" " * spaces + line if line.strip() else line for line in text.splitlines(keepends=True))
 
 
+@settings(max_examples=300, deadline=None)
 @given(before=st.lists(fillers, max_size=4), rollout=rollouts, behind=st.lists(fillers, max_size=4))
 def test_nothing_outside_the_edited_statement_moves(before: list[str], rollout: str, behind: list[str]):
     body = "".join(indent(part + "\n", 8) for part in ["pass", *before, rollout, *behind])

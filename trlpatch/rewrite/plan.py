@@ -33,11 +33,16 @@ class Skip:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen to one target."""
+    """What will happen to one target.
+
+    Attributes:
+        absent: patches that have nothing to do with this target; not reported, but it must be free of their anchors.
+    """
 
     target: str
     steps: tuple[Step, ...]
     skips: tuple[Skip, ...]
+    absent: tuple[Skip, ...] = ()
 
 
 def plan(target: Target, release: Release, skip: frozenset[str] = frozenset()) -> Plan:
@@ -49,15 +54,16 @@ def plan(target: Target, release: Release, skip: frozenset[str] = frozenset()) -
     excluded = left_out(skip)
     steps: list[Step] = []
     skips: list[Skip] = []
+    absent: list[Skip] = []
     for patch in patches():
         variant = patch.variant(target.name, release)
         hole = patch.hole(target.name, release)
-        if variant is None:
-            if hole is not None or target.kind != "config":
-                reason = hole.reason if hole is not None else "no such code in this target"
-                skips.append(Skip(patch, reason, forbids=True))
+        if variant is None and hole is not None:
+            skips.append(Skip(patch, hole.reason, forbids=True))
+        elif variant is None:
+            absent.append(Skip(patch, "this target has no such code", forbids=True))
         elif patch.name in excluded:
             skips.append(Skip(patch, excluded[patch.name], forbids=False))
         else:
             steps.append(Step(patch, variant))
-    return Plan(target.name, tuple(steps), tuple(skips))
+    return Plan(target.name, tuple(steps), tuple(skips), tuple(absent))

@@ -93,7 +93,9 @@ def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:
     upstream = outline(source.text, source.target.classes)
     edits = _Edits(upstream, steps)
     outcomes = [_applied(source, upstream, edits, step) for step in steps.steps]
-    outcomes += [_skipped(source, upstream, skip_) for skip_ in steps.skips]
+    outcomes += [_skipped(source, upstream, skip) for skip in steps.skips]
+    absent = (_skipped(source, upstream, skip) for skip in steps.absent)
+    outcomes += [outcome for outcome in absent if outcome.status == "failed"]
     text = edits.splice()
     if not any(outcome.status == "failed" for outcome in outcomes):
         outcomes += [_failed_check(source, problem) for problem in _check(source, upstream, edits, text)]

@@ -21,7 +21,7 @@ _NAME = "vllm_sampling_params"
 _FIELD = f"""{_NAME}: dict | str | None = field(
     default=None,
     metadata={{
-        "help": "Sampling parameters for rollouts on an in-process vLLM engine: trlpatch.vLLMSamplingParams, a dict or "
+        "help": "Sampling parameters of rollouts on an in-process vLLM engine: a trlpatch.vLLMSamplingParams, dict or "
         "JSON text. A value given here wins over this config's own; what is not given stays as it is."
     }},
 )
