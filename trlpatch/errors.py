@@ -124,3 +124,11 @@ class UnusableSamplingParam(TrlpatchError, ValueError):
 
 class ServerModeSamplingParams(TrlpatchError, ValueError):
     """`vllm_sampling_params` was given while TRL rolls out on a vLLM server, which never sees it."""
+
+
+class CannotWrite(TrlpatchError):
+    """A file that the command line was asked to write cannot be written."""
+
+
+class DemoNeedsPackages(TrlpatchError):
+    """`trlpatch demo` lacks packages of the `demo` extra."""

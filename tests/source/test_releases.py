@@ -1,4 +1,7 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.specifiers import SpecifierSet
 
 from trlpatch.errors import UnparsableVersion
 from trlpatch.source.releases import NEWEST_TESTED, ReleaseRange, format_release, parse_release
@@ -35,3 +38,15 @@ def test_a_patch_release_can_be_a_boundary():
 
 def test_format():
     assert format_release(NEWEST_TESTED) == "1.16.0"
+
+
+@pytest.mark.parametrize("text", ["", ">=0.18,", "==1.0", ">=0.18 ,<1", "~=1.2"])
+def test_a_range_of_another_form_is_refused(text: str):
+    with pytest.raises(ValueError, match="expected bounds such as"):
+        assert (1, 0, 0) in ReleaseRange(text)
+
+
+@pytest.mark.parametrize("text", [">=0.18", "<0.25", ">=0.28,<0.29.1"])
+@given(release=st.tuples(st.integers(0, 2), st.integers(0, 40), st.integers(0, 9)))
+def test_ranges_agree_with_packaging(text: str, release: tuple[int, int, int]):
+    assert (release in ReleaseRange(text)) == SpecifierSet(text).contains(format_release(release))

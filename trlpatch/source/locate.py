@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -93,8 +92,9 @@ def _root_at(path: Path) -> Path:
 
 def _version_of(root: Path) -> str:
     # TRL 0.22.0 says `trl.__version__ == "unknown"`; the distribution metadata beside it is right.
-    for distribution in importlib.metadata.distributions(name="trl", path=[str(root.parent)]):
-        return distribution.version
+    # Its directory's name says the version; importlib.metadata costs 30 ms to import.
+    for info in sorted(root.parent.glob("trl-*.dist-info")):
+        return info.name.removeprefix("trl-").removesuffix(".dist-info")
     for text_file in (root / "VERSION", root.parent / "VERSION"):
         if text_file.is_file():
             return text_file.read_text(encoding="utf-8").strip()

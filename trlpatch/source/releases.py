@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-
-from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from operator import ge, lt
 
 from trlpatch.errors import UnparsableVersion
 
@@ -19,6 +19,11 @@ NEWEST_TESTED: Release = (1, 16, 0)
 """Newest release in golden/releases.toml. A newer one is decided by its anchors, not by its number."""
 
 
+_PLAIN = re.compile(r"\d+(\.\d+)*")
+_BOUND = re.compile(r"(>=|<)(\d+(?:\.\d+)*)")
+_COMPARE = {">=": ge, "<": lt}
+
+
 def parse_release(version: str) -> Release:
     """Return the three-part release tuple of a PEP 440 version: `"1.16.0.dev0"` gives `(1, 16, 0)`.
 
@@ -28,13 +33,21 @@ def parse_release(version: str) -> Release:
     Raises:
         UnparsableVersion: `version` is not PEP 440, such as the `"unknown"` that TRL 0.22.0 says of itself.
     """
+    if _PLAIN.fullmatch(version):
+        return _padded(tuple(map(int, version.split("."))))
+    # Only here, because packaging takes half of a warm start's time to import.
+    from packaging.version import InvalidVersion, Version
+
     try:
-        release = Version(version).release
+        return _padded(Version(version).release)
     except InvalidVersion as error:
         raise UnparsableVersion(
             f"TRL says its version is {version!r}, which is not a PEP 440 version (expected such as '1.16.0'). "
             "Reinstall it: pip install --force-reinstall trl"
         ) from error
+
+
+def _padded(release: Release) -> Release:
     return (*release, 0, 0, 0)[: max(3, len(release))]
 
 
@@ -45,16 +58,19 @@ def format_release(release: Release) -> str:
 
 @dataclass(frozen=True)
 class ReleaseRange:
-    """A PEP 440 range such as `">=0.18,<0.25"`, tested against release tuples."""
+    """A range such as `">=0.18,<0.25"`: PEP 440 text with `>=` and `<` only, tested against release tuples."""
 
     text: str
 
     @cached_property
-    def _specifiers(self) -> SpecifierSet:
-        return SpecifierSet(self.text)
+    def _bounds(self) -> list[tuple[Callable[[Release, Release], bool], Release]]:
+        bounds = [bound for part in self.text.split(",") if (bound := _BOUND.fullmatch(part))]
+        if len(bounds) != self.text.count(",") + 1:
+            raise ValueError(f"release range {self.text!r}: expected bounds such as '>=0.18' and '<0.25'")
+        return [(_COMPARE[bound[1]], parse_release(bound[2])) for bound in bounds]
 
     def __contains__(self, release: Release) -> bool:
-        return self._specifiers.contains(Version(format_release(release)))
+        return all(compare(release, bound) for compare, bound in self._bounds)
 
     def __str__(self) -> str:
         return self.text

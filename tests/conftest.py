@@ -1,0 +1,53 @@
+"""What every test shares: no test touches the user's home or caches, or reaches a model hub."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("trlpatch")
+    group.addoption("--golden-update", action="store_true", help="write golden/ anew instead of comparing with it")
+    group.addoption(
+        "--trl",
+        action="append",
+        default=[],
+        metavar="VERSION",
+        help="only this pinned TRL release, repeatable; a tox environment name such as trl1.9.2-golden will do",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--golden-update") and os.environ.get("CI"):
+        raise pytest.UsageError(
+            "--golden-update is refused because CI is set: goldens are written and reviewed by people. "
+            "Run `pytest tests/golden --golden-update` on your machine and commit the result."
+        )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep fixtures that outlive a test, and the processes they start, out of the user's trlpatch cache."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TRLPATCH_CACHE_DIR", str(tmp_path_factory.mktemp("trlpatch-cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def private_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test a home directory and a trlpatch cache of its own."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name in [name for name in os.environ if name.startswith("TRLPATCH_")]:
+        monkeypatch.delenv(name)
+    return home

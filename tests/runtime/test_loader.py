@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import linecache
+import pdb
+import sys
+from pathlib import Path
+
+import pytest
+
+from trlpatch.runtime.loader import Executable, PatchedFinder, spec_of
+
+TEXT = "def answer():\n    return 42\n"
+
+
+@pytest.fixture
+def executable(tmp_path: Path) -> Executable:
+    path = tmp_path / "entry" / "grpo_trainer.py"
+    path.parent.mkdir()
+    path.write_text(TEXT, encoding="utf-8")
+    return Executable("trlpatch_test_package.grpo_trainer", path, TEXT, on_disk=True)
+
+
+@pytest.fixture
+def finder(tmp_path, monkeypatch, executable):
+    package = tmp_path / "site" / "trlpatch_test_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "grpo_trainer.py").write_text("stock = True\n", encoding="utf-8")
+    (package / "other.py").write_text("stock = True\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package.parent))
+    finder = PatchedFinder()
+    finder.claim({executable.module: executable})
+    yield finder
+    finder.restore({})
+    for name in [name for name in sys.modules if name.startswith("trlpatch_test_package")]:
+        del sys.modules[name]
+
+
+def test_claims_exact_names_only(finder, executable):
+    assert finder.find_spec(executable.module) is not None
+    for name in ("grpo_trainer", executable.module + ".sub", "trlpatch_test_package", "os"):
+        assert finder.find_spec(name) is None
+    assert importlib.import_module("trlpatch_test_package.other").stock
+
+
+def test_module_looks_like_any_other(finder, executable):
+    module = importlib.import_module(executable.module)
+    assert module.answer() == 42
+    assert module.answer.__code__.co_filename == module.__file__ == str(executable.path)
+    assert module.__package__ == "trlpatch_test_package"
+    assert module.__spec__.submodule_search_locations is None
+    assert sys.modules["trlpatch_test_package"].grpo_trainer is module
+    assert importlib.reload(module) is module
+    assert module.answer() == 42
+
+
+def test_other_hooks_may_wrap_it(finder, executable):
+    seen = []
+
+    class Wrapping:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == executable.module and not seen:
+                seen.append(name)
+                return importlib.util.find_spec(name)
+            return None
+
+    sys.meta_path.insert(0, Wrapping)
+    try:
+        assert importlib.import_module(executable.module).answer() == 42
+    finally:
+        sys.meta_path.remove(Wrapping)
+    assert seen
+
+
+def test_claiming_twice_installs_once(finder, executable):
+    finder.claim({"x": executable})
+    assert sys.meta_path.count(finder) == 1
+    assert set(finder.executables) == {"x", executable.module}
+    finder.restore({})
+    assert finder not in sys.meta_path
+
+
+def test_byte_code_is_kept_beside_the_file(finder, executable, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    module = importlib.import_module(executable.module)
+    byte_code = Path(module.__cached__)
+    assert byte_code.parent.parent == executable.path.parent
+    assert byte_code.exists()
+    size = byte_code.stat().st_size
+    for damaged in (byte_code.read_bytes()[: size // 2], b"garbage", byte_code.read_bytes()[:16] + b"\xff" * 50):
+        byte_code.write_bytes(damaged)
+        del sys.modules[executable.module]
+        assert importlib.import_module(executable.module).answer() == 42
+
+
+def test_text_that_was_verified_runs_even_if_the_file_changes(finder, executable):
+    executable.path.unlink()
+    module = importlib.import_module(executable.module)
+    assert module.answer() == 42
+    assert module.__loader__.get_source(executable.module) == TEXT
+
+
+def test_memory_writes_nothing(tmp_path):
+    path = tmp_path / "nowhere" / "memory.py"
+    executable = Executable("trlpatch_test_memory", path, TEXT, on_disk=False)
+    spec = spec_of(executable)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.answer() == 42
+    assert linecache.getline(str(path), 2) == "    return 42\n"
+    linecache.checkcache()
+    assert linecache.getline(str(path), 2) == "    return 42\n"
+    assert not path.parent.exists()
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_pdb_steps_through_the_patched_file(finder, executable, on_disk):
+    if not on_disk:
+        executable.path.unlink()
+        executable = Executable(executable.module, executable.path, TEXT, on_disk=False)
+        finder.claim({executable.module: executable})
+    module = importlib.import_module(executable.module)
+    output = io.StringIO()
+    debugger = pdb.Pdb(stdin=io.StringIO("list\ncontinue\n"), stdout=output, nosigint=True, readrc=False)
+    debugger.use_rawinput = False
+    debugger.runcall(module.answer)
+    assert "-> return 42" in output.getvalue()
+    assert "def answer():" in output.getvalue()

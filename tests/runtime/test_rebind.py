@@ -1,0 +1,464 @@
+"""Exchanging the text of a live module, on modules made for the purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import itertools
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from trlpatch.errors import PatchError
+from trlpatch.runtime.assign import ABSENT, Assignment, Journal
+from trlpatch.runtime.live import functions
+from trlpatch.runtime.loader import Executable
+from trlpatch.runtime.rebind import Move, prepare
+
+NUMBERS = itertools.count()
+
+
+class Site:
+    """Modules that are imported from one text and moved to another."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.names: list[str] = []
+
+    def move(self, before: str, after: str, *touched: str, on_disk: bool = True, package: str = "") -> Move:
+        name = f"rebound{next(NUMBERS)}"
+        if package:
+            (self.directory / package).mkdir(exist_ok=True)
+            (self.directory / package / "__init__.py").touch()
+            self.names.append(package)
+            name = f"{package}.{name}"
+        self.names.append(name)
+        path = self.directory / Path(*name.split(".")).with_suffix(".py")
+        path.write_text(textwrap.dedent(before), encoding="utf-8")
+        patched = self.directory / "patched" / path.name
+        patched.parent.mkdir(exist_ok=True)
+        after = textwrap.dedent(after)
+        if on_disk:
+            patched.write_text(after, encoding="utf-8")
+        importlib.import_module(name)
+        return Move(
+            Executable(name, path, path.read_text(encoding="utf-8"), on_disk=True),
+            Executable(name, patched, after, on_disk),
+            touched,
+        )
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = Site(tmp_path)
+    yield made
+    for name in made.names:
+        sys.modules.pop(name, None)
+
+
+def commit(*moves: Move) -> Journal:
+    journal = Journal()
+    prepare(moves).commit(journal)
+    return journal
+
+
+METHODS = """\
+import functools
+
+
+def forgetful(function):
+    def wrapper(*arguments):
+        return function(*arguments)
+
+    return wrapper
+
+
+def remembering(function):
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        return function(*arguments)
+
+    return wrapper
+
+
+class Base:
+    def hello(self):
+        return "base"
+
+
+class A(Base):
+    def plain(self, x=1, *, y=2):
+        return ("old", x, y)
+
+    def hello(self):
+        return "old " + super().hello()
+
+    @staticmethod
+    def static():
+        return "old"
+
+    @classmethod
+    def klass(cls):
+        return ("old", cls)
+
+    @property
+    def prop(self):
+        return "old"
+
+    @prop.setter
+    def prop(self, value):
+        self.set = ("old", value)
+
+    @functools.cached_property
+    def cached(self):
+        return "old"
+
+    @remembering
+    @forgetful
+    def wrapped(self):
+        return "old"
+
+    @forgetful
+    def hidden(self):
+        return "old"
+
+    def inner(self):
+        def nested():
+            return "old"
+
+        return nested()
+
+    def untouched(self):
+        return "old"
+
+
+def free():
+    return "old"
+
+
+if True:
+    def chosen():
+        return "old"
+else:
+    def chosen():
+        return "never"
+"""
+TOUCHED = ["plain", "hello", "static", "klass", "prop", "cached", "wrapped", "hidden", "inner"]
+
+
+def changed(text: str) -> str:
+    head, tail = text.split("class Base:")
+    return head + "# a line that moves all others\nimport json as _added\n\nclass Base:" + tail.replace("old", "new")
+
+
+def test_every_kind_of_function_is_reached_and_keeps_its_identity(site):
+    move = site.move(METHODS, changed(METHODS), *(f"A.{name}" for name in TOUCHED), "free", "chosen")
+    module = move.module
+    cls, instance, bound = module.A, module.A(), module.A().plain
+    before = dict(vars(cls))
+    commit(move)
+    lines = {"__firstlineno__"}  # Python 3.13: where inspect.getsource finds the class
+    assert {name: vars(cls)[name] for name in vars(cls).keys() - lines} == {
+        name: before[name] for name in before.keys() - lines
+    }
+    assert bound() == ("new", 1, 2)
+    assert instance.plain(3, y=4) == ("new", 3, 4)
+    assert instance.hello() == "new base"
+    assert cls.static() == instance.prop == instance.cached == instance.wrapped() == instance.hidden() == "new"
+    assert cls.klass() == ("new", cls)
+    instance.prop = 5
+    assert instance.set == ("new", 5)
+    assert instance.inner() == "new"
+    assert instance.untouched() == "old"
+    assert module.free() == module.chosen() == "new"
+    assert module._added.__name__ == "json"
+
+
+def test_undo_is_exact(site):
+    move = site.move(METHODS, changed(METHODS), *(f"A.{name}" for name in TOUCHED), "free")
+    module = move.module
+    before, members = dict(vars(module)), dict(vars(module.A))
+    code = module.A.plain.__code__
+    commit(move).undo()
+    assert vars(module) == before
+    assert vars(module.A) == members
+    assert module.A.plain.__code__ is code
+    assert inspect.getsource(module.A) in METHODS
+
+
+def test_there_and_back_by_exchange(site):
+    touched = [f"A.{name}" for name in TOUCHED]
+    move = site.move(METHODS, changed(METHODS), *touched)
+    commit(move)
+    commit(Move(move.after, move.before, move.touched))
+    assert move.module.A().plain() == ("old", 1, 2)
+    assert not hasattr(move.module, "_added")
+    assert inspect.getsource(move.module.A.plain) in METHODS
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_getsource_shows_the_new_text(site, on_disk):
+    move = site.move(METHODS, changed(METHODS), "A.plain", on_disk=on_disk)
+    commit(move)
+    assert '"new", x, y' in inspect.getsource(move.module.A.plain)
+    assert "new base" not in inspect.getsource(move.module.Base)
+    assert inspect.getsource(move.module.A).startswith(
+        'class A(Base):\n    def plain(self, x=1, *, y=2):\n        return ("new"'
+    )
+    assert '"old"' in inspect.getsource(move.module.A.untouched)
+    assert move.module.__spec__.loader is move.module.__loader__
+    assert move.module.__file__ == str(move.after.path)
+
+
+CASES = {
+    "free variables": (
+        "class A:\n    def f(self):\n        return 1\n",
+        "class A:\n    def f(self):\n        return super()\n",
+        "expected free variables",
+    ),
+    "parameters": ("def f(a): pass\n", "def f(a, b): pass\n", "expected parameters"),
+    "generator": ("def f(a): pass\n", "def f(a): yield\n", "expected kind"),
+    "gone": ("def f(a): pass\n", "", "expected one definition"),
+    "doubled": ("def f(a): pass\n", "def f(a): pass\ndef f(a): pass\n", "expected one definition"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "message"), CASES.values(), ids=CASES.keys())
+def test_what_cannot_take_the_code_is_refused_before_anything_changes(site, before, after, message):
+    good = site.move("def f(): return 'old'\n", "def f(): return 'new'\n", "f")
+    bad = site.move(before, after, "A.f" if "class" in before else "f")
+    with pytest.raises(PatchError, match=message) as raised:
+        commit(good, bad)
+    assert bad.after.module in str(raised.value)
+    assert good.module.f() == "old"
+
+
+def test_replaced_function_and_class_are_refused(site):
+    text = "class A:\n    def f(self):\n        return 1\n"
+    move = site.move(text, text.replace("1", "2"), "A.f")
+    original = move.module.A.f
+    move.module.A.f = lambda self: 3
+    with pytest.raises(PatchError, match=r"A\.f cannot be patched .*replaced"):
+        commit(move)
+    move.module.A.f = original
+    move.module.A = type("B", (move.module.A,), {})
+    with pytest.raises(PatchError, match=r"found .*\.B, which another library"):
+        commit(move)
+    del move.module.A
+    with pytest.raises(PatchError, match="found None"):
+        commit(move)
+
+
+def test_a_commit_that_fails_midway_is_undone():
+    class Refusing:
+        value = 1
+
+        def __setattr__(self, name, value):
+            raise RuntimeError("no")
+
+    class Target:
+        kept = "old"
+        gone = "old"
+
+    journal = Journal()
+    with pytest.raises(RuntimeError, match="no"):
+        journal.make(
+            [
+                Assignment(Target, "kept", "new"),
+                Assignment(Target, "gone", ABSENT),
+                Assignment(Target, "never", ABSENT),
+                Assignment(Target, "added", 1),
+                Assignment(Refusing(), "value", 2),
+            ]
+        )
+    assert (Target.kept, Target.gone, hasattr(Target, "added")) == ("old", "old", False)
+
+
+def test_functions_behind_other_wrappers():
+    def inner(self):
+        return "old"
+
+    for wrapper in (functools.partialmethod(inner), functools.partial(inner), functools.lru_cache(inner)):
+        assert inner in list(functions(wrapper))
+
+    def unbound():
+        return later
+
+    assert list(functions(unbound)) == [unbound]
+    later = 1
+
+
+CONFIG = """\
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+
+@dataclass
+class Config:
+    "doc"
+    a: int = field(default=1, metadata={"help": "a"})
+    KIND: ClassVar[str] = "kind"
+
+    def __post_init__(self):
+        self.post = "old"
+"""
+NEW_CONFIG = (
+    CONFIG.replace('"kind"\n', '"kind"\n    b: dict | None = field(default=None, metadata={"help": "b"})\n')
+    .replace("old", "new")
+    .replace('"doc"', '"new doc"')
+)
+
+
+def test_config_gets_the_field_in_place(site):
+    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
+    cls = move.module.Config
+    built = cls(a=2)
+    commit(move)
+    assert move.module.Config is cls
+    config = cls(a=3, b={"c": 1})
+    assert (config.a, config.b, config.post) == (3, {"c": 1}, "new")
+    assert [field.name for field in dataclasses.fields(cls)] == ["a", "b"]
+    assert repr(config) == "Config(a=3, b={'c': 1})"
+    assert config == cls(3, {"c": 1}) != cls(3)
+    assert cls.__match_args__ == ("a", "b")
+    assert cls.__doc__ == "new doc"
+    assert cls.__annotations__["b"] == dict | None
+    assert built.b is None
+    assert "b: dict" in inspect.getsource(cls)
+
+
+def test_config_undo_is_exact(site):
+    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
+    cls = move.module.Config
+    before = dict(vars(cls))
+    commit(move).undo()
+    assert dict(vars(cls)) == before
+    with pytest.raises(TypeError):
+        cls(b=1)
+
+
+def test_config_there_and_back(site):
+    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
+    commit(move)
+    commit(Move(move.after, move.before, move.touched))
+    cls = move.module.Config
+    assert not hasattr(cls, "b")
+    assert cls(a=1).post == "old"
+    assert list(cls.__annotations__) == ["a", "KIND"]
+    with pytest.raises(TypeError):
+        cls(b=1)
+
+
+SUBCLASSES = """\
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from {home} import Config
+
+
+class Plain(Config):
+    pass
+
+
+@dataclass
+class Sub(Plain):
+    a: int = field(default=7)
+    c: list = field(default_factory=list)
+    d: float = 0.5
+    MODE: ClassVar[str] = "mode"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.sub = True
+
+
+@dataclass
+class WithInit(Config):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.custom = True
+
+
+@dataclass(eq=False, order=False, repr=False)
+class Quiet(Sub):
+    e: int = field(default=0, kw_only=True)
+"""
+
+
+def test_upstreams_own_config_subclasses_get_the_field_too(site, monkeypatch):
+    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__", package="trl")
+    text = SUBCLASSES.format(home=move.after.module)
+    subs = site.move(text, text, package="trl").module
+    mine = site.move(text, text).module
+    before = {cls: dict(vars(cls)) for cls in (subs.Plain, subs.Sub, subs.WithInit, subs.Quiet, mine.Sub)}
+    prepared = prepare([move])
+    journal = Journal()
+    prepared.commit(journal)
+    sub = subs.Sub(a=1, b={"x": 1}, c=[1])
+    assert (sub.a, sub.b, sub.c, sub.d, sub.post, sub.sub) == (1, {"x": 1}, [1], 0.5, "new", True)
+    assert subs.Sub().a == 7
+    assert subs.Sub().c is not subs.Sub().c
+    assert subs.WithInit(b={}).custom
+    assert subs.WithInit(b={}).b == {}
+    assert subs.Quiet(b={}, e=3).e == 3
+    assert subs.Plain(b={}).b == {}
+    assert "__eq__" not in vars(subs.Quiet)
+    assert subs.Sub.__qualname__ == "Sub"
+    with pytest.raises(TypeError):
+        mine.Sub(b={})
+    assert mine.Sub().b is None
+    listed = "\n".join(prepared.unfixable)
+    assert f"{mine.__name__}.Sub(...) does not take b" in listed
+    assert "trl." not in listed
+    assert f"{mine.__name__}.Plain" not in listed
+    journal.undo()
+    assert {cls: dict(vars(cls)) for cls in before} == before
+
+
+OVERRIDES = """\
+from {home} import A
+
+
+class Replacing(A):
+    def plain(self, x=1, *, y=2):
+        return "mine"
+
+
+class Calling(A):
+    def plain(self, x=1, *, y=2):
+        return super().plain(x, y=y)
+
+
+class Naming(Calling):
+    def plain(self, x=1, *, y=2):
+        def nested():
+            return A.plain(self, x, y=y)
+
+        return nested()
+
+
+class Untouched(A):
+    def untouched(self):
+        return "mine"
+"""
+
+
+def test_overrides_that_do_not_call_the_touched_method_are_listed(site):
+    move = site.move(METHODS, changed(METHODS), "A.plain", package="trl")
+    text = OVERRIDES.format(home=move.after.module)
+    mine = site.move(text, text).module
+    site.move(text, text, package="trl")
+    (listed,) = prepare([move]).unfixable
+    assert listed.startswith(f"{mine.__name__}.Replacing.plain replaces A.plain without calling it")
+
+
+def test_only_dataclasses_without_slots_can_gain_a_field(site):
+    slots = CONFIG.replace("@dataclass", "@dataclass(slots=True)").replace("KIND", "# KIND")
+    move = site.move(slots, slots.replace("a: int", "z: int = 1\n    a: int"), "Config.<fields>")
+    with pytest.raises(PatchError, match="without __slots__"):
+        commit(move)

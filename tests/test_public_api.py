@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trlpatch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+    )
+    return done.stdout
+
+
+def test_public_names():
+    assert trlpatch.__all__ == [
+        "PatchFastRL",
+        "PatchReport",
+        "__version__",
+        "attach_engine",
+        "errors",
+        "lora_request",
+        "patch",
+        "status",
+        "unpatch",
+        "vLLMSamplingParams",
+    ]
+
+
+@pytest.mark.parametrize("name", trlpatch.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(trlpatch, name) is getattr(trlpatch, name)
+    assert name in dir(trlpatch)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = trlpatch.nonsense
+
+
+def test_plain_names_are_the_same_functions():
+    from trlpatch.runtime import session
+
+    assert trlpatch.patch is trlpatch.PatchFastRL is session.PatchFastRL
+    assert trlpatch.unpatch is session.revert
+    assert trlpatch.status is session.status
+
+
+def test_version_without_metadata(monkeypatch):
+    import importlib.metadata
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert isinstance(trlpatch.__version__, str)
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert trlpatch._version() == "0+unknown"
+
+
+def test_importing_imports_nothing_else():
+    shown = python("import sys; before = set(sys.modules); import trlpatch; print(*sorted(set(sys.modules) - before))")
+    assert set(shown.split()) <= {"__future__", "trlpatch", "trlpatch.errors"}
+
+
+def test_the_names_import_nothing_heavy():
+    shown = python(
+        "import sys, trlpatch\n"
+        "[getattr(trlpatch, name) for name in trlpatch.__all__]\n"
+        "print(*({'libcst', 'torch', 'trl', 'vllm', 'transformers', 'peft', 'click', 'rich'} & set(sys.modules)))"
+    )
+    assert shown.split() == []
+
+
+def test_typing_marker_is_there():
+    assert (ROOT / "trlpatch" / "py.typed").is_file()

@@ -1,0 +1,77 @@
+"""Stock TRL trainers that roll out on an in-process vLLM engine with the live LoRA adapter.
+
+    import trlpatch
+
+    trlpatch.PatchFastRL()
+
+    from trl import GRPOTrainer
+
+Importing trlpatch imports nothing else; names are resolved when they are used.
+"""
+
+from __future__ import annotations
+
+from trlpatch import errors
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without importing typing
+if TYPE_CHECKING:
+    from typing import Any
+
+    from trlpatch.engine.attach import attach_engine
+    from trlpatch.engine.sampling_params import vLLMSamplingParams
+    from trlpatch.hooks.lora_request import live_lora_request as lora_request
+    from trlpatch.runtime.report import PatchReport
+    from trlpatch.runtime.session import PatchFastRL, patch, status, unpatch
+
+    __version__: str
+
+__all__ = [
+    "PatchFastRL",
+    "PatchReport",
+    "__version__",
+    "attach_engine",
+    "errors",
+    "lora_request",
+    "patch",
+    "status",
+    "unpatch",
+    "vLLMSamplingParams",
+]
+
+_HOMES = {
+    "PatchFastRL": ("trlpatch.runtime.session", "PatchFastRL"),
+    "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
+    "attach_engine": ("trlpatch.engine.attach", "attach_engine"),
+    "lora_request": ("trlpatch.hooks.lora_request", "live_lora_request"),
+    "patch": ("trlpatch.runtime.session", "patch"),
+    "status": ("trlpatch.runtime.session", "status"),
+    "unpatch": ("trlpatch.runtime.session", "unpatch"),
+    "vLLMSamplingParams": ("trlpatch.engine.sampling_params", "vLLMSamplingParams"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        from importlib import import_module
+
+        module, attribute = _HOMES[name]
+        value = getattr(import_module(module), attribute)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("trlpatch")
+    except PackageNotFoundError:
+        return "0+unknown"  # run from a source tree that is not installed

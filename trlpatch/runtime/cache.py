@@ -1,0 +1,229 @@
+"""Patched files on disk, addressed by everything that decides their text.
+
+Invariants:
+- The same key means the same bytes, so processes that race need no lock: the last rename wins with equal content.
+- A manifest appears only after the file it describes, and both appear by rename, never half written.
+- The text is compared with the manifest's hash before it may run; whatever is wrong with an entry is a miss.
+- Code runs from here, so a directory that somebody else owns or may write to is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = "v1"
+"""Name of the layout below the root. Change it when an older trlpatch could not read an entry, or the reverse."""
+
+MANIFEST = "manifest.json"
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+logger = logging.getLogger("trlpatch.cache")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One readable entry.
+
+    Attributes:
+        path: the patched file; it exists and holds `text`.
+        manifest: what `Cache.write` was given, with the hashes added.
+    """
+
+    path: Path
+    text: str
+    manifest: Mapping[str, Any]
+
+
+class CacheRefused(OSError):
+    """The directory is not safe to run code from."""
+
+
+def root() -> Path:
+    """Return the cache directory: `TRLPATCH_CACHE_DIR`, else the user's cache directory. Creates nothing."""
+    override = os.environ.get("TRLPATCH_CACHE_DIR")
+    if override:
+        return Path(override).expanduser().absolute()
+    platform: str = sys.platform
+    if platform == "linux":
+        # What platformdirs answers, without the 15 ms that importing it adds to every warm start.
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "trlpatch"
+    return _platform_root()
+
+
+def _platform_root() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("trlpatch", appauthor=False)
+
+
+def path() -> Path:
+    """Return the cache directory, as `trlpatch cache path` prints it."""
+    return root()
+
+
+def clear() -> int:
+    """Delete every entry of the cache directory and return how many there were."""
+    return Cache().clear()
+
+
+def size() -> int:
+    """Return the bytes that the entries of the cache directory take."""
+    return Cache().size()
+
+
+def entry_key(*, target: str, release: Iterable[int], upstream_sha256: str, skip: Iterable[str], rules: str) -> str:
+    """Return the key of one patched file. `rules` is what `rules_digest` returns."""
+    parts = [FORMAT, target, ".".join(map(str, release)), upstream_sha256, ",".join(sorted(skip)), rules]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def rules_digest() -> str:
+    """Return a digest of all that turns upstream text into patched text, computed without importing any of it.
+
+    Covers the sources of `trlpatch.rewrite` and `trlpatch.source`, the version of trlpatch and that of libcst.
+    """
+    digest = hashlib.sha256(f"{_version('trlpatch')}\0{_version('libcst')}".encode())
+    for room in ("rewrite", "source"):
+        for file in sorted((_PACKAGE / room).rglob("*.py")):
+            digest.update(f"\0{file.relative_to(_PACKAGE).as_posix()}\0".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str:
+    # The name of the dist-info directory holds the version; importlib.metadata costs 30 ms to import.
+    for place in sys.path:
+        try:
+            names = sorted(entry.name for entry in os.scandir(place or "."))
+        except OSError:
+            continue
+        for name in names:
+            if name.startswith(f"{distribution}-") and name.endswith(".dist-info"):
+                return name
+    return f"{distribution} without metadata"
+
+
+class Cache:
+    """Entries below one root directory."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.root = root() if directory is None else directory
+
+    def entry(self, key: str) -> Path:
+        """Return the directory of `key`, which need not exist."""
+        return self.root / FORMAT / key
+
+    def read(self, key: str, basename: str) -> Stored | None:
+        """Return the entry, or None with a debug log line if it is missing or anything is wrong with it."""
+        directory = self.entry(key)
+        try:
+            for place in (self.root, directory.parent, directory):
+                _refuse_unsafe(place)
+            manifest = json.loads(_read_own(directory / MANIFEST))
+            content = _read_own(directory / basename)
+            if manifest["format"] != FORMAT or manifest["key"] != key:
+                raise ValueError("the manifest belongs to another entry")
+            if manifest["patched_sha256"] != hashlib.sha256(content).hexdigest():
+                raise ValueError("the file is not the one its manifest describes")
+            return Stored(directory / basename, content.decode(), manifest)
+        except FileNotFoundError:
+            logger.debug("cache miss: %s is not there", directory)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.debug("cache miss: %s cannot be used: %s", directory, error)
+        return None
+
+    def write(self, key: str, basename: str, text: str, manifest: Mapping[str, Any]) -> Path:
+        """Publish an entry and return the path of its file.
+
+        Raises:
+            OSError: the directory is read-only, full or not safe to run code from; nothing half written is left.
+        """
+        directory = self.entry(key)
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for place in (self.root, directory.parent, directory):
+            place.mkdir(exist_ok=True, mode=0o700)
+            _refuse_unsafe(place)
+        content = text.encode()
+        described = {
+            **manifest,
+            "format": FORMAT,
+            "key": key,
+            "patched_sha256": hashlib.sha256(content).hexdigest(),
+        }
+        publish(directory / basename, content)
+        publish(directory / MANIFEST, json.dumps(described, indent=1, sort_keys=True).encode())
+        return directory / basename
+
+    def clear(self) -> int:
+        """Delete every entry and return how many there were. Touches nothing that is not an entry."""
+        import shutil  # here and in publish: 12 ms that a warm start does not need
+
+        entries = list(self._entries())
+        for directory in entries:
+            shutil.rmtree(directory)
+        return len(entries)
+
+    def size(self) -> int:
+        """Return the bytes that the entries take."""
+        files = (file for directory in self._entries() for file in directory.rglob("*"))
+        return sum(file.lstat().st_size for file in files if not file.is_dir())
+
+    def _entries(self) -> Iterator[Path]:
+        versions = [place for place in (self.root / FORMAT,) if place.is_dir()]
+        for child in (child for place in versions for child in sorted(place.iterdir())):
+            if _KEY.fullmatch(child.name) and child.is_dir() and not child.is_symlink():
+                yield child
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step, through a temporary file in the same directory.
+
+    Raises:
+        OSError: it could not be written; the temporary file is gone.
+    """
+    import tempfile
+
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _refuse_unsafe(directory: Path) -> None:
+    status = directory.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise CacheRefused(f"{directory} is not a directory")
+    if not hasattr(os, "geteuid"):
+        return
+    if status.st_uid != os.geteuid():
+        raise CacheRefused(f"{directory} belongs to user {status.st_uid}, expected {os.geteuid()}")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        mode = stat.S_IMODE(status.st_mode)
+        raise CacheRefused(f"{directory} may be written by others (mode {mode:04o}); run: chmod 700 {directory}")
+
+
+def _read_own(path: Path) -> bytes:
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheRefused(f"{path} is not a regular file")
+        if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+            raise CacheRefused(f"{path} belongs to user {status.st_uid}, expected {os.geteuid()}")
+        return file.read()

@@ -1,0 +1,132 @@
+"""Import hook that runs patched files under TRL's own module names.
+
+It claims exactly the modules it was given and answers None for every other, so other hooks work beside it. The module
+keeps its name, package and parent; `__file__` and every code object name the patched file, so tracebacks, pdb,
+coverage and `inspect.getsource` show the lines that run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import linecache
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from _typeshed import ReadableBuffer
+
+
+@dataclass(frozen=True)
+class Executable:
+    """The text that runs as one module.
+
+    Attributes:
+        module: full name, such as `trl.trainer.grpo_trainer`.
+        path: what `__file__` says. Its last part is upstream's: TRL up to 0.21 takes `exp_name` from it.
+        on_disk: the file exists at `path` and holds `text`.
+    """
+
+    module: str
+    path: Path
+    text: str
+    on_disk: bool
+
+
+class PatchedLoader(SourceFileLoader):
+    """Runs verified text from memory and uses the file beside it only for byte code."""
+
+    def __init__(self, executable: Executable) -> None:
+        super().__init__(executable.module, str(executable.path))
+        self.executable = executable
+
+    def get_data(self, path: str) -> bytes:
+        """Return the verified text for the file itself, bytes from disk for byte code."""
+        # The file may be gone by now (`trlpatch cache clear` in another process); the text was verified when read.
+        if path == self.path:
+            return self.executable.text.encode()
+        return super().get_data(path)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Return the module's code, compiled anew if the byte code beside the file cannot be read."""
+        if self.executable.on_disk:
+            try:
+                return super().get_code(fullname)
+            except (EOFError, ValueError, TypeError, ImportError):
+                pass  # Unreadable byte code (truncated, not marshal data): compile the text instead.
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+    def set_data(self, path: str, data: ReadableBuffer, *, _mode: int = 0o600) -> None:
+        """Write byte code beside the file, if there is one."""
+        if self.executable.on_disk:
+            super().set_data(path, data, _mode=_mode)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run the text as `module`."""
+        show_source(self.executable)
+        super().exec_module(module)
+
+
+class PatchedFinder(MetaPathFinder):
+    """Finds the modules of one session. Replaces its table instead of changing it: other threads may be importing."""
+
+    def __init__(self) -> None:
+        self._executables: Mapping[str, Executable] = {}
+
+    @property
+    def executables(self) -> Mapping[str, Executable]:
+        """The claimed modules by name."""
+        return self._executables
+
+    def claim(self, executables: Mapping[str, Executable]) -> None:
+        """Claim these modules too, and be the first finder that is asked."""
+        self._executables = {**self._executables, **executables}
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+
+    def restore(self, executables: Mapping[str, Executable]) -> None:
+        """Claim exactly these modules; without any, leave `sys.meta_path`."""
+        self._executables = dict(executables)
+        if not executables and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a claimed module, None for every other."""
+        executable = self._executables.get(fullname)
+        return None if executable is None else spec_of(executable)
+
+
+def spec_of(executable: Executable) -> ModuleSpec:
+    """Return the import spec that runs `executable`."""
+    spec = importlib.util.spec_from_file_location(executable.module, executable.path, loader=PatchedLoader(executable))
+    if spec is None:  # pragma: no cover - only without a loader
+        raise ImportError(f"no import spec for {executable.path}", name=executable.module)
+    return spec
+
+
+def show_source(executable: Executable) -> None:
+    """Make tracebacks show the text of an executable that is not on disk."""
+    if not executable.on_disk:
+        # A modification time of None tells linecache.checkcache to keep the entry.
+        lines = list(io.StringIO(executable.text))
+        linecache.cache[str(executable.path)] = (len(executable.text), None, lines, str(executable.path))
+
+
+def finish_import(name: str) -> bool:
+    """Return whether `name` is imported, after waiting for another thread that is importing it."""
+    if name not in sys.modules:
+        return False
+    spec = getattr(sys.modules[name], "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        importlib.import_module(name)
+    return name in sys.modules

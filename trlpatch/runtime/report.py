@@ -1,0 +1,118 @@
+"""What one `PatchFastRL` call did, for people and for machines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["applied", "skipped", "failed"]
+CacheState = Literal["hit", "miss", "memory", "off"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one patch on one target.
+
+    Attributes:
+        reason: why it was skipped or failed; empty when applied.
+        variant: the range of TRL releases whose shape matched; empty when none was tried.
+        anchors: how often each anchor was found.
+    """
+
+    target: str
+    patch: str
+    status: Status
+    reason: str = ""
+    variant: str = ""
+    anchors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """The state of this process after `PatchFastRL`.
+
+    Attributes:
+        trl: the TRL version; empty when trlpatch is disabled.
+        entries: one per target and patch, in the order of the target table.
+        files: the file that runs, per target; upstream's own where nothing was applied.
+        modules: the module name, per target.
+        cache: "hit", "miss" (written now), "memory" (the cache cannot be used) or "off" (stock), per target.
+        milliseconds: wall time of the calls that made this report.
+        disabled: `TRLPATCH_DISABLE` is set and nothing was done.
+        rebound: modules that were imported before patching and were patched in place.
+        unfixable: classes of yours, defined before patching, that the patches do not reach, and why.
+        notes: facts to know, such as an untested release.
+    """
+
+    trl: str = ""
+    entries: tuple[Entry, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    cache: Mapping[str, CacheState] = field(default_factory=dict)
+    milliseconds: float = 0.0
+    disabled: bool = False
+    rebound: tuple[str, ...] = ()
+    unfixable: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def applied(self) -> tuple[Entry, ...]:
+        """The entries whose patch runs."""
+        return tuple(entry for entry in self.entries if entry.status == "applied")
+
+    @property
+    def bypassed(self) -> tuple[str, ...]:
+        """Modules that run, as of now, from another file than `files` says.
+
+        An import hook that was installed after `PatchFastRL` and does not ask the hooks behind it does this.
+        """
+        return tuple(
+            module
+            for target, module in self.modules.items()
+            if module in sys.modules and not _same(getattr(sys.modules[module], "__file__", None), self.files[target])
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        plain = asdict(self)
+        plain["bypassed"] = self.bypassed
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    def __str__(self) -> str:
+        """Return the report as an aligned table."""
+        if self.disabled:
+            return "trlpatch: disabled by TRLPATCH_DISABLE, TRL is stock"
+        rows = [("TARGET", "PATCH", "STATUS", "DETAIL")]
+        rows += [
+            (entry.target, entry.patch, entry.status, entry.reason or f"fits trl {entry.variant}".rstrip())
+            for entry in self.entries
+        ]
+        lines = [f"trlpatch: TRL {self.trl}, {len(self.applied)} patches applied, {self.milliseconds:.0f} ms", ""]
+        lines += _aligned(rows)
+        lines.append("")
+        lines += _aligned(
+            [("TARGET", "CACHE", "FILE THAT RUNS")]
+            + [(target, self.cache.get(target, "off"), file) for target, file in self.files.items()]
+        )
+        lines += _listed("patched in place (imported before PatchFastRL)", self.rebound)
+        lines += _listed("out of reach", self.unfixable)
+        lines += _listed("running from another file: another import hook came first", self.bypassed)
+        lines += _listed("notes", self.notes)
+        return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _listed(title: str, items: Iterable[str]) -> list[str]:
+    found = list(items)
+    return ["", f"{title}:", *(f"  {item}" for item in found)] if found else []
+
+
+def _same(found: str | None, expected: str) -> bool:
+    return found is not None and os.path.realpath(found) == os.path.realpath(expected)
