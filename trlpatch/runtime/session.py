@@ -343,4 +343,3 @@ def _merged(before: PatchReport, now: PatchReport) -> PatchReport:
 
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-

@@ -1,0 +1,92 @@
+"""An engine whose base weights are not the trainer's. The real counterpart runs on a GPU: the CPU backend repacks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
+from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from trlpatch.engine.base_weights import base_mismatch  # noqa: E402
+from trlpatch.engine.lora_view import lora_view  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+
+def engine_with(model: Any, *, dtype: Any = torch.float32, wrapped: bool = True) -> RecordingEngineStub:
+    """An engine holding the weights as vLLM does: q, k and v in one tensor, LoRA wrappers around linear layers."""
+    weights, packed = {}, {}
+    infix = ".base_layer" if wrapped else ""
+    for index, layer in enumerate(model.model.layers):
+        path = f"model.layers.{index}.self_attn"
+        members = [f"{path}.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+        packed[f"{path}.qkv_proj"] = members
+        parts = [layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
+        weights[f"{path}.qkv_proj{infix}.weight"] = torch.cat(parts).to(dtype)
+        weights[f"{path}.o_proj{infix}.weight"] = layer.self_attn.o_proj.weight.detach().to(dtype).clone()
+    inside = SimpleNamespace(named_parameters=lambda: weights.items())
+    manager = SimpleNamespace(packed_modules=packed, modules={})
+    runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager), get_model=lambda: inside)
+    stub = RecordingEngineStub()
+    stub.llm_engine.model_executor.driver_worker = SimpleNamespace(model_runner=runner)
+    stub.inside = weights  # type: ignore[attr-defined]
+    return stub
+
+
+def verdict(model: Any, engine: Any) -> str | None:
+    view = lora_view(model)
+    assert view is not None
+    return base_mismatch(view, engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_same_base_is_recognised(dtype: Any, wrapped: bool) -> None:
+    base = base_model()
+    engine = engine_with(base, dtype=dtype, wrapped=wrapped)
+    model = lora_model(base)
+    randomize(model)
+    assert verdict(model, engine) is None
+
+
+def test_a_merged_earlier_adapter_is_noticed() -> None:
+    base = base_model()
+    engine = engine_with(base)
+    earlier = lora_model(base, target_modules=["v_proj"])
+    randomize(earlier)
+    found = verdict(lora_model(earlier.merge_and_unload()), engine)
+    assert found is not None
+    assert "qkv_proj' differs from model.layers.0.self_attn.q_proj" in found
+
+
+def test_float16_against_bfloat16_is_rounding() -> None:
+    base = base_model()
+    engine = engine_with(base, dtype=torch.bfloat16)
+    assert verdict(lora_model(base.to(torch.float16)), engine) is None
+
+
+def test_permuted_and_incomparable_weights_pass() -> None:
+    base = base_model()
+    engine = engine_with(base)
+    for name, weight in list(engine.inside.items()):  # type: ignore[attr-defined]
+        engine.inside[name] = weight.flip(0)  # type: ignore[attr-defined]
+    model = lora_model(base)
+    assert verdict(model, engine) is None
+    for name in list(engine.inside):  # type: ignore[attr-defined]
+        engine.inside[name] = torch.empty(0)  # type: ignore[attr-defined]  # repacked, as on the CPU backend
+    assert verdict(model, engine) is None
+    assert verdict(model, RecordingEngineStub()) is None
+
+
+def test_merged_training_layers_are_not_compared() -> None:
+    base = base_model()
+    engine = engine_with(base)
+    model = lora_model(base)
+    randomize(model)
+    model.merge_adapter()
+    assert verdict(model, engine) is None

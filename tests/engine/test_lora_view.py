@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
+from trlpatch.engine.lora_view import adapter_tensors, base_of, fingerprint, lora_view, unwrap  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel, DataParallel and DeepSpeedEngine keep the model."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, torch.compile, lambda m: Wrapper(torch.compile(m))])
+def test_the_model_is_found_under_wrappers(wrap: Any) -> None:
+    model = lora_model()
+    assert unwrap(wrap(model)) is model
+    assert base_of(wrap(model)) is model.get_base_model()
+    view = lora_view(wrap(model))
+    assert view is not None
+    assert view.active == ("default",)
+    assert len(view.layers) == 6
+
+
+def test_a_model_without_an_adapter_has_no_view() -> None:
+    assert lora_view(base_model()) is None
+    assert lora_view("some/model") is None
+    assert lora_view(None) is None
+    assert lora_view(lora_model().merge_and_unload()) is None
+
+
+def test_adapters_that_transformers_added_itself_are_seen() -> None:
+    from peft import LoraConfig
+
+    model = base_model()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    view = lora_view(model)
+    assert view is not None
+    assert len(view.pairs(view.active[0])) == 2
+
+
+def test_keys_are_those_of_a_saved_peft_adapter() -> None:
+    from peft import get_peft_model_state_dict
+
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    saved = get_peft_model_state_dict(model)
+    ours = adapter_tensors(view, "default").tensors
+    assert set(ours) == set(saved)
+    assert {name: tuple(t.shape) for name, t in ours.items()} == {name: tuple(t.shape) for name, t in saved.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_alpha": 3},
+        {"lora_alpha": 4},
+        {"rank_pattern": {"q_proj": 2, "o_proj": 7}, "alpha_pattern": {"v_proj": 40}},
+    ],
+)
+def test_scaling_and_ranks_are_folded_into_the_copies(changes: dict[str, Any]) -> None:
+    model = lora_model(**changes)
+    randomize(model)
+    view = lora_view(model)
+    assert view is not None
+    adapter = adapter_tensors(view, "default")
+    for path, layer in view.layers:
+        a = adapter.tensors[f"base_model.model.{path}.lora_A.weight"]
+        b = adapter.tensors[f"base_model.model.{path}.lora_B.weight"]
+        assert a.shape[0] == b.shape[1] == adapter.rank
+        torch.testing.assert_close(b @ a, layer.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_copies_never_alias_the_training_weights(dtype: Any, alpha: int) -> None:
+    model = lora_model(lora_alpha=alpha).to(dtype)
+    randomize(model)
+    view = lora_view(model)
+    assert view is not None
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for tensor in adapter_tensors(view, "default").tensors.values():
+        tensor.mul_(3.0)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_an_optimizer_step_moves_the_fingerprint(settings: dict[str, bool]) -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    assert fingerprint(view) == before
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **settings)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert fingerprint(view) == before
+    optimizer.step()
+    assert fingerprint(view) != before
+
+
+def test_scaling_and_the_active_adapter_are_part_of_the_fingerprint() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    view.layers[0][1].scaling["default"] *= 2
+    assert fingerprint(view) != before
+    view.layers[0][1].scaling["default"] /= 2
+    assert fingerprint(view) == before
+    with model.disable_adapter():
+        assert view.disabled
+        assert fingerprint(view) != before
+
+
+def test_writes_that_torch_does_not_count_are_seen() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    _, a, _, _ = view.pairs("default")[0]
+    counted = a._version
+    a.data[0, 0] += 1e-6
+    assert a._version == counted
+    assert fingerprint(view) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_without_version_counters(dtype: Any) -> None:
+    with torch.inference_mode():
+        model = lora_model().to(dtype)
+        view = lora_view(model)
+        assert view is not None
+        before = fingerprint(view)
+        assert fingerprint(view) == before
+        randomize(model)
+        assert fingerprint(view) != before

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from trlpatch import hooks  # noqa: E402
+from trlpatch.engine.attach import attach_engine  # noqa: E402
+from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams  # noqa: E402
+from trlpatch.hooks.settings import set_options  # noqa: E402
+from trlpatch.options import Options  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+
+@dataclass
+class OldConfig:
+    """OnlineDPO below 0.23."""
+
+    use_vllm: bool = False
+    temperature: float = 1.0
+
+
+@dataclass
+class ServerByDefault(OldConfig):
+    """GRPO 0.23-0.29."""
+
+    vllm_mode: str = "server"
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = "0.0.0.0"
+    vllm_server_port: int = 8000
+    vllm_enable_sleep_mode: bool = False
+    vllm_tensor_parallel_size: int = 1
+    vllm_importance_sampling_correction: bool = True
+    max_completion_length: int = 64
+    vllm_sampling_params: dict[str, Any] | None = None
+    top_p: float = 1.0
+
+
+@dataclass
+class ColocateByDefault(ServerByDefault):
+    """TRL 1.0 and newer."""
+
+    vllm_mode: str = "colocate"
+
+
+class GRPOTrainer:
+    pass
+
+
+class NashMDTrainer(GRPOTrainer):
+    pass
+
+
+def carrying(**settings: Any) -> Any:
+    return attach_engine(torch.nn.Linear(1, 1), RecordingEngineStub(**settings))
+
+
+@pytest.mark.parametrize("config", [ServerByDefault, ColocateByDefault])
+@pytest.mark.parametrize("sleep", [True, False])
+def test_a_carried_engine_switches_vllm_on(config: Any, sleep: bool) -> None:
+    args = config()
+    for _ in range(2):
+        hooks.configure(GRPOTrainer(), carrying(sleep=sleep), args)
+    assert (args.use_vllm, args.vllm_mode, args.vllm_enable_sleep_mode) == (True, "colocate", sleep)
+
+
+def test_fields_that_do_not_exist_are_not_made() -> None:
+    args = OldConfig()
+    hooks.configure(GRPOTrainer(), carrying(sleep=True), args)
+    assert vars(args) == {"use_vllm": True, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("model", ["some/model", torch.nn.Linear(1, 1), None])
+def test_without_an_engine_nothing_changes(model: Any) -> None:
+    for args in (ServerByDefault(), ServerByDefault(use_vllm=True), ColocateByDefault(vllm_enable_sleep_mode=True)):
+        before = dict(vars(args))
+        hooks.configure(GRPOTrainer(), model, args)
+        assert vars(args) == before
+    hooks.configure(GRPOTrainer(), model, None)
+
+
+def test_nash_md_and_xpo_are_never_touched() -> None:
+    for colocate in ("auto", "always"):
+        set_options(Options(colocate=colocate))
+        args = ServerByDefault()
+        hooks.configure(NashMDTrainer(), carrying(), args)
+        assert args == ServerByDefault()
+    hooks.configure(NashMDTrainer(), carrying(), None)
+
+
+def test_never_and_always() -> None:
+    set_options(Options(colocate="never"))
+    args = ServerByDefault()
+    hooks.configure(GRPOTrainer(), carrying(), args)
+    assert args == ServerByDefault()
+    set_options(Options(colocate="always"))
+    hooks.configure(GRPOTrainer(), "some/model", args)
+    assert (args.use_vllm, args.vllm_mode, args.vllm_enable_sleep_mode) == (True, "colocate", False)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ColocateByDefault(use_vllm=True, vllm_mode="server"),
+        ServerByDefault(use_vllm=True, vllm_server_base_url="http://server:8000"),
+        ServerByDefault(use_vllm=True, vllm_server_port=8001),
+        ServerByDefault(use_vllm=True, vllm_server_host="server"),
+    ],
+)
+def test_an_explicit_server_is_left_alone(args: Any, caplog: pytest.LogCaptureFixture) -> None:
+    before = dict(vars(args))
+    hooks.configure(GRPOTrainer(), carrying(), args)
+    assert vars(args) == before
+    assert "args ask for a vLLM server" in caplog.text
+
+
+def test_sleep_as_asked() -> None:
+    set_options(Options(sleep="off"))
+    args = ServerByDefault(vllm_enable_sleep_mode=True)
+    hooks.configure(GRPOTrainer(), carrying(sleep=True), args)
+    assert not args.vllm_enable_sleep_mode
+    set_options(Options(sleep="on"))
+    hooks.configure(GRPOTrainer(), carrying(sleep=True), args)
+    assert args.vllm_enable_sleep_mode
+    args = ColocateByDefault(use_vllm=True)
+    hooks.configure(GRPOTrainer(), "some/model", args)
+    assert args.vllm_enable_sleep_mode
+    for args in (ServerByDefault(), OldConfig()):
+        with pytest.raises(EngineWithoutSleep, match="enable_sleep_mode=True"):
+            hooks.configure(GRPOTrainer(), carrying(sleep=False), args)
+
+
+def test_sleep_that_the_engine_cannot_is_taken_back_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    args = ServerByDefault(vllm_enable_sleep_mode=True)
+    hooks.configure(GRPOTrainer(), carrying(sleep=False), args)
+    assert not args.vllm_enable_sleep_mode
+    assert "vllm_enable_sleep_mode=True is set to False" in caplog.text
+
+
+def test_missing_arguments() -> None:
+    with pytest.raises(ArgsRequired, match=r"args=GRPOConfig\(output_dir=\.\.\.\)"):
+        hooks.configure(GRPOTrainer(), carrying(), None)
+
+
+def test_tensor_parallel_size_must_agree() -> None:
+    with pytest.raises(EngineMismatch, match="Set vllm_tensor_parallel_size=2"):
+        hooks.configure(GRPOTrainer(), carrying(tensor_parallel=2), ServerByDefault())
+
+
+@pytest.mark.parametrize(
+    ("settings", "args", "warns"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(temperature=0.7), True),
+        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(top_p=0.9), True),
+        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(vllm_sampling_params={"min_p": 0.1}), True),
+        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(), False),
+        ({"logprobs_mode": "processed_logprobs"}, ServerByDefault(temperature=0.7), False),
+        ({"logprobs_mode": "raw_logprobs"}, OldConfig(temperature=0.7), False),
+    ],
+)
+def test_raw_log_probabilities(settings: Any, args: Any, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = carrying(**settings)
+    for _ in range(2):
+        hooks.configure(GRPOTrainer(), model, args)
+    assert caplog.text.count("the correction is biased") == int(warns)
+
+
+def test_completions_longer_than_the_engine_allows(caplog: pytest.LogCaptureFixture) -> None:
+    hooks.configure(GRPOTrainer(), carrying(max_model_len=64), ServerByDefault())
+    assert "max_model_len is 64" in caplog.text
+
+
+def test_sampling_parameters_that_reach_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ServerModeSamplingParams):
+        hooks.configure(
+            GRPOTrainer(), "some/model", ServerByDefault(use_vllm=True, vllm_sampling_params={"min_p": 0.1})
+        )
+    with caplog.at_level(logging.WARNING, logger="trlpatch"):
+        hooks.configure(GRPOTrainer(), "some/model", ServerByDefault(vllm_sampling_params={"min_p": 0.1}))
+    assert "vllm_sampling_params has no effect" in caplog.text

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+vllm = pytest.importorskip("vllm")
+
+import trlpatch  # noqa: E402
+from trlpatch import hooks  # noqa: E402
+from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+
+@dataclass
+class GRPOConfig:
+    temperature: float = 1.0
+    vllm_sampling_params: Any = None
+
+    def __post_init__(self) -> None:
+        hooks.normalize_sampling(self)
+
+
+class OnlineDPOConfig(GRPOConfig):
+    pass
+
+
+def test_parameters_remember_what_was_given() -> None:
+    params = trlpatch.vLLMSamplingParams(temperature=1.0, stop=["x"], seed=3)
+    assert isinstance(params, vllm.SamplingParams)
+    for twin in (params, pickle.loads(pickle.dumps(params)), copy.deepcopy(params), copy.copy(params), params.clone()):
+        assert twin._set_kwargs == {"temperature": 1.0, "stop": ["x"], "seed": 3}
+        assert twin == params
+    changed = params.clone()
+    changed.max_tokens = 99
+    assert changed.clone().max_tokens == 99
+    with pytest.raises(TypeError, match="temprature"):
+        trlpatch.vLLMSamplingParams(temprature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        (None, None),
+        ({}, {}),
+        ({"min_p": 0.1}, {"min_p": 0.1}),
+        ('{"min_p": 0.1}', {"min_p": 0.1}),
+        (lambda: trlpatch.vLLMSamplingParams(temperature=1.0, stop=["x"]), {"temperature": 1.0, "stop": ["x"]}),
+        (lambda: trlpatch.vLLMSamplingParams(stop_token_ids={3}), {"stop_token_ids": [3]}),
+        (
+            lambda: trlpatch.vLLMSamplingParams(
+                structured_outputs=vllm.sampling_params.StructuredOutputsParams(regex="a+")
+            ),
+            {"structured_outputs": {"regex": "a+"}},
+        ),
+    ],
+)
+def test_configs_hold_plain_values(given: Any, values: Any) -> None:
+    config = GRPOConfig(vllm_sampling_params=given() if callable(given) else given)
+    assert config.vllm_sampling_params == values
+    hooks.normalize_sampling(config)
+    assert config.vllm_sampling_params == values
+    assert json.loads(json.dumps(config.vllm_sampling_params)) == values
+
+
+def test_a_plain_sampling_params_is_read_against_the_defaults(caplog: pytest.LogCaptureFixture) -> None:
+    config = GRPOConfig(vllm_sampling_params=vllm.SamplingParams(temperature=0.5, min_p=0.1, stop="x"))
+    assert config.vllm_sampling_params == {"temperature": 0.5, "min_p": 0.1, "stop": ["x"]}
+    assert "does not say which values you gave" in caplog.text
+    with pytest.raises(ProtectedSamplingParam, match="'n'"):
+        GRPOConfig(vllm_sampling_params=vllm.SamplingParams(n=2))
+
+
+@pytest.mark.parametrize(
+    "name", ["n", "logprobs", "prompt_logprobs", "detokenize", "truncate_prompt_tokens", "output_kind"]
+)
+def test_structural_values_belong_to_trl(name: str) -> None:
+    with pytest.raises(ProtectedSamplingParam, match=f"sets '{name}', which belongs to TRL"):
+        GRPOConfig(vllm_sampling_params={name: 1})
+    args = SimpleNamespace(vllm_sampling_params={name: 1})
+    with pytest.raises(ProtectedSamplingParam):
+        hooks.sampling_params(args, dict)
+
+
+def test_max_tokens_belongs_to_trainers_that_pad_by_it() -> None:
+    assert GRPOConfig(vllm_sampling_params={"max_tokens": 5}).vllm_sampling_params == {"max_tokens": 5}
+    with pytest.raises(ProtectedSamplingParam, match="max_tokens"):
+        OnlineDPOConfig(vllm_sampling_params={"max_tokens": 5})
+
+
+@pytest.mark.parametrize("given", [3, ["min_p"], "min_p", "[1]", {"logits_processors": [print]}, {"seed": object()}])
+def test_what_is_not_a_set_of_json_values(given: Any) -> None:
+    with pytest.raises(UnusableSamplingParam, match=r"GRPOConfig\.vllm_sampling_params"):
+        GRPOConfig(vllm_sampling_params=given)
+
+
+def test_given_values_win_and_the_rest_stays_trls() -> None:
+    args = GRPOConfig(vllm_sampling_params=trlpatch.vLLMSamplingParams(top_k=5, stop=["x"], seed=0))
+    trainer = SimpleNamespace(args=args)
+    for owner in (args, trainer):
+        made = hooks.sampling_params(owner, vllm.SamplingParams)(n=2, top_k=50, seed=7, max_tokens=9)
+        assert (made.n, made.top_k, made.seed, made.max_tokens, made.stop) == (2, 5, 0, 9, ["x"])
+
+
+def test_without_given_values_it_is_trls_own_class() -> None:
+    for owner in (GRPOConfig(), SimpleNamespace(args=GRPOConfig()), SimpleNamespace(args=SimpleNamespace()), object()):
+        assert hooks.sampling_params(owner, vllm.SamplingParams) is vllm.SamplingParams
+
+
+def test_structured_outputs_are_rebuilt() -> None:
+    args = GRPOConfig(vllm_sampling_params={"structured_outputs": {"regex": "a+"}})
+    made = hooks.sampling_params(args, vllm.SamplingParams)()
+    assert made.structured_outputs == vllm.sampling_params.StructuredOutputsParams(regex="a+")
+
+
+def test_another_temperature_than_the_trainers_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    args = GRPOConfig(vllm_sampling_params={"temperature": 0.5})
+    for _ in range(2):
+        hooks.sampling_params(args, vllm.SamplingParams)(temperature=1.0)
+    same = GRPOConfig(vllm_sampling_params={"temperature": 1.0})
+    hooks.sampling_params(same, vllm.SamplingParams)(temperature=1.0)
+    assert caplog.text.count("sampled at temperature 0.5") == 1

@@ -1,0 +1,120 @@
+"""Which adapters vLLM can serve as a LoRA request. Everything else is left to TRL's own full-weight sync.
+
+The rules on configurations are TRL's own (`validate_lora_for_vllm_sync`, 1.14.0 and newer), plus what PEFT
+has grown since. Each function answers with the reason against, as a sentence for the log, or None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trlpatch.engine import probes
+from trlpatch.engine.base_weights import base_mismatch
+from trlpatch.engine.lora_view import LoraView
+from trlpatch.engine.state import state_of
+
+# PEFT initialisations that subtract from the base weights: the engine's checkpoint is then not the trainer's
+# base.
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def why_not_lora(view: LoraView) -> str | None:
+    """Reason why the model's active adapter is not a plain LoRA adapter, or None when it is one."""
+    adapters = view.active or tuple(view.configs)
+    if len(adapters) != 1:
+        return f"{len(adapters)} adapters are active ({', '.join(adapters)}); a request carries one"
+    config = view.configs.get(adapters[0])
+    if config is None:
+        return f"the active adapter {adapters[0]!r} has no PEFT configuration"
+    return _config_reason(config) or _layer_reason(view, adapters[0]) or _storage_reason(view, adapters[0])
+
+
+def _config_reason(config: Any) -> str | None:
+    def setting(name: str) -> Any:
+        return getattr(config, name, None)
+
+    kind = str(getattr(setting("peft_type"), "value", setting("peft_type")))
+    if bool(setting("is_prompt_learning")):
+        return f"{type(config).__name__} learns a prompt, not a LoRA adapter"
+    if kind != "LORA":
+        return f"{type(config).__name__} is not a LoRA adapter"
+    if setting("modules_to_save"):
+        return f"modules_to_save={list(setting('modules_to_save'))} are trained in full, not as a low-rank delta"
+    if setting("use_dora"):
+        return "DoRA's magnitude vectors have no place in a LoRA request"
+    if setting("bias") not in (None, "none"):
+        return f"bias={setting('bias')!r} trains biases, which a LoRA request does not carry"
+    for name, what in (
+        ("lora_bias", "trains a bias in lora_B"),
+        ("target_parameters", "adapts parameters of fused experts"),
+        ("trainable_token_indices", "trains rows of the embedding"),
+        ("layer_replication", "replicates layers that the engine does not have"),
+    ):
+        if setting(name):
+            return f"{name}={setting(name)!r} {what}"
+    init = setting("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
+        return f"init_lora_weights={init!r} rewrites the base weights; the engine has the checkpoint's"
+    return None
+
+
+def _layer_reason(view: LoraView, adapter: str) -> str | None:
+    adapted = False
+    for path, layer in view.layers:
+        name = path.rpartition(".")[2]
+        if adapter in getattr(layer, "lora_embedding_A", {}) or name == "embed_tokens":
+            return f"it targets the embedding {path!r}"
+        if adapter not in getattr(layer, "lora_A", {}):
+            continue
+        adapted = True
+        if name == "lm_head":
+            # https://github.com/vllm-project/vllm/issues/51594
+            return f"it targets {path!r}; vLLM drops that delta from prompt log-probabilities"
+        variant = getattr(layer, "lora_variant", {}).get(adapter)
+        if variant is not None or adapter in getattr(layer, "lora_magnitude_vector", {}):
+            return f"{path!r} uses the LoRA variant {type(variant).__name__}"
+        if type(layer).__name__ in ("ParamWrapper", "MultiheadAttention"):
+            return f"{path!r} is adapted through PEFT's {type(layer).__name__}"
+        if layer.lora_A[adapter].weight.dim() != 2:
+            return f"{path!r} is not a linear layer"
+        if getattr(layer.lora_B[adapter], "bias", None) is not None:
+            return f"{path!r} has a bias in lora_B"
+        if layer.disable_adapters != view.disabled:
+            return f"the adapter is disabled in some layers only, among them {path!r}"
+    return None if adapted else "no linear layer carries it"
+
+
+def _storage_reason(view: LoraView, adapter: str) -> str | None:
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in view.base.modules()):
+        return "its parameters are sharded by FSDP"
+    for path, a, b, _ in view.pairs(adapter):
+        for parameter in (a, b):
+            if hasattr(parameter, "ds_id"):
+                return "its parameters are sharded by DeepSpeed ZeRO-3"
+            if hasattr(parameter, "full_tensor"):
+                return "its parameters are sharded by FSDP2"
+            if parameter.device.type == "meta" or parameter.numel() == 0:
+                return f"the parameters of {path!r} hold no data in this process"
+    return None
+
+
+def rank_of(view: LoraView) -> int:
+    """The largest rank of the active adapter, after rank_pattern."""
+    return max(int(a.shape[0]) for _, a, _, _ in view.pairs(view.active[0]))
+
+
+def why_not_on_engine(view: LoraView, engine: Any) -> str | None:
+    """Reason why this engine cannot take the (plain LoRA) adapter, or None. Its weights must be awake."""
+    if not probes.lora_enabled(engine):
+        return "the engine was built without enable_lora=True"
+    rank, limit = rank_of(view), probes.max_lora_rank(engine)
+    if rank > limit:
+        return f"its rank {rank} is above the engine's max_lora_rank={limit}"
+    state = state_of(engine)
+    if state.holds == "policy":
+        return "the engine's base weights were replaced by a full-weight sync"
+    if state.shared_weights:
+        return None
+    if view.base not in state.base_verdict:
+        state.base_verdict[view.base] = base_mismatch(view, engine)
+    return state.base_verdict[view.base]

@@ -1,0 +1,39 @@
+"""The request of the adapter as it is now, for code that has a model and an engine but no trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trlpatch.engine import adapters, expressible
+from trlpatch.engine.lora_view import lora_view
+from trlpatch.engine.sleep import wake
+from trlpatch.engine.state import state_of
+from trlpatch.errors import AdapterNotExpressible, StaleAdapter
+
+
+def require_request(model: Any, engine: Any) -> Any:
+    """Wake the engine and return the live adapter's LoRARequest, handing the adapter over if it moved.
+
+    None while the adapter is disabled (the policy is the base model then). Raises AdapterNotExpressible when
+    the engine cannot serve the adapter, StaleAdapter when a level-2 sleep discarded the engine's weights.
+    """
+    state = state_of(engine)
+    wake(engine, state, "weights")
+    if state.weights_lost:
+        raise StaleAdapter(
+            "a live adapter request was asked for, but a level-2 sleep discarded the engine's weights and "
+            "only the "
+            "trainer can push them: roll out from the trainer, or attach an engine (it sleeps at level 1)"
+        )
+    wake(engine, state, "kv_cache")
+    view = lora_view(model)
+    reason = "it has no PEFT adapter" if view is None else expressible.why_not_lora(view)
+    if view is not None and reason is None:
+        reason = expressible.why_not_on_engine(view, engine)
+    if view is None or reason is not None:
+        raise AdapterNotExpressible(
+            f"a live LoRA request was asked for {type(model).__name__}, but vLLM cannot serve it: {reason}"
+        )
+    if view.disabled:
+        return None
+    return adapters.current_request(view, view.base, state) or adapters.publish(view, view.base, engine)

@@ -1,0 +1,134 @@
+"""What this vLLM engine can do, asked of the engine itself rather than of its version number."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Any
+
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+SLEEP_TAGS = frozenset({WEIGHTS, KV_CACHE})
+
+# vllm/config.py up to 0.11.0, which has the list inside a function; later releases publish it as
+# MaxLoRARanks.
+_RANKS_WITHOUT_LITERAL = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def _reach(root: object, *names: str) -> Any:
+    """`root.a.b.c`, or None as soon as one of the names is missing or None."""
+    found: Any = root
+    for name in names:
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
+def looks_like_engine(llm: object) -> bool:
+    """True for `vllm.LLM` and anything with the same surface (`generate`, and an `llm_engine` behind it)."""
+    return callable(getattr(llm, "generate", None)) and getattr(llm, "llm_engine", None) is not None
+
+
+def model_config(llm: object) -> Any:
+    """The engine's ModelConfig, under `vllm_config` or, on older vLLM, beside it."""
+    found = _reach(llm, "llm_engine", "vllm_config", "model_config")
+    return found if found is not None else _reach(llm, "llm_engine", "model_config")
+
+
+def lora_config(llm: object) -> Any:
+    """The engine's LoRAConfig, None when it was built without LoRA."""
+    return _reach(llm, "llm_engine", "vllm_config", "lora_config")
+
+
+def sleep_enabled(llm: object) -> bool:
+    """Was it built with `enable_sleep_mode=True`? Sleeping without that is an error in vLLM."""
+    return bool(getattr(model_config(llm), "enable_sleep_mode", False))
+
+
+def lora_enabled(llm: object) -> bool:
+    """Was it built with `enable_lora=True`?"""
+    return lora_config(llm) is not None
+
+
+def max_lora_rank(llm: object) -> int:
+    """The rank its LoRA buffers are built for; 0 when it was built without LoRA."""
+    return int(getattr(lora_config(llm), "max_lora_rank", 0) or 0)
+
+
+def tensor_parallel_size(llm: object) -> int | None:
+    """The number of ranks that share one copy of the engine's weights; None when it does not say."""
+    size = _reach(llm, "llm_engine", "vllm_config", "parallel_config", "tensor_parallel_size")
+    return None if size is None else int(size)
+
+
+def logprobs_mode(llm: object) -> str | None:
+    """As vLLM spells it, "raw_logprobs" for one; None below vLLM 0.10.0, which has raw ones only."""
+    mode = getattr(model_config(llm), "logprobs_mode", None)
+    return None if mode is None else str(getattr(mode, "value", mode))
+
+
+def max_model_len(llm: object) -> int | None:
+    """Prompt and completion together, in tokens."""
+    length = getattr(model_config(llm), "max_model_len", None)
+    return None if length is None else int(length)
+
+
+def executor(llm: object) -> Any:
+    """The engine's executor when it lives in this process (multiprocessing off), else None."""
+    return _reach(llm, "llm_engine", "model_executor")
+
+
+def worker_lora_manager(llm: object) -> Any:
+    """The worker's LoRA manager when the worker lives in this process and has one, else None."""
+    worker = _reach(executor(llm), "driver_worker")
+    if worker is None:
+        return None
+    # WorkerWrapperBase forwards attributes to the worker it wraps.
+    manager = _reach(worker, "model_runner", "lora_manager")
+    return manager if getattr(manager, "_adapter_manager", None) is not None else None
+
+
+def engine_module(llm: object) -> Any:
+    """The torch module that the worker runs, when it lives in this process, else None.
+
+    Asked with `get_model()`: with CUDA graphs `model_runner.model` is a wrapper.
+    """
+    runner = _reach(executor(llm), "driver_worker", "model_runner")
+    get_model = getattr(runner, "get_model", None)
+    return get_model() if callable(get_model) else getattr(runner, "model", None)
+
+
+def sleeping_tags(llm: object) -> frozenset[str] | None:
+    """The memory pools that are unmapped now, by the executor; None when it cannot be asked."""
+    tags = getattr(executor(llm), "sleeping_tags", None)
+    return frozenset(tags) & SLEEP_TAGS if isinstance(tags, (set, frozenset)) else None
+
+
+def legal_ranks() -> tuple[int, ...]:
+    """The values vLLM accepts for `max_lora_rank`, ascending; read from vLLM's own type where it has one."""
+    try:
+        from vllm.config.lora import MaxLoRARanks
+    except ImportError:
+        return _RANKS_WITHOUT_LITERAL
+    return tuple(sorted(int(rank) for rank in typing.get_args(MaxLoRARanks))) or _RANKS_WITHOUT_LITERAL
+
+
+def legal_rank(rank: int) -> int | None:
+    """The smallest legal `max_lora_rank` that holds `rank`, or None when vLLM has none that large."""
+    return next((legal for legal in legal_ranks() if legal >= rank), None)
+
+
+def engine_accepts(argument: str) -> bool:
+    """Does this vLLM's engine know the argument? (`logprobs_mode` came with 0.10.0.)"""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError:
+        return False
+    return argument in inspect.signature(EngineArgs).parameters
+
+
+def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of `arguments` that `function` has a parameter for: vLLM's releases differ."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}

@@ -1,0 +1,99 @@
+"""TRL's `LLM(...)` yields the engine that the model carries, or builds TRL's own, ready for LoRA."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from trlpatch.engine import expressible, probes
+from trlpatch.engine.attach import attached_engine, share_in_copies
+from trlpatch.engine.lora_view import lora_view
+from trlpatch.engine.notices import once
+from trlpatch.engine.state import state_of
+from trlpatch.errors import AdapterNotExpressible
+from trlpatch.hooks.owner import binding
+from trlpatch.hooks.settings import options
+
+
+def engine(owner: Any, model: Any, build: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands where TRL wrote `LLM`: a callable that takes TRL's own arguments and returns the engine.
+
+    `owner` is the trainer or VLLMGeneration being initialised; its `.model`, where it is set already, counts more than
+    `model`, because TRL may have applied a `peft_config` to it.
+
+    An engine that the model carries is returned as it is and `build` is not called, unless
+    `colocate="never"`. Otherwise `build` gets TRL's arguments, and for a LoRA model also `enable_lora=True`,
+    the smallest legal `max_lora_rank`, `max_loras=1`, and `logprobs_mode="processed_logprobs"` where TRL
+    names none (0.23, which already corrects with the sampler's log-probabilities).
+    """
+    own = getattr(owner, "model", None)
+    model = model if own is None else own
+    attached = attached_engine(model)
+    if attached is not None and options().colocate != "never":
+        return _Reuse(attached)
+    return _Build(owner, model, build)
+
+
+def generation(args: Any, build: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands where TRL wrote `VLLMGeneration`: the object it makes knows the trainer's arguments."""
+    return binding(args, build)
+
+
+class _Reuse:
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        state_of(self._engine).attached = True
+        share_in_copies(self._engine)
+        once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
+        return self._engine
+
+
+class _Build:
+    def __init__(self, owner: Any, model: Any, build: Callable[..., Any]) -> None:
+        self._owner = owner
+        self._model = model
+        self._build = build
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        lora = _lora_arguments(self._owner, self._model, kwargs)
+        if not lora:
+            return self._build(*args, **kwargs)
+        try:
+            return self._build(*args, **{**kwargs, **lora})
+        except Exception as error:
+            added = ", ".join(f"{name}={value!r}" for name, value in lora.items())
+            error.add_note(
+                f"trlpatch built TRL's engine with {added} because the model has a LoRA adapter; "
+                'PatchFastRL(adapter="off") builds it as TRL does'
+            )
+            raise
+
+
+def _lora_arguments(owner: Any, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments to add to TRL's; none for a model without an adapter that vLLM can serve."""
+    view = lora_view(model)
+    if view is None or options().adapter == "off" or given.get("enable_lora") is not None:
+        return {}
+    reason = expressible.why_not_lora(view)
+    rank = None
+    if reason is None:
+        needed = expressible.rank_of(view)
+        rank = probes.legal_rank(needed)
+        if rank is None:
+            reason = f"its rank {needed} is above vLLM's largest, {probes.legal_ranks()[-1]}"
+    if reason is not None:
+        if options().adapter == "request":
+            raise AdapterNotExpressible(
+                f'building the rollout engine with adapter="request": vLLM cannot serve the adapter, {reason}; '
+                'use a plain LoRA adapter, or PatchFastRL(adapter="auto") for TRL\'s full-weight sync'
+            )
+        name = type(owner).__name__
+        once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
+        return {}
+    added: dict[str, Any] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
+        added["logprobs_mode"] = "processed_logprobs"
+    return added

@@ -1,0 +1,153 @@
+"""At the head of a trainer's `__init__`: switch vLLM on for a model that carries an engine."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from trlpatch.engine import probes
+from trlpatch.engine.attach import attached_engine
+from trlpatch.engine.notices import once, warn_once
+from trlpatch.engine.state import state_of
+from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
+from trlpatch.hooks.owner import never_touched
+from trlpatch.hooks.settings import options
+
+
+def configure(trainer: Any, model: Any, args: Any) -> None:
+    """Set `use_vllm`, `vllm_mode` and `vllm_enable_sleep_mode` on `args` where these fields exist.
+
+    Done when `model` carries an engine, or with colocate="always"; never for NashMD and XPO, never over an
+    explicit server. `trainer` is not initialised yet. Raises ArgsRequired, EngineWithoutSleep, EngineMismatch
+    (tensor parallel size) and ServerModeSamplingParams.
+    """
+    if never_touched(trainer):
+        return
+    engine = attached_engine(model) if options().colocate != "never" else None
+    wanted = engine is not None or options().colocate == "always"
+    if args is None:
+        if wanted:
+            raise ArgsRequired(
+                f"{type(trainer).__name__}(args=None): TRL would build default arguments with "
+                "use_vllm=False after this "
+                "point, and the engine would stay unused; pass args, e.g. "
+                f"args={type(trainer).__name__.removesuffix('Trainer')}Config(output_dir=...)"
+            )
+        return
+    if not hasattr(args, "use_vllm"):
+        return
+    if wanted and not _explicit_server(args):
+        args.use_vllm = True
+        if hasattr(args, "vllm_mode"):
+            args.vllm_mode = "colocate"
+        if engine is not None:
+            _match(trainer, args, engine)
+    elif wanted:
+        once(
+            trainer,
+            f"{type(trainer).__name__}: the attached engine is not used, args ask for a vLLM server "
+            "(vllm_mode='server')",
+            level=logging.WARNING,
+        )
+    if args.use_vllm and getattr(args, "vllm_mode", "colocate") == "colocate":
+        _sleep_mode(trainer, args, engine)
+    _check_sampling(trainer, args)
+
+
+def _default(args: Any, name: str) -> Any:
+    field = getattr(type(args), "__dataclass_fields__", {}).get(name)
+    return None if field is None else field.default
+
+
+def _explicit_server(args: Any) -> bool:
+    """Did the user choose the server? It is the default up to TRL 0.29, so more has to say so there."""
+    if getattr(args, "vllm_mode", None) != "server":
+        return False
+    if _default(args, "vllm_mode") == "colocate" or getattr(args, "vllm_server_base_url", None):
+        return True
+    return any(getattr(args, name, None) != _default(args, name) for name in ("vllm_server_host", "vllm_server_port"))
+
+
+def _match(trainer: Any, args: Any, engine: Any) -> None:
+    """Refuse or report settings of the arguments that the attached engine does not follow."""
+    state_of(engine).attached = True
+    size, asked = probes.tensor_parallel_size(engine), getattr(args, "vllm_tensor_parallel_size", None)
+    if size is not None and asked is not None and size != asked:
+        raise EngineMismatch(
+            f"{type(trainer).__name__}: args.vllm_tensor_parallel_size={asked}, but the attached engine was "
+            "built with "
+            f"tensor_parallel_size={size}; TRL would gather prompts over the wrong ranks. "
+            f"Set vllm_tensor_parallel_size={size}"
+        )
+    length = probes.max_model_len(engine)
+    completion = getattr(args, "max_completion_length", None) or getattr(args, "max_new_tokens", None)
+    if length is not None and completion is not None and completion >= length:
+        warn_once(
+            engine,
+            f"completions of up to {completion} tokens were asked for, but the attached engine's "
+            "max_model_len is "
+            f"{length}, prompt included: longer ones are cut",
+        )
+    mode = probes.logprobs_mode(engine)
+    if (
+        getattr(args, "vllm_importance_sampling_correction", False)
+        and mode != "processed_logprobs"
+        and _reshapes(args)
+    ):
+        warn_once(
+            engine,
+            f"the attached engine reports {mode or 'raw_logprobs'}, but TRL corrects with the "
+            "log-probabilities that "
+            "tokens were sampled with, and temperature, top_p, top_k or min_p change those: the correction "
+            "is biased. "
+            'Build the engine with logprobs_mode="processed_logprobs"',
+        )
+
+
+def _reshapes(args: Any) -> bool:
+    """Do sampling settings change the distribution that tokens are drawn from?"""
+    values = {**vars(args), **(getattr(args, "vllm_sampling_params", None) or {})}
+    return (
+        values.get("temperature", 1.0) != 1.0
+        or values.get("top_p", 1.0) not in (None, 1.0)
+        or values.get("top_k", 0) not in (None, 0, -1)
+        or values.get("min_p", 0.0) not in (None, 0.0)
+        or values.get("repetition_penalty", 1.0) not in (None, 1.0)
+    )
+
+
+def _sleep_mode(trainer: Any, args: Any, engine: Any) -> None:
+    """`vllm_enable_sleep_mode` := what the engine can do; without an engine only what `sleep=` demands."""
+    wish = options().sleep
+    able = None if engine is None else probes.sleep_enabled(engine)
+    if wish == "on" and able is False:
+        raise EngineWithoutSleep(
+            f'{type(trainer).__name__}: sleep="on", but the attached engine was built without sleep; build '
+            "it with "
+            'vllm.LLM(..., enable_sleep_mode=True), or use PatchFastRL(sleep="auto")'
+        )
+    if not hasattr(args, "vllm_enable_sleep_mode"):
+        return
+    if wish != "auto":
+        args.vllm_enable_sleep_mode = wish == "on"
+    elif able is not None:
+        if args.vllm_enable_sleep_mode and not able:
+            warn_once(
+                engine,
+                "vllm_enable_sleep_mode=True is set to False: the attached engine was built without "
+                "enable_sleep_mode=True, and vLLM cannot put it to sleep",
+            )
+        args.vllm_enable_sleep_mode = able
+
+
+def _check_sampling(trainer: Any, args: Any) -> None:
+    if not getattr(args, "vllm_sampling_params", None):
+        return
+    name = type(trainer).__name__
+    if not args.use_vllm:
+        warn_once(args, f"{name}: vllm_sampling_params has no effect, because use_vllm is False")
+    elif getattr(args, "vllm_mode", "colocate") == "server":
+        raise ServerModeSamplingParams(
+            f"{name}: vllm_sampling_params reaches in-process engines only, and args.vllm_mode is 'server'; "
+            "use TRL's own fields and generation_kwargs, which are sent to the server"
+        )

@@ -1,0 +1,71 @@
+"""The `lora_request=` of every rollout: the adapter as it is at this moment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trlpatch.engine import adapters
+from trlpatch.engine.attach import attached_engine
+from trlpatch.engine.live import require_request
+from trlpatch.engine.state import state_of
+from trlpatch.errors import AdapterNotExpressible, StaleAdapter
+from trlpatch.hooks.owner import serves_remotely
+from trlpatch.hooks.sleep import awake_with_live_weights
+from trlpatch.hooks.sync import AdapterPath, adapter_path, hand_over, resync
+
+
+def lora_request(owner: Any, engine: Any, given: Any = None) -> Any:
+    """The request to generate with, or None when the policy is in the engine's base weights.
+
+    Makes the rollout right whatever came before: wakes the engine, has discarded weights pushed, and hands
+    the adapter over when it has moved since the last hand-over (a trainer that syncs every few steps would
+    otherwise roll out with an older one). `given` is a request that the call already had; it wins. Raises
+    StaleAdapter rather than return an adapter that is not the current one.
+    """
+    if engine is None or serves_remotely(owner):
+        return given
+    state = state_of(engine)
+    awake_with_live_weights(owner, engine, state)
+    if given is not None:
+        return given
+    path = adapter_path(owner, engine)
+    if path.live and _disabled(path):
+        return None
+    if path.live and path.view is not None:
+        request = adapters.current_request(path.view, path.view.base, state)
+        if request is None and hand_over(owner):
+            request = adapters.current_request(path.view, path.view.base, state)
+            if request is None:
+                raise StaleAdapter(
+                    f"a rollout of {type(owner).__name__} would not use the current adapter: it changed, or was "
+                    "evicted, while it was handed over; do not train it from another thread while it generates"
+                )
+        if request is not None:
+            return request
+        path = adapter_path(owner, engine)
+    if state.holds != "policy" and path.view is not None:
+        # The adapter has become one that vLLM cannot serve, or never was: TRL's sync has to push merged
+        # weights.
+        resync(owner, engine, state, f"the adapter cannot be sent as a request ({path.reason})")
+    return None
+
+
+def _disabled(path: AdapterPath) -> bool:
+    return path.view is not None and path.view.disabled
+
+
+def live_lora_request(model: Any) -> Any:
+    """The LoRARequest of the adapter as it is now, for rollouts that your own code starts.
+
+    `llm.generate(prompts, lora_request=trlpatch.lora_request(model))`, on the engine attached to `model`.
+    Wakes the engine, and hands the adapter over if it has moved. None while the adapter is disabled. Raises
+    AdapterNotExpressible when no engine is attached or it cannot serve the adapter, StaleAdapter when its
+    weights were discarded.
+    """
+    engine = attached_engine(model)
+    if engine is None:
+        raise AdapterNotExpressible(
+            f"trlpatch.lora_request: no engine is attached to this {type(model).__name__}; "
+            "call trlpatch.attach_engine(model, llm) first"
+        )
+    return require_request(model, engine)

@@ -1,0 +1,146 @@
+"""The config field `vllm_sampling_params`: values given there win over TRL's, on every release."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trlpatch.engine.notices import once, warn_once
+from trlpatch.engine.sampling_params import GIVEN, explicit_values
+from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
+from trlpatch.hooks.owner import args_of
+
+FIELD = "vllm_sampling_params"
+
+# TRL's code relies on these values being its own.
+_PROTECTED: dict[str, str] = {
+    "n": "TRL lays prompts out for its own number of completions",
+    "logprobs": "TRL indexes the log-probabilities for importance sampling",
+    "prompt_logprobs": "TRL never reads them and vLLM would compute them for every prompt",
+    "detokenize": "TRL decides whether text is needed",
+    "truncate_prompt_tokens": "the trainer would score another prompt than the engine saw",
+    "output_kind": "TRL reads whole completions",
+}
+_MAX_TOKENS = ("max_tokens", "this trainer pads to TRL's own value; set its config field instead")
+# OnlineDPO reads `generation_config.max_tokens` back for padding, GOLD cuts its teacher's inputs by it.
+_OWN_MAX_TOKENS = ("OnlineDPO", "GOLD", "NashMD", "XPO")
+
+_STRUCTURED = {"structured_outputs": "StructuredOutputsParams", "guided_decoding": "GuidedDecodingParams"}
+
+
+def normalize_sampling(config: Any) -> None:
+    """At the head of a config's `__post_init__`: make `vllm_sampling_params` a plain dict of the given
+    values.
+
+    Takes a vLLMSamplingParams, a SamplingParams (values that differ from vLLM's defaults), a mapping or a
+    JSON object as text. The result is JSON-able, so that configs can be pickled and logged. Idempotent.
+    Raises ProtectedSamplingParam and UnusableSamplingParam.
+    """
+    given = getattr(config, FIELD, None)
+    if given is None:
+        return
+    values = _plain(config, given)
+    _refuse_protected(type(config).__name__, values)
+    setattr(config, FIELD, values)
+
+
+def _plain(config: Any, given: Any) -> dict[str, Any]:
+    where = f"{type(config).__name__}.{FIELD}"
+    if isinstance(given, str):  # the command line
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise UnusableSamplingParam(f"{where}: expected a JSON object, found {given!r} ({error})") from error
+    if isinstance(given, Mapping):
+        values = dict(given)
+    else:
+        found = explicit_values(given)
+        if found is None:
+            raise UnusableSamplingParam(
+                f"{where}: expected vLLMSamplingParams, vllm.SamplingParams or a dict, found {type(given).__name__}"
+            )
+        if not hasattr(given, GIVEN):
+            once(
+                given,
+                f"{where}: a plain SamplingParams does not say which values you gave; those that differ "
+                "from vLLM's "
+                f"defaults are used ({', '.join(sorted(found)) or 'none'}). trlpatch.vLLMSamplingParams "
+                "remembers them",
+                level=logging.WARNING,
+            )
+        values = found
+    values = {str(name): _jsonable(value) for name, value in values.items()}
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise UnusableSamplingParam(
+            f"{where}: a value is not JSON-able ({error}); TRL logs and stores its arguments as JSON"
+        ) from error
+    return values
+
+
+def _jsonable(value: Any) -> Any:
+    """Dataclasses (StructuredOutputsParams, GuidedDecodingParams) become dicts of what was set in them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.init and not field.name.startswith("_") and getattr(value, field.name) != field.default
+        }
+    if isinstance(value, (set, frozenset, tuple)):
+        return list(value)
+    return value
+
+
+def _refuse_protected(config_name: str, values: Mapping[str, Any]) -> None:
+    protected = dict(_PROTECTED)
+    if config_name.startswith(_OWN_MAX_TOKENS):
+        protected[_MAX_TOKENS[0]] = _MAX_TOKENS[1]
+    for name in values:
+        if name in protected:
+            raise ProtectedSamplingParam(
+                f"{config_name}.{FIELD} sets {name!r}, which belongs to TRL: {protected[name]}. Leave it out"
+            )
+
+
+def sampling_params(owner: Any, build: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands where TRL wrote `SamplingParams`: TRL's keyword arguments with the user's values on top.
+
+    `owner` is a trainer, a VLLMGeneration or a config. Without `vllm_sampling_params` it is `build` itself.
+    """
+    args = args_of(owner)
+    given = getattr(args, FIELD, None)
+    if not given:
+        return build
+    values = given if isinstance(given, dict) else _plain(args, given)
+    _refuse_protected(type(args).__name__, values)
+
+    def merged(*positional: Any, **named: Any) -> Any:
+        _report_temperature(args, values)
+        return build(*positional, **{**named, **{name: _rebuilt(name, value) for name, value in values.items()}})
+
+    return merged
+
+
+def _report_temperature(args: Any, values: Mapping[str, Any]) -> None:
+    own = getattr(args, "temperature", None)
+    asked = values.get("temperature", own)
+    if own is not None and asked != own:
+        warn_once(
+            args,
+            f"rollouts are sampled at temperature {asked} (vllm_sampling_params), but the trainer computes "
+            "its "
+            f"log-probabilities at args.temperature={own}: set both to the same value",
+        )
+
+
+def _rebuilt(name: str, value: Any) -> Any:
+    """vLLM wants its own classes for structured outputs; configs hold dicts."""
+    if name not in _STRUCTURED or not isinstance(value, Mapping):
+        return value
+    import vllm.sampling_params
+
+    return getattr(vllm.sampling_params, _STRUCTURED[name])(**value)
