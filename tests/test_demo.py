@@ -1,0 +1,69 @@
+"""The demo's parts that need no torch, and a short demo where torch and an engine are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trlpatch.demo import tiny, train
+from trlpatch.demo.show import milestones, sparkline
+from trlpatch.errors import DemoNeedsPackages
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [("123", 1.0), ("1 2\t3\n", 1.0), ("ab 12", 0.5), ("stone", 0.0), ("", 0.0), ("   ", 0.0)],
+)
+def test_reward_is_the_share_of_digits(completion: str, reward: float) -> None:
+    assert train.digits([completion], prompts=["ignored"]) == [reward]
+
+
+def test_sparkline_spans_the_blocks() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([-1.0, 2.0]) == "▁█"
+    assert sparkline([]) == ""
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 30, 1000])
+def test_milestones_hold_first_and_last(count: int) -> None:
+    steps = milestones(count)
+    assert (steps[0], steps[-1]) == (1, count)
+    assert len(steps) == min(count, 8)
+    assert steps == sorted(set(steps))
+
+
+def test_corpus_depends_on_the_seed_only() -> None:
+    assert tiny.corpus(5, seed=1) == tiny.corpus(5, seed=1) != tiny.corpus(5, seed=2)
+
+
+def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "NEEDED", ("json", "no_such_package"))
+    with pytest.raises(DemoNeedsPackages, match=r"no_such_package, which is not installed\. Run: pip install"):
+        train.train(1, 0, lambda setting: None, lambda step, reward: None)
+
+
+@pytest.mark.cpu
+def test_demo_learns_on_an_attached_engine(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRLPATCH_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "trlpatch", "demo", "--steps", "20", "--json"],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["rollouts"].startswith("vLLM engine in this process")
+    assert len(result["rewards"]) == 20
+    first, last = sum(result["rewards"][:5]) / 5, sum(result["rewards"][-5:]) / 5
+    assert last > first + 0.2, result["rewards"]
+    assert all(str(tmp_path) in file for file in result["report"]["files"].values())

@@ -1,0 +1,102 @@
+"""Show a running demo: the report, a progress bar, the reward per step, and where the patched source lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from trlpatch.demo.train import REWARD, Result, Setting, train
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+COLUMNS = 8
+
+
+def play(steps: int, seed: int, *, quiet: bool) -> Result:
+    """Run the demo and show it on the terminal; `quiet` shows the progress bar only."""
+    out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    err = Console(stderr=True)
+    starting = err.status("importing torch and TRL, building a model", spinner="line")
+    bar = Progress(
+        TextColumn("GRPO"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("reward {task.fields[reward]:.2f}"),
+        TimeElapsedColumn(),
+        console=err,
+    )
+    task = bar.add_task("steps", total=steps, reward=0.0, start=False)
+
+    def on_start(setting: Setting) -> None:
+        starting.stop()
+        _introduce(out, setting)
+        bar.start()
+        bar.start_task(task)
+
+    starting.start()
+    try:
+        result = train(steps, seed, on_start, lambda step, reward: bar.update(task, completed=step, reward=reward))
+    finally:
+        starting.stop()
+        bar.stop()
+    _conclude(out, result)
+    return result
+
+
+def as_dict(result: Result) -> dict[str, Any]:
+    """Return a result as JSON-able values."""
+    return {
+        "rollouts": result.setting.rollouts,
+        "versions": result.setting.versions,
+        "trainable_parameters": result.setting.trainable,
+        "reward": REWARD,
+        "rewards": list(result.rewards),
+        "seconds": round(result.seconds, 2),
+        "report": result.setting.report.to_dict(),
+    }
+
+
+def sparkline(values: Sequence[float], top: float = 1.0) -> str:
+    """Return one block per value, its height between 0 and `top`."""
+    last = len(BLOCKS) - 1
+    return "".join(BLOCKS[min(last, max(0, round(value / top * last)))] for value in values)
+
+
+def milestones(count: int, columns: int = COLUMNS) -> list[int]:
+    """Return up to `columns` step numbers from 1 to `count`, evenly spread, first and last included."""
+    if count <= columns:
+        return list(range(1, count + 1))
+    return sorted({1 + round(index * (count - 1) / (columns - 1)) for index in range(columns)})
+
+
+def _introduce(out: Console, setting: Setting) -> None:
+    versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
+    out.print("[bold]GRPO with LoRA on a model of 2 layers and random weights[/bold]")
+    out.print(f"  installed  {versions}")
+    out.print(f"  adapter    {setting.trainable:,} trainable parameters")
+    out.print(f"  rollouts   {setting.rollouts}")
+    out.print(f"  reward     {REWARD}\n")
+    out.print(str(setting.report), markup=False)
+    out.print()
+
+
+def _conclude(out: Console, result: Result) -> None:
+    rewards = result.rewards
+    if rewards:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("step")
+        for step in milestones(len(rewards)):
+            table.add_column(str(step), justify="right")
+        table.add_row("reward", *(f"{rewards[step - 1]:.2f}" for step in milestones(len(rewards))))
+        out.print(f"\nreward per step  {sparkline(rewards)}")
+        out.print(table)
+        out.print(
+            f"[bold]{rewards[0]:.2f} -> {rewards[-1]:.2f}[/bold] in {len(rewards)} steps, {result.seconds:.0f} s\n"
+        )
+    out.print("The patched source that ran:")
+    for target, file in result.setting.report.files.items():
+        out.print(f"  {target}  {file}", markup=False)
+    out.print("What was changed in it: trlpatch diff grpo")

@@ -1,0 +1,87 @@
+"""Where this environment stands: which TRL, which of its targets are in the cache, what is installed beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trlpatch.runtime.cache import Cache, entry_key, rules_digest
+from trlpatch.source.locate import find_trl, sources
+from trlpatch.source.releases import NEWEST_TESTED
+
+COMPANIONS = ("trlpatch", "trl", "vllm", "torch", "transformers", "peft", "accelerate", "libcst")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the next `PatchFastRL()` of this environment will meet. Nothing is imported, written or patched.
+
+    Attributes:
+        cached: per target of the release, whether its patched file lies in the cache.
+        cache_writable: whether the cache directory, or the nearest existing one above it, can be written.
+        packages: installed versions by distribution; None for what is not installed.
+    """
+
+    trl: str
+    where: str
+    untested: bool
+    disabled: bool
+    cached: dict[str, bool]
+    cache: str
+    cache_bytes: int
+    cache_writable: bool
+    packages: dict[str, str | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the situation as JSON-able values."""
+        return asdict(self)
+
+
+def situation() -> Situation:
+    """Look at the installed TRL and at the cache.
+
+    Raises:
+        TrlNotFound, UnsupportedTrl, UnparsableVersion: there is no TRL that can be patched.
+    """
+    install = find_trl()
+    cache, rules = Cache(), rules_digest()
+    cached = {
+        source.target.name: cache.read(
+            entry_key(
+                target=source.target.name,
+                release=install.release,
+                upstream_sha256=source.sha256,
+                skip=(),
+                rules=rules,
+            ),
+            source.path.name,
+        )
+        is not None
+        for source in sources(install)
+    }
+    return Situation(
+        trl=install.version,
+        where=str(install.root),
+        untested=install.release > NEWEST_TESTED,
+        disabled=os.environ.get("TRLPATCH_DISABLE", "").lower() not in ("", "0", "false", "no"),
+        cached=cached,
+        cache=str(cache.root),
+        cache_bytes=cache.size(),
+        cache_writable=_writable(cache.root),
+        packages={name: _version(name) for name in COMPANIONS},
+    )
+
+
+def _writable(directory: Path) -> bool:
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
