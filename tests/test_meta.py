@@ -1,0 +1,146 @@
+"""What is written in more than one place says the same everywhere."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import tomllib
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.golden.sources import RELEASES_TOML, ROOT, pinned, stacks
+from trlpatch.cli import cli
+from trlpatch.rewrite.registry import patches
+from trlpatch.source.releases import NEWEST_TESTED, OLDEST_SUPPORTED, parse_release
+from trlpatch.source.targets import ALGORITHMS, TARGETS
+
+RELEASES = pinned()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SOURCES = sorted((ROOT / "trlpatch").rglob("*.py"))
+LONGEST_FILE = 400
+
+
+def tox() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "tox.ini", encoding="utf-8")
+    return parser
+
+
+def expand(name: str) -> list[str]:
+    """Return the tox environments of a generative name: `a{1,2}-b` gives a1-b, a2-b."""
+    parts = [part.split(",") for part in re.split(r"[{}]", name)]
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def environments(tier: str) -> set[str]:
+    """Return the releases that have a `trl<release>-<tier>` section in tox.ini."""
+    names = [name for section in tox().sections() for name in expand(section.removeprefix("testenv:"))]
+    return {match[1] for name in names if (match := re.fullmatch(rf"trl([0-9.]+)-{tier}", name))}
+
+
+def test_releases_are_sorted_and_bounded_by_what_the_package_says() -> None:
+    releases = [parse_release(version) for version in RELEASES]
+    assert releases == sorted(set(releases))
+    assert releases[0] == OLDEST_SUPPORTED
+    assert releases[-1] == NEWEST_TESTED
+
+
+def test_releases_are_complete() -> None:
+    entries = tomllib.loads(RELEASES_TOML.read_text(encoding="utf-8"))["release"]
+    assert len(entries) == len(RELEASES)
+    for release in RELEASES.values():
+        assert re.fullmatch("[0-9a-f]{64}", release.sha256), release.version
+        assert release.tier in ("golden", "cpu"), release.version
+        assert release.cpu in stacks(), release.version
+
+
+def test_every_release_has_a_golden_environment() -> None:
+    assert environments("golden") == RELEASES.keys()
+
+
+def test_every_release_whose_stack_is_pinned_has_a_cpu_environment() -> None:
+    runnable = {name for name, stack in stacks().items() if stack.requirements}
+    expected = {release.version for release in RELEASES.values() if release.cpu in runnable}
+    assert environments("cpu") == expected
+    labelled = tox()["tox"]["labels"].split("=")[1].strip()
+    assert {name.removeprefix("trl").removesuffix("-cpu") for name in expand(labelled)} == expected
+
+
+def test_a_plain_tox_runs_what_the_tiers_say() -> None:
+    default = [name for line in tox()["tox"]["env_list"].split() for name in expand(line)]
+    on_cpu = {name for name in default if name.endswith("-cpu")}
+    assert on_cpu == {f"trl{release.version}-cpu" for release in RELEASES.values() if release.tier == "cpu"}
+    assert set(default) - on_cpu == {"lint", "types", "unit", "golden"}
+
+
+def test_stack_requirements_pin_everything() -> None:
+    for stack in stacks().values():
+        if stack.requirements is None:
+            continue
+        lines = stack.requirements.read_text(encoding="utf-8").splitlines()
+        loose = [
+            line for line in lines if not line.startswith("#") and not re.match(r"[\w.\-\[\]]+==[\w.]+($| ;)", line)
+        ]
+        assert loose == [], stack.name
+
+
+def test_vllm_metadata_says_the_version_of_the_stack() -> None:
+    metadata = tomllib.loads((ROOT / "tests/cpu/vllm_metadata/pyproject.toml").read_text(encoding="utf-8"))
+    assert metadata["project"]["version"] == f"{stacks()['cpu5'].vllm}+cpu"
+
+
+@pytest.mark.parametrize("tool", ["ruff", "mypy", "import-linter"])
+def test_tools_are_pinned_alike_in_tox_and_pyproject(tool: str) -> None:
+    pin = next(line for line in PYPROJECT["project"]["optional-dependencies"]["dev"] if line.startswith(f"{tool}=="))
+    sections = [tox()[name].get("deps", "") for name in ("testenv:lint", "testenv:types")]
+    assert pin in " ".join(sections).split()
+
+
+def test_demo_extra_holds_the_newest_tested_trl() -> None:
+    from packaging.requirements import Requirement
+
+    extra = [Requirement(line) for line in PYPROJECT["project"]["optional-dependencies"]["demo"]]
+    (trl,) = (requirement for requirement in extra if requirement.name == "trl")
+    assert list(RELEASES)[-1] in trl.specifier
+
+
+def test_every_patch_has_its_file_test_and_entry_in_the_docs() -> None:
+    names = {patch.name for patch in patches()}
+    files = {path.stem for path in (ROOT / "trlpatch/rewrite/patches").glob("*.py")} - {"__init__"}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests/patches").glob("test_*.py")}
+    documented = set(
+        re.findall(r"^#+ `?(\w+)`?$", (ROOT / "docs/patches.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert files == names
+    assert tests == names
+    assert documented >= names
+
+
+def test_every_patch_is_in_a_golden() -> None:
+    seen = {
+        step.split("@")[0]
+        for manifest in (ROOT / "golden").glob("*/manifest.json")
+        for file in json.loads(manifest.read_text(encoding="utf-8"))["files"].values()
+        for step in file["plan"]
+    }
+    assert seen == {patch.name for patch in patches()}
+
+
+def test_every_target_serves_an_algorithm() -> None:
+    assert {target for targets in ALGORITHMS.values() for target in targets} == TARGETS.keys()
+
+
+def test_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"trlpatch (\w+)", readme))
+    assert cli.commands.keys() - {"cache"} <= named
+    assert "pip install tox && tox\n" in readme
+    assert 'pip install -e ".[demo]" && trlpatch demo\n' in readme
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
