@@ -1,0 +1,38 @@
+"""Start `tests.cpu.training` in a process of its own and read its report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+# float32 on both sides; thirty steps on three TRL releases stayed below 3e-5.
+TOLERANCE = 1e-3
+
+
+def train(case: str, directory: Path, *, algorithm: str = "grpo", steps: int = 30) -> dict[str, Any]:
+    """Run one case (see tests/cpu/training.py) with a home of its own; fails with its output when it does."""
+    out = directory / f"{case}.json"
+    environ = {**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", "tests.cpu.training", case, str(out), "--algorithm", algorithm]
+    done = subprocess.run(
+        [*command, "--steps", str(steps)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    report: dict[str, Any] = json.loads(out.read_text())
+    return report
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,104 @@
+"""Train with one pinned TRL release on a real vLLM CPU engine: `python -m tests.cpu.stack trl1.9.2-cpu [pytest args]`.
+
+A stack (torch, vLLM, transformers, ...) is installed once, into `.tox/stacks/<name>` or `$TRLPATCH_STACKS/<name>`, and
+shared by all releases that run on it: each release is its unpacked wheel in front on PYTHONPATH. A tox environment of
+its own per release would install 3 GB each time, and tox recreates a directory that two environments share.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.golden.sources import ROOT, Stack, pinned, stacks, unpacked, wheel_cache
+
+METADATA = Path(__file__).parent / "vllm_metadata"
+
+ENGINE_ENVIRONMENT = {
+    # More threads gain nothing on tiny models, and wait for each other when another process has a core.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def main(environment: str, pytest_arguments: list[str]) -> int:
+    """Run tests/cpu for the release that `environment` (`1.9.2` or `trl1.9.2-cpu`) names; return pytest's status."""
+    version = environment.removeprefix("trl").removesuffix("-cpu")
+    release = pinned().get(version)
+    if release is None:
+        sys.exit(f"{environment}: TRL {version} is not in golden/releases.toml")
+    stack = stacks()[release.cpu]
+    if stack.requirements is None:
+        sys.exit(f"{environment}: TRL {version} runs on stack {stack.name} ({stack.description})")
+    python = installed(stack)
+    tree = unpacked(release, wheel_cache())
+    print(f"TRL {version} on {stack.name}: {stack.description}", flush=True)
+    environ = {
+        **os.environ,
+        **ENGINE_ENVIRONMENT,
+        # torch.distributed's default, 29500, is taken as soon as two of these run at once.
+        "MASTER_PORT": str(_free_port()),
+        "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]),
+        "TRLPATCH_TEST_TRL": str(tree),
+    }
+    command = [str(python), "-m", "pytest", "-W", "default", "-m", "cpu", *(pytest_arguments or ["tests"])]
+    return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+
+
+def installed(stack: Stack) -> Path:
+    """Return the stack's interpreter, installing the stack if it is absent or its pins have changed."""
+    folder = Path(os.environ.get("TRLPATCH_STACKS", ROOT / ".tox" / "stacks"))
+    folder.mkdir(parents=True, exist_ok=True)
+    home = folder / stack.name
+    python, pins = home / "bin" / "python", home / "pins"
+    wanted = _fingerprint(stack)
+    with _only_one(folder / f"{stack.name}.lock"):
+        if not pins.is_file() or pins.read_text(encoding="utf-8") != wanted:
+            print(f"Installing {stack.name} ({stack.description}) in {home}; this takes minutes", flush=True)
+            shutil.rmtree(home, ignore_errors=True)
+            venv.create(home, with_pip=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*install, "-r", str(stack.requirements)], check=True)
+            subprocess.run([*install, "--no-deps", *stack.no_deps, str(METADATA)], check=True)
+            pins.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def _fingerprint(stack: Stack) -> str:
+    assert stack.requirements is not None
+    pins = [stack.requirements.read_text(encoding="utf-8"), *stack.no_deps, sys.version]
+    pins.append((METADATA / "pyproject.toml").read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(pins).encode()).hexdigest()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    with lock.open("w", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

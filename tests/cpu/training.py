@@ -1,0 +1,263 @@
+"""Train for a few steps in a process of its own and report what happened.
+
+    python -m tests.cpu.training CASE OUT.json
+
+The TRL release is the one that can be imported. One vLLM engine per process is all that the CPU backend takes.
+"""
+
+from __future__ import annotations
+
+from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
+
+import argparse
+import hashlib
+import importlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ALGORITHMS = ("grpo", "rloo")
+CASES = ("attached", "own", "patched", "stock")
+CONTROL_STEPS = 4
+MAX_COMPLETION = 16
+STOP = 6  # a token id that a rollout may sample
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="grpo")
+    parser.add_argument("--steps", type=int, default=30)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        run = Run(arguments.algorithm, arguments.steps, Path(directory))
+        report = {"attached": run.attached, "own": run.own_engine, "patched": run.patched, "stock": run.stock}
+        arguments.out.write_text(json.dumps(report[arguments.case](), indent=1))
+
+
+class Run:
+    """The four cases, each used once per process."""
+
+    def __init__(self, algorithm: str, steps: int, directory: Path) -> None:
+        self.algorithm = algorithm
+        self.steps = steps
+        self.directory = directory
+        self.model = tiny.checkpoint(directory / "model")
+
+    def attached(self) -> dict[str, Any]:
+        """LoRA on an attached engine, then a control on the same engine with the request left out of every rollout."""
+        import trlpatch
+
+        report = trlpatch.PatchFastRL(self.algorithm)
+        engine = tiny.engine(self.model)
+        built = count_engines()
+        policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
+        params = trlpatch.vLLMSamplingParams(stop_token_ids=[STOP])
+        trainer = self._trainer(policy, self.steps, vllm_sampling_params=params)
+        recorder = Recorder(trainer, engine)
+        trainer.train()
+        recorder.close()
+        control = self._control(engine)
+        return {
+            **self._about(report),
+            "engines_built": len(built),
+            "uses_attached": engine_of(trainer) is engine,
+            "use_vllm": trainer.args.use_vllm,
+            "mode": trainer.args.vllm_mode,
+            "sleep": getattr(trainer.args, "vllm_enable_sleep_mode", None),
+            "rollouts": recorder.rollouts,
+            "control": control,
+            "rewards": logged(trainer, "reward"),
+            "witness": logged(trainer, "sampling/sampling_logp_difference/max"),
+        }
+
+    def _control(self, engine: Any) -> list[dict[str, Any]]:
+        import trlpatch
+        import trlpatch.hooks
+
+        injected = trlpatch.hooks.lora_request
+        trlpatch.hooks.lora_request = lambda *_: None
+        try:
+            policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
+            trainer = self._trainer(policy, CONTROL_STEPS)
+            recorder = Recorder(trainer, engine)
+            trainer.train()
+            recorder.close()
+            return recorder.rollouts
+        finally:
+            trlpatch.hooks.lora_request = injected
+
+    def own_engine(self) -> dict[str, Any]:
+        """LoRA on the engine that TRL builds itself, from its own arguments and the ones that trlpatch adds."""
+        import trlpatch
+
+        report = trlpatch.PatchFastRL(self.algorithm)
+        built = count_engines()
+        settings = {"vllm_mode": "colocate", "vllm_max_model_length": 128, "use_vllm": True}
+        trainer = self._trainer(tiny.policy(self.model), self.steps, **settings)
+        engine = engine_of(trainer)
+        recorder = Recorder(trainer, engine)
+        trainer.train()
+        recorder.close()
+        return {**self._about(report), "engines_built": len(built), "built_with": built, "rollouts": recorder.rollouts}
+
+    def patched(self) -> dict[str, Any]:
+        """No engine: transformers generates; with the patches."""
+        import trlpatch
+
+        return {**self._about(trlpatch.PatchFastRL(self.algorithm)), **self._without_engine()}
+
+    def stock(self) -> dict[str, Any]:
+        """No engine: transformers generates; TRL as it is."""
+        return {**self._about(None), **self._without_engine()}
+
+    def _without_engine(self) -> dict[str, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        torch.set_num_threads(1)
+        found: dict[str, Any] = {}
+        for name in ("full", "lora"):
+            torch.manual_seed(0)
+            model = tiny.policy(self.model) if name == "lora" else AutoModelForCausalLM.from_pretrained(self.model)
+            trainer = self._trainer(model, self.steps, learning_rate=1e-3)
+            losses = record_losses(trainer)
+            trainer.train()
+            digest = hashlib.sha256()
+            for _, parameter in sorted(trainer.model.named_parameters()):
+                digest.update(parameter.detach().contiguous().numpy().tobytes())
+            found[name] = {"losses": losses, "rewards": logged(trainer, "reward"), "weights": digest.hexdigest()}
+        return found
+
+    def _about(self, report: Any) -> dict[str, Any]:
+        import trl
+
+        module = importlib.import_module(f"trl.trainer.{self.algorithm}_trainer")
+        return {"trl": trl.__version__, "file": module.__file__, "patched": report is not None}
+
+    def _trainer(self, model: Any, steps: int, **changes: Any) -> Any:
+        import transformers
+        import trl
+
+        name = {"grpo": "GRPO", "rloo": "RLOO"}[self.algorithm]
+        settings: dict[str, Any] = {
+            "output_dir": str(self.directory / "out"),
+            "per_device_train_batch_size": 16,
+            "num_generations": 8,
+            "max_completion_length": MAX_COMPLETION,
+            "max_steps": steps,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "beta": 0.0,
+            "seed": 0,
+            "report_to": [],
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            **changes,
+        }
+        config = getattr(trl, f"{name}Config")
+        known = config.__dataclass_fields__
+        trainer = getattr(trl, f"{name}Trainer")(
+            model=model,
+            args=config(**{field: value for field, value in settings.items() if field in known}),
+            reward_funcs=odd_tokens,
+            train_dataset=tiny.dataset(32),
+            processing_class=tiny.tokenizer(),
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        return trainer
+
+
+def engine_of(trainer: Any) -> Any:
+    """Where TRL keeps it: on the trainer up to 0.27, in its VLLMGeneration from 0.28."""
+    return getattr(trainer, "llm", None) or trainer.vllm_generation.llm
+
+
+def _short(output: Any) -> bool:
+    return len(output.outputs[0].token_ids) < MAX_COMPLETION
+
+
+def odd_tokens(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Reward the share of tokens with an odd id: one half for a model that knows nothing."""
+    return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+
+
+class Recorder:
+    """Watches an engine's rollouts and scores each with the training model at the moment it happens."""
+
+    def __init__(self, trainer: Any, engine: Any) -> None:
+        self.rollouts: list[dict[str, Any]] = []
+        self._trainer = trainer
+        self._engine = engine
+        self._generate = engine.generate
+        engine.generate = self
+
+    def __call__(self, prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
+        if sampling_params.logprobs is None:  # RLOO does not ask; asking changes nothing that is sampled
+            sampling_params.logprobs = 0
+        outputs = self._generate(prompts, sampling_params=sampling_params, **kwargs)
+        request = kwargs.get("lora_request")
+        gaps = [self._gap(output, sampling_params.temperature) for output in outputs]
+        self.rollouts.append(
+            {
+                "step": self._trainer.state.global_step,
+                "adapter": None if request is None else request.lora_name,
+                "gap": max(gaps),
+                "last_tokens": sorted({output.outputs[0].token_ids[-1] for output in outputs if _short(output)}),
+                "stop_token_ids": list(sampling_params.stop_token_ids),
+                "max_tokens": sampling_params.max_tokens,
+            }
+        )
+        return outputs
+
+    def _gap(self, output: Any, temperature: float) -> float:
+        """Largest difference of a token's log-probability between the engine and the training model."""
+        prompt, completion = output.prompt_token_ids, output.outputs[0].token_ids
+        theirs = tiny.trainer_logprobs(self._trainer.model, prompt, completion, temperature=temperature)
+        return float((tiny.engine_logprobs(output) - theirs).abs().max())
+
+    def close(self) -> None:
+        self._engine.generate = self._generate
+
+
+def count_engines() -> list[dict[str, Any]]:
+    """From now on note the keyword arguments of every engine that is built."""
+    import vllm
+
+    built: list[dict[str, Any]] = []
+    construct = vllm.LLM.__init__
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+        built.append({name: kwargs[name] for name in kwargs if isinstance(kwargs[name], (str, int, float, bool))})
+        construct(self, *args, **kwargs)
+
+    vllm.LLM.__init__ = counting
+    return built
+
+
+def record_losses(trainer: Any) -> list[str]:
+    """Every loss to the last bit (the trainer's log rounds them)."""
+    losses: list[str] = []
+    compute = trainer.compute_loss
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        losses.append(float((loss[0] if isinstance(loss, tuple) else loss).detach()).hex())
+        return loss
+
+    trainer.compute_loss = recording
+    return losses
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+if __name__ == "__main__":
+    main()
