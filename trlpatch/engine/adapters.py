@@ -93,9 +93,8 @@ class InMemory:
         worker = probes.worker_lora_manager(self._engine())
         if worker is None:
             raise StaleAdapter(
-                "handing the adapter over: the engine's worker is no longer in this process; expected the "
-                "engine that "
-                "was attached to be alive; build a new one and call trlpatch.attach_engine(model, llm)"
+                "handing the adapter over: the engine's worker is no longer in this process; expected the engine "
+                "that was attached to be alive; build a new one and call trlpatch.attach_engine(model, llm)"
             )
         return worker
 

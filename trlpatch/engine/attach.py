@@ -45,8 +45,7 @@ def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Mo
     sleeping = probes.sleeping_tags(llm)
     if sleeping:
         raise EngineMismatch(
-            f"attach_engine(model, llm): the engine sleeps ({', '.join(sorted(sleeping))}); it must be "
-            "awake to be "
+            f"attach_engine(model, llm): the engine sleeps ({', '.join(sorted(sleeping))}); it must be awake to be "
             "attached: call llm.wake_up() first"
         )
     base = base_of(model)
@@ -106,8 +105,7 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
     directory = Path(name or "")
     if name is None or not (directory / "adapter_config.json").is_file():
         raise ValueError(
-            f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save "
-            "the adapter "
+            f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
             "with model.save_pretrained(directory), or call model.load_lora() for the live adapter"
         )
     from vllm.lora.request import LoRARequest

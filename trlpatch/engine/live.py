@@ -21,8 +21,7 @@ def require_request(model: Any, engine: Any) -> Any:
     wake(engine, state, "weights")
     if state.weights_lost:
         raise StaleAdapter(
-            "a live adapter request was asked for, but a level-2 sleep discarded the engine's weights and "
-            "only the "
+            "a live adapter request was asked for, but a level-2 sleep discarded the engine's weights and only the "
             "trainer can push them: roll out from the trainer, or attach an engine (it sleeps at level 1)"
         )
     wake(engine, state, "kv_cache")

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm.sampling_params import SamplingParams
 
 GIVEN = "_set_kwargs"
 
@@ -31,7 +31,7 @@ def _remembering(given: Mapping[str, Any]) -> Any:
 @cache
 def _remembering_class() -> type[Any]:
     """A subclass made when vLLM is first needed; msgspec structs allow no `__init__` to remember in."""
-    from vllm import SamplingParams
+    from vllm.sampling_params import SamplingParams
 
     class RememberingSamplingParams(SamplingParams, dict=True):  # type: ignore[call-arg,misc]
         def __reduce__(self) -> tuple[Any, ...]:

@@ -74,18 +74,16 @@ def _match(trainer: Any, args: Any, engine: Any) -> None:
     size, asked = probes.tensor_parallel_size(engine), getattr(args, "vllm_tensor_parallel_size", None)
     if size is not None and asked is not None and size != asked:
         raise EngineMismatch(
-            f"{type(trainer).__name__}: args.vllm_tensor_parallel_size={asked}, but the attached engine was "
-            "built with "
-            f"tensor_parallel_size={size}; TRL would gather prompts over the wrong ranks. "
-            f"Set vllm_tensor_parallel_size={size}"
+            f"{type(trainer).__name__}: args.vllm_tensor_parallel_size={asked}, but the attached engine was built "
+            f"with tensor_parallel_size={size}; TRL would gather prompts over the wrong ranks. Set "
+            f"vllm_tensor_parallel_size={size}"
         )
     length = probes.max_model_len(engine)
     completion = getattr(args, "max_completion_length", None) or getattr(args, "max_new_tokens", None)
     if length is not None and completion is not None and completion >= length:
         warn_once(
             engine,
-            f"completions of up to {completion} tokens were asked for, but the attached engine's "
-            "max_model_len is "
+            f"completions of up to {completion} tokens were asked for, but the attached engine's max_model_len is "
             f"{length}, prompt included: longer ones are cut",
         )
     mode = probes.logprobs_mode(engine)
@@ -96,10 +94,9 @@ def _match(trainer: Any, args: Any, engine: Any) -> None:
     ):
         warn_once(
             engine,
-            f"the attached engine reports {mode or 'raw_logprobs'}, but TRL corrects with the "
-            "log-probabilities that "
-            "tokens were sampled with, and temperature, top_p, top_k or min_p change those: the correction "
-            "is biased. "
+            f"the attached engine reports {mode or 'raw_logprobs'}, but TRL corrects with the log-probabilities "
+            "that tokens were sampled with, and temperature, top_p, top_k or min_p change those: the correction is "
+            "biased. "
             'Build the engine with logprobs_mode="processed_logprobs"',
         )
 
@@ -122,9 +119,8 @@ def _sleep_mode(trainer: Any, args: Any, engine: Any) -> None:
     able = None if engine is None else probes.sleep_enabled(engine)
     if wish == "on" and able is False:
         raise EngineWithoutSleep(
-            f'{type(trainer).__name__}: sleep="on", but the attached engine was built without sleep; build '
-            "it with "
-            'vllm.LLM(..., enable_sleep_mode=True), or use PatchFastRL(sleep="auto")'
+            f'{type(trainer).__name__}: sleep="on", but the attached engine was built without sleep; build it '
+            'with vllm.LLM(..., enable_sleep_mode=True), or use PatchFastRL(sleep="auto")'
         )
     if not hasattr(args, "vllm_enable_sleep_mode"):
         return

@@ -65,10 +65,9 @@ def _plain(config: Any, given: Any) -> dict[str, Any]:
         if not hasattr(given, GIVEN):
             once(
                 given,
-                f"{where}: a plain SamplingParams does not say which values you gave; those that differ "
-                "from vLLM's "
-                f"defaults are used ({', '.join(sorted(found)) or 'none'}). trlpatch.vLLMSamplingParams "
-                "remembers them",
+                f"{where}: a plain SamplingParams does not say which values you gave; those that differ from vLLM's "
+                f"defaults are used ({', '.join(sorted(found)) or 'none'}). trlpatch.vLLMSamplingParams remembers "
+                "them",
                 level=logging.WARNING,
             )
         values = found
@@ -131,8 +130,7 @@ def _report_temperature(args: Any, values: Mapping[str, Any]) -> None:
     if own is not None and asked != own:
         warn_once(
             args,
-            f"rollouts are sampled at temperature {asked} (vllm_sampling_params), but the trainer computes "
-            "its "
+            f"rollouts are sampled at temperature {asked} (vllm_sampling_params), but the trainer computes its "
             f"log-probabilities at args.temperature={own}: set both to the same value",
         )
 

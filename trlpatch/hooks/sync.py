@@ -66,9 +66,8 @@ def hand_over(owner: Any) -> bool:
             state.base_verdict[path.view.base] = reason
     if options().adapter == "request":
         raise AdapterNotExpressible(
-            f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA '
-            "adapter that vLLM "
-            'can serve; use PatchFastRL(adapter="auto") to let TRL push full weights instead'
+            f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '
+            'that vLLM can serve; use PatchFastRL(adapter="auto") to let TRL push full weights instead'
         )
     if path.view is None:
         once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
@@ -91,9 +90,8 @@ def resync(owner: Any, engine: Any, state: EngineState, why: str) -> None:
     sync = own_sync(owner)
     if sync is None or state.syncing:
         raise StaleAdapter(
-            f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and it has no "
-            "weight sync to "
-            "run; expected an attached engine (it keeps its weights) or a trainer with its own sync"
+            f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and it has no weight sync "
+            "to run; expected an attached engine (it keeps its weights) or a trainer with its own sync"
         )
     once(
         owner,
@@ -107,7 +105,6 @@ def resync(owner: Any, engine: Any, state: EngineState, why: str) -> None:
         state.syncing = False
     if state.weights_lost:
         raise StaleAdapter(
-            f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and its sync "
-            "pushed nothing; "
-            "check that the `adapter_sync` patch is applied: trlpatch.status()"
+            f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and its sync pushed "
+            "nothing; check that the `adapter_sync` patch is applied: trlpatch.status()"
         )
