@@ -176,6 +176,13 @@ def test_completions_longer_than_the_engine_allows(caplog: pytest.LogCaptureFixt
     assert "max_model_len is 64" in caplog.text
 
 
+def test_sampling_parameters_set_on_a_built_config_become_a_plain_dict() -> None:
+    args = ColocateByDefault(use_vllm=True)
+    args.vllm_sampling_params = '{"min_p": 0.1}'  # type: ignore[assignment]
+    hooks.configure(GRPOTrainer(), "some/model", args)
+    assert args.vllm_sampling_params == {"min_p": 0.1}
+
+
 def test_sampling_parameters_that_reach_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ServerModeSamplingParams):
         hooks.configure(

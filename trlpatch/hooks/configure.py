@@ -11,6 +11,7 @@ from trlpatch.engine.notices import once, warn_once
 from trlpatch.engine.state import state_of
 from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
 from trlpatch.hooks.owner import never_touched
+from trlpatch.hooks.sampling import normalize_sampling
 from trlpatch.hooks.settings import options
 
 
@@ -137,6 +138,8 @@ def _sleep_mode(trainer: Any, args: Any, engine: Any) -> None:
 
 
 def _check_sampling(trainer: Any, args: Any) -> None:
+    # Set after the config was built, or by a config whose own __post_init__ replaces TRL's (MiniLLM, 0.26-1.14).
+    normalize_sampling(args)
     if not getattr(args, "vllm_sampling_params", None):
         return
     name = type(trainer).__name__
