@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import AnchorDrift, PatchError
-from trlpatch.runtime.cache import Cache, Stored, entry_key, publish, rules_digest
+from trlpatch.runtime.cache import Cache, Stored, debug, entry_key, publish, rules_digest
 from trlpatch.runtime.loader import Executable
 from trlpatch.runtime.report import CacheState, Entry
 from trlpatch.source.locate import SourceFile, TrlInstall, components
@@ -24,8 +23,6 @@ WHOLE_FILE = "every patch"
 
 OUTPUT_CHECK = "output check"
 """The rewriter's name for a failed check of its own output."""
-
-logger = logging.getLogger("trlpatch.runtime")
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def _from_cache(source: SourceFile, stored: Stored) -> Patched | None:
         entries = tuple(Entry(**outcome) for outcome in stored.manifest["outcomes"])
         touched = tuple(map(str, stored.manifest["touched"]))
     except (KeyError, TypeError) as error:
-        logger.debug("cache miss: the manifest beside %s cannot be used: %r", stored.path, error)
+        debug("cache miss: the manifest beside %s cannot be used: %r", stored.path, error)
         return None
     executable = Executable(source.module, stored.path, stored.text, on_disk=True)
     return Patched(source, executable, touched, entries, "hit")
@@ -158,7 +155,7 @@ def _rewrite(
             path = cache.write(key, source.path.name, result.text, _manifest(install, source, result.touched, entries))
         except OSError as error:
             collected.unwritable = f"{cache.root}: {error.strerror or error}"
-            logger.debug("cannot write cache entry %s", key, exc_info=True)
+            debug("cannot write cache entry %s", key, exc_info=True)
     if collected.unwritable:
         state = "memory"
     executable = Executable(source.module, path, result.text, on_disk=state == "miss")
