@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# float32 on both sides; thirty steps on three TRL releases stayed below 3e-5.
+# float32 on both sides; thirty steps with several seeds stayed below 3e-4, while the control reaches 1.
 TOLERANCE = 1e-3
 
 

@@ -46,7 +46,7 @@ def test_the_policy_learns(attached: dict[str, Any]) -> None:
     rewards = attached["rewards"]
     assert len(rewards) == 30
     assert mean(rewards[:5]) < 0.6
-    assert mean(rewards[-5:]) > mean(rewards[:5]) + 0.2
+    assert mean(rewards[-5:]) > mean(rewards[:5]) + 0.3
 
 
 def test_sampling_parameters_of_the_config_reach_the_engine(attached: dict[str, Any]) -> None:

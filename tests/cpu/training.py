@@ -144,12 +144,12 @@ class Run:
         name = {"grpo": "GRPO", "rloo": "RLOO"}[self.algorithm]
         settings: dict[str, Any] = {
             "output_dir": str(self.directory / "out"),
-            "per_device_train_batch_size": 16,
+            "per_device_train_batch_size": 32,
             "num_generations": 8,
             "max_completion_length": MAX_COMPLETION,
             "max_steps": steps,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
+            "learning_rate": 1.5e-2,
+            "lr_scheduler_type": "linear",
             "logging_steps": 1,
             "beta": 0.0,
             "seed": 0,
