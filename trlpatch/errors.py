@@ -114,6 +114,22 @@ class StaleAdapter(EngineError, RuntimeError):
     """A rollout would have used weights that are not the policy's current ones."""
 
 
+class CannotShare(EngineError):
+    """Trainer and engine cannot have these base weights in common, with the reason."""
+
+
+class SharedWeights(EngineError, RuntimeError):
+    """An operation would change or move base weights that trainer and engine have in common."""
+
+
+class EngineAsleep(EngineError, RuntimeError):
+    """A request was given to an engine whose memory is unmapped."""
+
+
+class EngineBusy(EngineError, RuntimeError):
+    """The engine was to be put to sleep while it works on requests."""
+
+
 class ProtectedSamplingParam(TrlpatchError, ValueError):
     """`vllm_sampling_params` sets a value that TRL's own code relies on (`n`, `logprobs`, ...)."""
 
@@ -132,3 +148,47 @@ class CannotWrite(TrlpatchError):
 
 class DemoNeedsPackages(TrlpatchError):
     """`trlpatch demo` lacks packages of the `demo` extra."""
+
+
+class NotEnoughMemory(EngineError, MemoryError):
+    """The engine, or the model beside it, needs more device memory than is free."""
+
+
+class EngineBuildFailed(EngineError, RuntimeError):
+    """vLLM could not build the engine; what it had begun was taken down again."""
+
+
+class LoraNotSupported(EngineError, ValueError):
+    """vLLM has no LoRA for this architecture."""
+
+
+class RankAboveEngine(EngineError, ValueError):
+    """The adapter's rank is above the rank that the engine's LoRA buffers were built for."""
+
+
+class UnknownArgument(TrlpatchError, TypeError):
+    """An argument that neither trlpatch nor the installed vLLM and transformers know."""
+
+
+class ConflictingArguments(TrlpatchError, ValueError):
+    """Two arguments of `FastLanguageModel` that exclude each other, or a value that this machine cannot follow."""
+
+
+class MissingPackage(TrlpatchError, ImportError):
+    """`FastLanguageModel` needs a package that is not installed (vLLM, bitsandbytes, ...)."""
+
+
+class CudaRequired(TrlpatchError, RuntimeError):
+    """What was asked for needs a CUDA device, and there is none."""
+
+
+class Fp8NeedsEngine(TrlpatchError, NotImplementedError):
+    """`load_in_fp8` quantizes the engine's weights, and `fast_inference=False` builds no engine."""
+
+
+class ModelNotFound(TrlpatchError, OSError):
+    """`model_name` is neither a directory with a model nor a model that the hub or its cache can give."""
+
+
+class VllmStyleArguments(TrlpatchError, TypeError):
+    """`fast_generate` of a model without an engine was called in the way of vLLM's `generate`."""

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from trlpatch.errors import InvalidOption
 
 Colocate = Literal["auto", "always", "never"]
-Sleep = Literal["auto", "on", "off"]
+Sleep = Literal["auto", "on", "off", "kv"]
 Adapter = Literal["auto", "request", "off"]
 OnDrift = Literal["raise", "stock"]
 
@@ -33,7 +33,9 @@ class Options:
         algorithm: a trainer's short name such as "grpo", or None for every trainer that can use vLLM.
         colocate: "auto" uses the engine a model carries, "always" also colocates the engine that TRL builds, "never"
             leaves TRL's own choice.
-        sleep: "auto" follows how the engine was built.
+        sleep: "auto" follows how the engine was built, "on" demands an engine that can sleep, "off" keeps it awake,
+            "kv" is "on" and gives back the KV cache alone. Otherwise weights that the trainer does not share make
+            way too, until training was measured to leave room for them.
         adapter: "auto" hands the adapter over whenever the engine can express it, "request" makes that an error
             otherwise, "off" keeps TRL's own weight sync.
         on_drift: what happens when a patch does not fit this TRL: an error, or that part of TRL stays stock.

@@ -9,7 +9,24 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from trlpatch.engine.lora_view import AdapterTensors
+from trlpatch.engine.cumem import discard_kv_cache
+from trlpatch.engine.lora_view import AdapterTensors, LoraWeights, adapter_tensors
+
+
+class ExecutorStub:
+    """An executor that says which pools sleep."""
+
+    def __init__(self, engine: RecordingEngineStub) -> None:
+        self._engine = engine
+        self.is_sleeping = False
+
+    @property
+    def sleeping_tags(self) -> set[str]:
+        return self._engine.unmapped
+
+    @sleeping_tags.setter
+    def sleeping_tags(self, tags: set[str]) -> None:
+        self._engine.unmapped = tags
 
 
 class RecordingEngineStub:
@@ -36,7 +53,7 @@ class RecordingEngineStub:
             parallel_config=SimpleNamespace(tensor_parallel_size=tensor_parallel),
         )
         self.unmapped: set[str] = set()
-        executor = SimpleNamespace(sleeping_tags=self.unmapped) if tells_tags else None
+        executor = ExecutorStub(self) if tells_tags else None
         self.llm_engine = SimpleNamespace(vllm_config=config, model_executor=executor)
 
     def generate(self, prompts: Any = None, *, lora_request: Any = None, **_: Any) -> list[Any]:
@@ -58,6 +75,12 @@ class RecordingEngineStub:
         self.calls.append(f"wake({', '.join(tags or ['all'])})")
         self.unmapped -= set(tags or ["weights", "kv_cache"])
 
+    def collective_rpc(self, method: Any) -> list[int]:
+        assert method is discard_kv_cache, f"{method} sent to the workers"
+        assert not self.unmapped, "unmapped a second time"
+        self.calls.append("discard(kv_cache)")
+        return [0]
+
     def load_weights(self) -> None:
         """TRL's own push, through the worker's model."""
         assert "weights" not in self.unmapped, "weights written into unmapped memory"
@@ -75,8 +98,8 @@ class RecordingHandover:
         self.published: list[AdapterTensors] = []
         self.evicted = False
 
-    def publish(self, adapter: AdapterTensors) -> Any:
-        self.published.append(adapter)
+    def publish(self, weights: LoraWeights) -> Any:
+        self.published.append(adapter_tensors(weights))
         self.evicted = False
         return SimpleNamespace(lora_name=f"v{len(self.published)}", lora_int_id=len(self.published))
 

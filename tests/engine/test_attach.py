@@ -60,7 +60,7 @@ def test_detaching(engine: Any) -> None:
     model = attach_engine(lora_model(), engine)
     assert detach_engine(model) is engine
     assert attached_engine(model) is None
-    assert not hasattr(model, "load_lora")
+    assert not any(hasattr(model, name) for name in ("load_lora", "save_lora", "fast_generate"))
     assert not state_of(engine).attached
     assert detach_engine(model) is None
     assert copy.deepcopy(engine) is not engine
@@ -99,7 +99,7 @@ def test_load_lora_reads_a_saved_adapter(engine: Any, tmp_path: Path) -> None:
     model = attach_engine(lora_model(), engine)
     with pytest.raises(ValueError, match=r"expected a directory with adapter_config\.json"):
         model.load_lora(str(tmp_path))
-    model.save_pretrained(tmp_path)
+    model.save_lora(tmp_path)
     request = model.load_lora(str(tmp_path))
     assert request.lora_path == str(tmp_path.resolve())
     assert model.load_lora(str(tmp_path)).lora_int_id == request.lora_int_id

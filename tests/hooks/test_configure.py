@@ -11,7 +11,14 @@ torch = pytest.importorskip("torch")
 from tests.engine.stub import RecordingEngineStub  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
-from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams  # noqa: E402
+from trlpatch.engine.sharing import protect  # noqa: E402
+from trlpatch.errors import (  # noqa: E402
+    ArgsRequired,
+    EngineMismatch,
+    EngineWithoutSleep,
+    ServerModeSamplingParams,
+    SharedWeights,
+)
 from trlpatch.hooks.settings import set_options  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 
@@ -125,14 +132,19 @@ def test_sleep_as_asked() -> None:
     args = ServerByDefault(vllm_enable_sleep_mode=True)
     hooks.configure(GRPOTrainer(), carrying(sleep=True), args)
     assert not args.vllm_enable_sleep_mode
-    set_options(Options(sleep="on"))
+
+
+@pytest.mark.parametrize("wish", ["on", "kv"])
+def test_sleep_that_is_demanded(wish: Any) -> None:
+    set_options(Options(sleep=wish))
+    args = ServerByDefault()
     hooks.configure(GRPOTrainer(), carrying(sleep=True), args)
     assert args.vllm_enable_sleep_mode
     args = ColocateByDefault(use_vllm=True)
     hooks.configure(GRPOTrainer(), "some/model", args)
     assert args.vllm_enable_sleep_mode
     for args in (ServerByDefault(), OldConfig()):
-        with pytest.raises(EngineWithoutSleep, match="enable_sleep_mode=True"):
+        with pytest.raises(EngineWithoutSleep, match=f"sleep='{wish}'.*enable_sleep_mode=True"):
             hooks.configure(GRPOTrainer(), carrying(sleep=False), args)
 
 
@@ -191,3 +203,13 @@ def test_sampling_parameters_that_reach_nothing(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, logger="trlpatch"):
         hooks.configure(GRPOTrainer(), "some/model", ServerByDefault(vllm_sampling_params={"min_p": 0.1}))
     assert "vllm_sampling_params has no effect" in caplog.text
+
+
+def test_a_trainable_base_weight_that_is_the_engines_own_is_refused() -> None:
+    model = carrying(sleep=True)
+    model.requires_grad_(False)
+    protect(model)
+    hooks.configure(GRPOTrainer(), model, ColocateByDefault())
+    model.weight.requires_grad_(True)
+    with pytest.raises(SharedWeights, match="'weight' has requires_grad=True"):
+        hooks.configure(GRPOTrainer(), model, ColocateByDefault())

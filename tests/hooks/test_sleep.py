@@ -115,16 +115,17 @@ def test_each_epoch_without_the_hooks_is_what_the_stub_catches() -> None:
     ("engine", "shared", "options", "says"),
     [
         (RecordingEngineStub(sleep=False), False, Options(), "built without enable_sleep_mode=True"),
-        (RecordingEngineStub(sleep=True), True, Options(), "its weights are the trainer's own"),
+        (RecordingEngineStub(sleep=True, tells_tags=False), True, Options(), "its weights are the trainer's own, and"),
         (RecordingEngineStub(sleep=True), False, Options(sleep="off"), ""),
     ],
-    ids=["no sleep mode", "shared weights", "off"],
+    ids=["no sleep mode", "shared weights out of reach", "off"],
 )
 def test_an_engine_that_stays_awake_says_why(
     engine: Any, shared: bool, options: Options, says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     set_options(options)
-    model = attach_engine(lora_model(), engine, shared_weights=shared)
+    model = attach_engine(lora_model(), engine)
+    state_of(engine).shared_weights = shared
     state_of(engine).handover = RecordingHandover()
     with caplog.at_level(logging.INFO, logger="trlpatch"):
         owner = Since110(model, engine)
@@ -133,6 +134,25 @@ def test_an_engine_that_stays_awake_says_why(
     assert [call for call in engine.calls if "sleep" in call or "wake" in call] == []
     assert len(engine.requests) == 2
     assert says in caplog.text
+
+
+@pytest.mark.parametrize("epoch", [epoch for epoch in EPOCHS if epoch is not WithoutSync])
+@pytest.mark.parametrize(("shared", "wish"), [(True, "auto"), (True, "on"), (False, "kv")])
+def test_weights_that_stay_are_never_unmapped_and_never_pushed(epoch: Any, shared: bool, wish: Any) -> None:
+    set_options(Options(sleep=wish))
+    engine = build()
+    model = attach_engine(lora_model(), engine)
+    state_of(engine).shared_weights = shared
+    owner = epoch(model, engine)
+    for step in range(3):
+        owner.state.global_step = step
+        randomize(model, seed=step)
+        owner.batch()
+        owner.batch()
+    assert len(engine.requests) == 6
+    assert engine.calls.count("discard(kv_cache)") >= 6
+    assert {"sleep(1)", "sleep(2)", "wake(weights)", "wake(all)", "load_weights"}.isdisjoint(engine.calls)
+    assert not state_of(engine).weights_lost
 
 
 def test_reasons_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +169,7 @@ def test_an_engine_that_the_user_put_to_sleep_is_woken() -> None:
     owner = WithoutSleepCode(model, engine)
     engine.sleep(level=1)
     owner.batch()
-    assert engine.calls[:3] == ["sleep(1)", "wake(weights)", "reset_prefix_cache"]
+    assert engine.calls[:2] == ["sleep(1)", "wake(weights)"]
 
 
 def test_a_half_woken_engine_goes_back_to_sleep() -> None:

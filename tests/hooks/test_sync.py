@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,11 @@ from tests.engine.stub import RecordingEngineStub, RecordingHandover  # noqa: E4
 from tests.hooks.owners import Since110, WithoutSync  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
+from trlpatch.engine.handover import registry  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
-from trlpatch.errors import AdapterNotExpressible, StaleAdapter  # noqa: E402
+from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter  # noqa: E402
 from trlpatch.hooks.settings import set_options  # noqa: E402
+from trlpatch.hooks.sync import resync  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -32,13 +35,27 @@ def published(engine: Any) -> int:
     return len(state_of(engine).handover.published)  # type: ignore[union-attr]
 
 
-def test_a_hand_over_always_publishes_and_clears_the_prefix_cache() -> None:
+@pytest.mark.parametrize("names_separate", [True, False])
+def test_a_hand_over_always_publishes_and_no_cached_prefix_survives_it(
+    names_separate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clearing the cache walks all its blocks: done only where a new name is not enough."""
+    monkeypatch.setattr(registry, "names_separate_prefixes", lambda: names_separate)
     engine = build()
     owner = Since110(lora_model(), engine, sleep=False)
     assert hooks.hand_over(owner)
     assert hooks.hand_over(owner)
     assert published(engine) == 2
-    assert engine.calls == ["reset_prefix_cache"] * 2
+    assert engine.calls == [] if names_separate else ["reset_prefix_cache"] * 2
+
+
+def test_a_prefix_cache_that_cannot_be_cleared_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "names_separate_prefixes", lambda: False)
+    engine = build()
+    engine.reset_prefix_cache = lambda: False  # type: ignore[method-assign,assignment]  # requests are unfinished
+    with pytest.raises(StaleAdapter, match="cached prefixes"):
+        hooks.hand_over(Since110(lora_model(), engine, sleep=False))
+    assert state_of(engine).published is None
 
 
 def test_a_forgotten_sync_is_made_up_for() -> None:
@@ -112,6 +129,41 @@ def test_request_forbids_the_full_sync() -> None:
             hooks.hand_over(Since110(model, build(), sleep=False))
     assert hooks.hand_over(Since110(lora_model(), build(), sleep=False))
     assert not hooks.hand_over(Since110(lora_model(), build(), sleep=False, mode="server"))
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "says"),
+    [
+        (lambda: base_model(), "auto", "full fine-tuning"),
+        (lambda: lora_model(use_dora=True), "auto", "DoRA"),
+        (lambda: lora_model(r=32), "auto", "its rank 32"),
+        (lambda: lora_model(), "off", 'adapter="off"'),
+        (lambda: merged(lora_model()), "auto", "it is merged into the base weights"),
+    ],
+    ids=["full", "dora", "rank", "off", "merged"],
+)
+def test_nothing_is_pushed_into_weights_that_the_trainer_shares(model: Any, adapter: Any, says: str) -> None:
+    set_options(Options(adapter=adapter))
+    engine = build()
+    state_of(engine).shared_weights = True
+    owner = Since110(model(), engine, sleep=False)
+    with pytest.raises(SharedWeights, match=re.escape(says)):
+        owner.batch()
+    with pytest.raises(SharedWeights, match="because"):
+        resync(owner, engine, state_of(engine), "because")
+    assert engine.calls == []
+
+
+def test_shared_weights_roll_out_with_the_adapter() -> None:
+    engine = build()
+    state_of(engine).shared_weights = True
+    Since110(lora_model(), engine, sleep=False).batch()
+    assert [request.lora_name for request in engine.requests] == ["v1"]
+
+
+def merged(model: Any) -> Any:
+    model.merge_adapter()
+    return model
 
 
 def test_after_a_full_sync_requests_would_count_the_adapter_twice() -> None:

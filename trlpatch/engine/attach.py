@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import types
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trlpatch.engine import live, probes
+from trlpatch.engine import guards, live, probes
 from trlpatch.engine.lora_view import base_of, lora_view, unwrap
+from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
-from trlpatch.errors import EngineMismatch, NotAnEngine
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine
 
 _ENGINE = "vllm_engine"
-_METHODS = ("load_lora", "fast_generate")
+_METHODS = ("load_lora", "save_lora", "fast_generate")
 _LIVE: Any = object()
 _FIRST_DISK_ID = 1_600_000_000
 
@@ -24,12 +26,14 @@ Model = TypeVar("Model")
 def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Model:
     """Make `llm` the engine that trainers of `model` roll out on, and return the model.
 
-    Sets `model.vllm_engine`, `model.load_lora` and `model.fast_generate`. They are put on the transformers
-    model under PEFT, so they are visible through PEFT models made of it before or after, and survive
-    `merge_and_unload()`. A `copy.deepcopy` of the model shares the engine. `shared_weights=True` says that
-    the engine computes with the trainer's own weight storage; such an engine is never put to sleep.
+    Sets `model.vllm_engine`, `model.load_lora`, `model.save_lora` and `model.fast_generate`. They are put on
+    the transformers model under PEFT, so they are visible through PEFT models made of it before or after, and
+    survive `merge_and_unload()`. A `copy.deepcopy` of the model shares the engine. `shared_weights=True` says
+    that the base weights of the model are the engine's own memory: that is verified, the engine's weights never
+    sleep, and what would change or move them raises SharedWeights (see `trlpatch.engine.sharing.protect`).
 
-    Raises NotAnEngine for anything but an in-process engine, EngineMismatch for one that is asleep.
+    Raises NotAnEngine for anything but an in-process engine, EngineMismatch for one that is asleep or whose memory
+    the model shares without `shared_weights=True`, CannotShare for a model that shares less than all base weights.
     """
     if isinstance(model, (str, os.PathLike)) or not callable(getattr(model, "named_modules", None)):
         raise NotAnEngine(
@@ -49,19 +53,33 @@ def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Mo
             "attached: call llm.wake_up() first"
         )
     base = base_of(model)
+    if shared_weights:
+        verify_overlap(base, llm)
+        protect(base)
+    elif overlaps(base, llm):
+        raise EngineMismatch(
+            f"attach_engine(model, llm): base weights of {type(base).__name__} are the engine's own memory, which a "
+            "sleep would take away; expected weights of their own, or attach_engine(model, llm, shared_weights=True)"
+        )
     state = state_of(llm)
     state.attached = True
     state.shared_weights = shared_weights
     share_in_copies(llm)
+    guards.install(llm, state)
     setattr(base, _ENGINE, llm)
     base.load_lora = types.MethodType(_load_lora, base)
+    base.save_lora = types.MethodType(save_lora, base)
     base.fast_generate = types.MethodType(_fast_generate, base)
     return model
 
 
 def detach_engine(model: Any) -> Any:
-    """Undo `attach_engine`; returns the engine that was attached (still running), or None."""
+    """Undo `attach_engine`; returns the engine that was attached (still running), or None.
+
+    Shared weights stay shared, but nothing guards them any more.
+    """
     base = base_of(model)
+    unprotect(base)
     llm = base.__dict__.pop(_ENGINE, None)
     for name in _METHODS:
         base.__dict__.pop(name, None)
@@ -106,7 +124,7 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
     if name is None or not (directory / "adapter_config.json").is_file():
         raise ValueError(
             f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
-            "with model.save_pretrained(directory), or call model.load_lora() for the live adapter"
+            "with model.save_lora(directory), or call model.load_lora() for the live adapter"
         )
     from vllm.lora.request import LoRARequest
 
@@ -119,6 +137,38 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
         lora_int_id=_FIRST_DISK_ID + number,
         lora_path=str(directory.resolve()),
     )
+
+
+def save_lora(self: Any, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Save an adapter of this model as PEFT does: `adapter_model.safetensors` and `adapter_config.json`.
+
+    The active adapter, unless `adapter_name` says another; in the dtype it is trained in. Raises
+    AdapterNotExpressible when the model has none, ValueError when it has none of that name.
+    """
+    view = lora_view(self)
+    if view is None:
+        raise AdapterNotExpressible(
+            f"model.save_lora({os.fspath(save_directory)!r}): {type(self).__name__} has no PEFT adapter to save; "
+            "make one with peft.get_peft_model(model, LoraConfig(...))"
+        )
+    name = adapter_name or next(iter(view.active or view.configs))
+    if name not in view.configs:
+        raise ValueError(
+            f"model.save_lora(adapter_name={name!r}): this model has {', '.join(view.configs) or 'no adapter'}"
+        )
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    # The model inside PEFT's has to be saved from: a PEFT model made later is not known here.
+    found = get_peft_model_state_dict(view.base, adapter_name=name, save_embedding_layers=False)
+    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in found.items()}
+    config = copy.copy(view.configs[name])
+    config.inference_mode = True
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(view.base, "name_or_path", None)
+    directory = Path(save_directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
 
 
 def _fast_generate(self: Any, *args: Any, lora_request: Any = _LIVE, **kwargs: Any) -> Any:

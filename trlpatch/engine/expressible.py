@@ -16,6 +16,7 @@ from trlpatch.engine.state import state_of
 # PEFT initialisations that subtract from the base weights: the engine's checkpoint is then not the trainer's
 # base.
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_VERDICT = "why not lora"
 
 
 def why_not_lora(view: LoraView) -> str | None:
@@ -26,7 +27,14 @@ def why_not_lora(view: LoraView) -> str | None:
     config = view.configs.get(adapters[0])
     if config is None:
         return f"the active adapter {adapters[0]!r} has no PEFT configuration"
-    return _config_reason(config) or _layer_reason(view, adapters[0]) or _storage_reason(view, adapters[0])
+    reason = _config_reason(config)
+    if reason is None:
+        # Layers and parameters can only differ from what was looked at when the weights object is another one.
+        derived = view.weights(adapters[0]).derived
+        if _VERDICT not in derived:
+            derived[_VERDICT] = _layer_reason(view, adapters[0]) or _storage_reason(view, adapters[0])
+        reason = derived[_VERDICT]
+    return reason or _switch_reason(view)
 
 
 def _config_reason(config: Any) -> str | None:
@@ -79,9 +87,15 @@ def _layer_reason(view: LoraView, adapter: str) -> str | None:
             return f"{path!r} is not a linear layer"
         if getattr(layer.lora_B[adapter], "bias", None) is not None:
             return f"{path!r} has a bias in lora_B"
-        if layer.disable_adapters != view.disabled:
-            return f"the adapter is disabled in some layers only, among them {path!r}"
     return None if adapted else "no linear layer carries it"
+
+
+def _switch_reason(view: LoraView) -> str | None:
+    switches = view.found.state("disable_adapters")
+    if any(switches) and not all(switches):
+        path = next(path for (path, _), off in zip(view.layers, switches, strict=True) if off)
+        return f"the adapter is disabled in some layers only, among them {path!r}"
+    return None
 
 
 def _storage_reason(view: LoraView, adapter: str) -> str | None:
@@ -100,7 +114,7 @@ def _storage_reason(view: LoraView, adapter: str) -> str | None:
 
 def rank_of(view: LoraView) -> int:
     """The largest rank of the active adapter, after rank_pattern."""
-    return max(int(a.shape[0]) for _, a, _, _ in view.pairs(view.active[0]))
+    return view.weights(view.active[0]).rank
 
 
 def why_not_on_engine(view: LoraView, engine: Any) -> str | None:
@@ -114,7 +128,7 @@ def why_not_on_engine(view: LoraView, engine: Any) -> str | None:
     if state.holds == "policy":
         return "the engine's base weights were replaced by a full-weight sync"
     if state.shared_weights:
-        return None
+        return "it is merged into the base weights, which the engine shares" if view.merged else None
     if view.base not in state.base_verdict:
         state.base_verdict[view.base] = base_mismatch(view, engine)
     return state.base_verdict[view.base]

@@ -35,4 +35,13 @@ def require_request(model: Any, engine: Any) -> Any:
         )
     if view.disabled:
         return None
-    return adapters.current_request(view, view.base, state) or adapters.publish(view, view.base, engine)
+    request = adapters.current_request(view, view.base, state)
+    if request is None:
+        adapters.publish(view, view.base, engine)
+        request = adapters.current_request(view, view.base, state)  # waits until it has arrived
+    if request is None:
+        raise StaleAdapter(
+            f"a live adapter request was asked for {type(model).__name__}, but the adapter changed, or was evicted, "
+            "while it was handed over; do not train it from another thread while it generates"
+        )
+    return request

@@ -132,3 +132,15 @@ def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[st
     """Those of `arguments` that `function` has a parameter for: vLLM's releases differ."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def rename_mapper(module: Any) -> Any:
+    """vLLM's mapper from checkpoint names to its own, without the fusion of q/k/v and gate/up; None when it has none.
+
+    Up to 0.24 the mapper only renames; 0.25 gave it fusion and `get_unstacked_mapper`, 0.29 `get_rename_mapper`.
+    """
+    mapper = getattr(module, "hf_to_vllm_mapper", None)
+    for unfused in ("get_rename_mapper", "get_unstacked_mapper"):
+        if hasattr(mapper, unfused):
+            return getattr(mapper, unfused)()
+    return mapper

@@ -6,8 +6,11 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from trlpatch.engine.training_room import TrainingRoom
+
 if TYPE_CHECKING:
     from trlpatch.engine.adapters import AdapterHandover
+    from trlpatch.engine.guards import Guards
 
 Holds = Literal["checkpoint", "adapter", "policy"]
 """Where the policy is inside the engine: nowhere yet (the weights it was built from), in the adapter that was
@@ -32,8 +35,18 @@ class EngineState:
     """The user (not TRL) built it: its base weights are never discarded by a level-2 sleep."""
     shared_weights: bool = False
     """Its weights are the trainer's own storage: unmapping them would crash the trainer."""
+    why_separate: str | None = None
+    """Why sharing was tried and given up, for `trlpatch.status()`; None when it was not tried."""
     asleep: set[str] = field(default_factory=set)
     """Pools put to sleep through the hooks; the executor is asked first where it can be."""
+    kv_asleep_in_workers: bool = False
+    """The workers unmapped their KV cache, and the executor in the engine's own process does not know."""
+    sleep_method: str = ""
+    """How it was put to sleep last, or why it stays awake, in words; empty before the first time."""
+    training_room: TrainingRoom = field(default_factory=TrainingRoom)
+    """What training leaves free on the device, measured from a sleep to the wake after it."""
+    guards: Guards | None = None
+    """Its guarded methods, see `trlpatch.engine.guards`."""
     weights_lost: bool = False
     """A level-2 sleep discarded the weights, and nothing has pushed them since."""
     syncing: bool = False
@@ -65,6 +78,16 @@ def state_of(engine: Any) -> EngineState:
     return state
 
 
+def known_engines() -> list[tuple[Any, EngineState]]:
+    """The engines of this process that are alive and that a hook or attach_engine has met, oldest first."""
+    return list(_states.items())
+
+
 def forget(engine: Any) -> None:
-    """Drop what is known about the engine (it was detached). Adapters it holds are left where they are."""
-    _states.pop(engine, None)
+    """Drop what is known about the engine (it was detached) and give it its own methods back.
+
+    Adapters it holds are left where they are.
+    """
+    state = _states.pop(engine, None)
+    if state is not None and state.guards is not None:
+        state.guards.remove()

@@ -8,11 +8,14 @@ from typing import Any
 from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.notices import once, warn_once
+from trlpatch.engine.sharing import check_frozen
 from trlpatch.engine.state import state_of
 from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
 from trlpatch.hooks.owner import never_touched
 from trlpatch.hooks.sampling import normalize_sampling
 from trlpatch.hooks.settings import options
+
+_DEMANDED = ("on", "kv")
 
 
 def configure(trainer: Any, model: Any, args: Any) -> None:
@@ -20,7 +23,8 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
 
     Done when `model` carries an engine, or with colocate="always"; never for NashMD and XPO, never over an
     explicit server. `trainer` is not initialised yet. Raises ArgsRequired, EngineWithoutSleep, EngineMismatch
-    (tensor parallel size) and ServerModeSamplingParams.
+    (tensor parallel size), SharedWeights (a base weight shared with the engine is trainable) and
+    ServerModeSamplingParams.
     """
     if never_touched(trainer):
         return
@@ -42,6 +46,7 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
         if hasattr(args, "vllm_mode"):
             args.vllm_mode = "colocate"
         if engine is not None:
+            check_frozen(model)
             _match(trainer, args, engine)
     elif wanted:
         once(
@@ -118,15 +123,15 @@ def _sleep_mode(trainer: Any, args: Any, engine: Any) -> None:
     """`vllm_enable_sleep_mode` := what the engine can do; without an engine only what `sleep=` demands."""
     wish = options().sleep
     able = None if engine is None else probes.sleep_enabled(engine)
-    if wish == "on" and able is False:
+    if wish in _DEMANDED and able is False:
         raise EngineWithoutSleep(
-            f'{type(trainer).__name__}: sleep="on", but the attached engine was built without sleep; build it '
+            f"{type(trainer).__name__}: sleep={wish!r}, but the attached engine was built without sleep; build it "
             'with vllm.LLM(..., enable_sleep_mode=True), or use PatchFastRL(sleep="auto")'
         )
     if not hasattr(args, "vllm_enable_sleep_mode"):
         return
     if wish != "auto":
-        args.vllm_enable_sleep_mode = wish == "on"
+        args.vllm_enable_sleep_mode = wish in _DEMANDED
     elif able is not None:
         if args.vllm_enable_sleep_mode and not able:
             warn_once(

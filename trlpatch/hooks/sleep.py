@@ -10,7 +10,7 @@ from trlpatch.engine import sleep as pools
 from trlpatch.engine.notices import once
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.state import EngineState, state_of
-from trlpatch.hooks.owner import serves_remotely
+from trlpatch.hooks.owner import model_of, serves_remotely
 from trlpatch.hooks.settings import options
 from trlpatch.hooks.sync import resync
 
@@ -19,8 +19,9 @@ def sleep(owner: Any, engine: Any, level: int | None = None) -> None:
     """Put the engine to sleep after a rollout (and, from TRL 0.25, right after construction).
 
     `level` is TRL's; None where TRL itself has no sleep for this trainer. Level 1 is used whenever level 2
-    would destroy something that nothing restores: the weights of an attached engine, or LoRA buffers. An
-    engine built without sleep, or computing with the trainer's own weights, stays awake.
+    would destroy something that nothing restores: the weights of an attached engine, or LoRA buffers. Weights that
+    are the trainer's own, or need not make way, stay and the KV cache goes alone. An engine built without sleep
+    stays awake. Raises EngineBusy when requests are unfinished.
     """
     if engine is None or serves_remotely(owner):
         return
@@ -30,10 +31,7 @@ def sleep(owner: Any, engine: Any, level: int | None = None) -> None:
     if not probes.sleep_enabled(engine):
         once(engine, "the engine stays awake while training: it was built without enable_sleep_mode=True")
         return
-    if state.shared_weights:
-        once(engine, "the engine stays awake while training: its weights are the trainer's own")
-        return
-    pools.put_to_sleep(engine, state, _level(engine, state, level))
+    pools.put_to_sleep(engine, state, _level(engine, state, level), model=model_of(owner))
 
 
 def _level(engine: Any, state: EngineState, asked: int | None) -> int:

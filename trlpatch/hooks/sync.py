@@ -12,7 +12,7 @@ from trlpatch.engine.notices import once
 from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, state_of
-from trlpatch.errors import AdapterNotExpressible, StaleAdapter
+from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
 from trlpatch.hooks.owner import engine_of, model_of, own_sync, serves_remotely
 from trlpatch.hooks.settings import options
 
@@ -48,7 +48,8 @@ def hand_over(owner: Any) -> bool:
     False in server mode, for full fine-tuning, for adapters that vLLM cannot serve and with adapter="off";
     the reason is logged once per owner. With adapter="request" those reasons (but for server mode) raise
     AdapterNotExpressible. A sleeping engine's weights are woken first: TRL 0.28.0 syncs before it wakes, into
-    unmapped memory. The adapter is handed over whether or not it seems to have changed.
+    unmapped memory. The adapter is handed over whether or not it seems to have changed. Raises SharedWeights instead
+    of returning False when the engine computes with the trainer's own weights: merged ones must not be pushed there.
     """
     engine = engine_of(owner)
     if engine is None or serves_remotely(owner):
@@ -69,6 +70,7 @@ def hand_over(owner: Any) -> bool:
             f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '
             'that vLLM can serve; use PatchFastRL(adapter="auto") to let TRL push full weights instead'
         )
+    _refuse_to_push(owner, state, str(reason))
     if path.view is None:
         once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
     else:
@@ -82,11 +84,22 @@ def hand_over(owner: Any) -> bool:
     return False
 
 
+def _refuse_to_push(owner: Any, state: EngineState, why: str) -> None:
+    if state.shared_weights:
+        raise SharedWeights(
+            f"synchronising {type(owner).__name__}: TRL would push full weights ({why}) into an engine whose base "
+            "weights are the trainer's own, and change what it trains on; expected a LoRA adapter that vLLM can "
+            "serve. Use one, or load the model separately and call trlpatch.attach_engine(model, llm)"
+        )
+
+
 def resync(owner: Any, engine: Any, state: EngineState, why: str) -> None:
     """Run the owner's own (patched) sync now, because the engine does not hold the policy.
 
-    Raises StaleAdapter when the owner has no sync, or its sync did not help.
+    Raises StaleAdapter when the owner has no sync, or its sync did not help, SharedWeights when the engine computes
+    with the trainer's own weights.
     """
+    _refuse_to_push(owner, state, why)
     sync = own_sync(owner)
     if sync is None or state.syncing:
         raise StaleAdapter(

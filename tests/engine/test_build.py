@@ -1,0 +1,194 @@
+"""What is found of an engine that failed while it was built, and what is left of it. Needs neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trlpatch.engine import build
+
+
+class Memory:
+    """Something large that an executor holds."""
+
+
+class Executor:
+    def __init__(self, events: list[str], *, fails: bool) -> None:
+        self.driver_worker = Memory()
+        self.events = events
+        if fails:
+            raise RuntimeError("no memory")
+
+    def shutdown(self) -> None:
+        self.events.append("executor")
+
+
+class Core:
+    def __init__(self, events: list[str], *, executor_fails: bool = False, later: BaseException | None = None) -> None:
+        self.events = events
+        self.model_executor = Executor(events, fails=executor_fails)
+        if later is not None:
+            raise later
+        self.scheduler = SimpleNamespace(shutdown=lambda: events.append("scheduler"))
+
+    def shutdown(self) -> None:
+        raise AssertionError("destroys process groups of others")
+
+
+class Client:
+    def __init__(self, **changes: Any) -> None:
+        self.engine_core = Core(**changes)
+
+
+class Engine:
+    """A `vllm.LLM` in miniature: LLM, LLMEngine, InprocClient, EngineCore, executor."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.llm_engine = SimpleNamespace(engine_core=Client(**changes))
+
+
+def built_and_failed(**changes: Any) -> BaseException:
+    with pytest.raises(BaseException) as raised:  # noqa: PT011
+        Engine(**changes)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"executor_fails": True}, [Executor]),
+        ({"later": RuntimeError("x")}, [Core]),
+        ({"later": KeyboardInterrupt()}, [Core]),
+    ],
+)
+def test_unfinished_parts_are_found_and_shut_down(changes: dict[str, Any], parts: list[type]) -> None:
+    events: list[str] = []
+    error = built_and_failed(events=events, **changes)
+    found = build._unfinished(error)
+    assert [type(part) for part in found] == parts
+    for part in found:
+        build._take_down(part)
+    assert events == ["executor"]
+
+
+def test_unfinished_parts_are_found_behind_another_exception() -> None:
+    events: list[str] = []
+    error = RuntimeError("Engine core initialization failed")
+    error.__cause__ = built_and_failed(events=events, later=ValueError("x"))
+    assert [type(part) for part in build._unfinished(error)] == [Core]
+
+
+def test_a_whole_engine_is_shut_down_part_by_part() -> None:
+    events: list[str] = []
+    build._take_down(Engine(events=events))
+    assert events == ["executor", "scheduler"]
+
+
+def test_an_engine_in_another_process_is_shut_down_through_its_client() -> None:
+    events: list[str] = []
+    client = SimpleNamespace(shutdown=lambda: events.append("client"))
+    build._take_down(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=client, model_executor=None)))
+    assert events == ["client"]
+
+
+def test_what_cannot_be_shut_down_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    executor = SimpleNamespace(driver_worker=None, shutdown=lambda: 1 / 0)
+    scheduler = SimpleNamespace(shutdown=lambda: None)
+    with caplog.at_level("DEBUG", logger="trlpatch"):
+        build._take_down(SimpleNamespace(model_executor=executor, scheduler=scheduler))
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_frames_let_go_of_what_they_held_although_they_were_looked_at() -> None:
+    error = built_and_failed(events=[], later=RuntimeError("x"))
+    memory = weakref.ref(build._unfinished(error)[0].model_executor.driver_worker)
+    assert memory() is not None
+    build.forget_frames(error)
+    gc.collect()
+    assert memory() is None
+    assert error.__traceback__ is not None, "where it happened can still be read"
+
+
+def test_the_environment_is_put_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRLPATCH_TEST_KEPT", "before")
+    monkeypatch.setenv("TRLPATCH_TEST_GONE", "before")
+
+    def change(fail: bool = False) -> None:
+        os.environ["TRLPATCH_TEST_KEPT"] = "after"
+        os.environ["TRLPATCH_TEST_NEW"] = "after"
+        del os.environ["TRLPATCH_TEST_GONE"]
+        if fail:
+            raise KeyboardInterrupt
+
+    before = dict(os.environ)
+    with pytest.raises(KeyboardInterrupt), build.environment_kept_on_failure():
+        change(fail=True)
+    assert dict(os.environ) == before
+    with build.environment_kept_on_failure():
+        change()
+    assert os.environ["TRLPATCH_TEST_KEPT"] == "after"
+    del os.environ["TRLPATCH_TEST_NEW"]
+
+
+@pytest.mark.parametrize(("given", "inside"), [(None, "0"), ("1", "1")])
+def test_multiprocessing_is_off_while_building_unless_the_user_set_it(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, inside: str
+) -> None:
+    monkeypatch.setenv(build.MULTIPROCESSING, given or "")
+    if given is None:
+        monkeypatch.delenv(build.MULTIPROCESSING)
+    with build._set_unless_given(build.MULTIPROCESSING, "0"):
+        assert os.environ[build.MULTIPROCESSING] == inside
+    assert os.environ.get(build.MULTIPROCESSING) == given
+
+
+class State:
+    """vllm.distributed.parallel_state, writing down what is destroyed."""
+
+    def __init__(self, world: Any) -> None:
+        self._WORLD = world
+        self.destroyed: list[str] = []
+
+    def destroy_model_parallel(self) -> None:
+        self.destroyed.append("model parallel")
+
+    def destroy_distributed_environment(self) -> None:
+        self.destroyed.append("everything")
+
+
+@pytest.mark.parametrize(
+    ("groups", "destroyed"),
+    [
+        (build.ProcessGroups(default=False, engine=False), ["model parallel", "everything"]),
+        (build.ProcessGroups(default=True, engine=False), ["model parallel", "vLLM's world"]),
+        (build.ProcessGroups(default=True, engine=True), []),
+    ],
+)
+def test_only_process_groups_of_the_failed_engine_are_destroyed(
+    monkeypatch: pytest.MonkeyPatch, groups: build.ProcessGroups, destroyed: list[str]
+) -> None:
+    state = State(None)
+    state._WORLD = SimpleNamespace(destroy=lambda: state.destroyed.append("vLLM's world"))
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", state)  # type: ignore[arg-type]
+    groups.restore()
+    assert state.destroyed == destroyed
+
+
+def test_sleep_pools_of_an_older_vllm_are_released_once_their_engine_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Memory()
+    alive, wrapper = weakref.ref(pool), object()
+    allocator = SimpleNamespace(allocator_and_pools={"weights": (pool, wrapper)})
+    del pool
+    monkeypatch.setattr(build.cumem, "allocator", lambda: allocator)
+    build.free_memory(build.ProcessGroups(default=True, engine=True))
+    assert alive() is not None, "another engine may use it"
+    build.free_memory(build.ProcessGroups(default=False, engine=False))
+    assert alive() is None
+    assert wrapper in build._allocators
+    build._allocators.remove(wrapper)

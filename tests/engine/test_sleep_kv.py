@@ -1,0 +1,386 @@
+"""KV-only sleep against vLLM's allocator rules of three releases, and against the real CuMemAllocator class.
+
+The driver is a stub in all of them: tests/gpu/sleep_cycles.py does the same on a device.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.engine.allocator_stub import RELEASES
+from tests.engine.sleep_rig import ALL, KV, Rig
+from trlpatch.engine import cumem, guards, kv_sleep
+from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
+from trlpatch.engine.sleep import wake
+from trlpatch.engine.state import EngineState, forget, state_of
+from trlpatch.engine.worker_extension import KvCacheSleep
+from trlpatch.errors import EngineAsleep, EngineBusy, EngineWithoutSleep, NotEnoughMemory, SharedWeights
+
+
+@pytest.fixture(params=[*RELEASES, pytest.param("real", marks=pytest.mark.cpu)])
+def release(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch, release: str) -> Iterator[Rig]:
+    rig = Rig(monkeypatch, release)
+    yield rig
+    forget(rig.engine)
+
+
+def test_twenty_cycles_unmap_the_cache_and_only_the_cache(rig: Rig) -> None:
+    for _ in range(20):
+        assert rig.sleep()
+        assert rig.mapped() == ALL - KV
+        assert rig.contents(WEIGHTS) == ["weights 0", "weights 1"], "not even for a moment"
+        assert rig.executor.sleeping_tags == {KV_CACHE}
+        assert rig.executor.is_sleeping
+        assert wake(rig.engine, rig.state, KV_CACHE)
+        assert rig.mapped() == ALL
+        rig.roll_out()
+    assert rig.worker.repaired == 20
+    assert not rig.executor.is_sleeping
+
+
+def test_the_bytes_given_back_are_counted_exactly(rig: Rig) -> None:
+    assert kv_sleep.discard(rig.engine, rig.state) == KV * rig.device.unit
+    if hasattr(rig.allocator.pointer_to_data[1000], "is_asleep"):  # below 0.25.1 only the executor knows
+        assert cumem.discard_kv_cache(rig.worker) == 0
+
+
+def test_caches_that_name_the_memory_are_reset_first(rig: Rig) -> None:
+    rig.sleep()
+    assert rig.engine.llm_engine.resets == ["prefix", "mm", "encoder"]
+
+
+def test_sleeping_and_waking_twice_is_once(rig: Rig) -> None:
+    assert rig.sleep()
+    assert not rig.sleep()
+    assert not rig.sleep(level=2)
+    assert wake(rig.engine, rig.state, KV_CACHE)
+    assert not wake(rig.engine, rig.state, KV_CACHE)
+    rig.engine.wake_up(tags=["kv_cache"])
+    rig.engine.wake_up()
+    rig.roll_out()
+
+
+def test_waking_weights_that_never_slept_maps_nothing(rig: Rig) -> None:
+    rig.sleep()
+    assert not wake(rig.engine, rig.state, WEIGHTS)
+    rig.engine.wake_up(tags=["weights"])  # as TRL does, by hand
+    assert rig.mapped() == ALL - KV
+    rig.engine.wake_up(tags=["kv_cache"])
+    rig.roll_out()
+
+
+@pytest.mark.parametrize("tags", [None, ["weights", "kv_cache"]])
+def test_waking_everything_wakes_what_sleeps(rig: Rig, tags: list[str] | None) -> None:
+    rig.sleep()
+    rig.engine.wake_up(tags)
+    rig.roll_out()
+    assert not rig.state.asleep
+
+
+def test_a_deeper_sleep_of_shared_weights_raises_and_changes_nothing(rig: Rig) -> None:
+    for level in (1, 2):
+        with pytest.raises(SharedWeights, match=rf"sleep\(level={level}\).*the trainer's own"):
+            rig.engine.sleep(level=level)
+    with pytest.raises(SharedWeights):
+        rig.engine.sleep()
+    assert rig.mapped() == ALL
+    rig.engine.sleep(level=0)  # pauses the scheduler only
+    rig.roll_out()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_vllms_own_sleep_stays_right_after_a_kv_only_one(rig: Rig, level: int) -> None:
+    rig.state.shared_weights = False
+    for _ in range(3):
+        kv_sleep.discard(rig.engine, rig.state)
+        rig.engine.wake_up()
+        rig.engine.sleep(level=1)
+        assert rig.mapped() == 0
+        rig.engine.wake_up()
+        assert rig.contents(WEIGHTS) == ["weights 0", "weights 1"]
+        kv_sleep.discard(rig.engine, rig.state)
+        rig.engine.sleep(level=level)  # asked of an engine whose cache sleeps, vLLM would keep the weights
+        assert rig.mapped() == 0
+        assert rig.state.weights_lost == (level == 2)
+        rig.engine.wake_up(tags=["weights"])
+        rig.engine.wake_up(tags=["kv_cache"])
+        assert rig.mapped() == ALL
+        if level == 2:
+            assert "undefined" in rig.contents(WEIGHTS)
+            break
+        rig.roll_out()
+
+
+def test_a_request_for_a_sleeping_engine_raises(rig: Rig) -> None:
+    rig.sleep()
+    with pytest.raises(EngineAsleep, match=r"kv_cache unmapped.*llm\.wake_up\(\)"):
+        rig.engine.generate(["a"])
+    rig.state.shared_weights = False
+    rig.engine.wake_up()
+    rig.engine.sleep(level=1)
+    rig.engine.wake_up(tags=["weights"])
+    with pytest.raises(EngineAsleep):
+        rig.engine.generate(["a"])
+    rig.engine.wake_up()
+    rig.roll_out()
+
+
+def test_an_engine_at_work_is_not_put_to_sleep(rig: Rig) -> None:
+    rig.engine.llm_engine.unfinished = True
+    with pytest.raises(EngineBusy, match="unfinished requests"):
+        rig.sleep()
+    rig.engine.llm_engine.unfinished = False
+    rig.engine.prefix_cache_in_use = True
+    with pytest.raises(EngineBusy, match="could not reset its prefix cache"):
+        rig.sleep()
+    assert rig.mapped() == ALL
+    assert not rig.executor.is_sleeping
+    rig.roll_out()
+
+
+def test_too_little_memory_is_said_before_anything_is_mapped(rig: Rig) -> None:
+    rig.sleep()
+    rig.device.taken = rig.device.free - (KV - 1) * rig.device.unit
+    rig.device.attempts = 0
+    with pytest.raises(NotEnoughMemory, match=r"waking the engine \(kv_cache\)") as caught:
+        wake(rig.engine, rig.state, KV_CACHE)
+    assert "gpu_memory_utilization" in str(caught.value)
+    assert not rig.device.attempts
+    if rig.device.unit == 2**30:
+        assert "needs 8.00 GiB of device memory, but 7.00 GiB are free" in str(caught.value)
+    assert rig.mapped() == ALL - KV
+    assert rig.executor.sleeping_tags == {KV_CACHE}
+    rig.device.taken -= rig.device.unit
+    wake(rig.engine, rig.state, KV_CACHE)
+    rig.roll_out()
+
+
+def test_torchs_cache_makes_room_only_when_it_has_to(rig: Rig) -> None:
+    rig.device.cached = rig.device.unit
+    rig.sleep()
+    wake(rig.engine, rig.state, KV_CACHE)
+    if rig.device.unit == 2**30:  # with units of 4 KiB the spare gigabyte is never there
+        assert rig.device.cached
+    rig.sleep()
+    rig.device.cached = rig.device.free - rig.device.unit
+    wake(rig.engine, rig.state, KV_CACHE)
+    assert not rig.device.cached
+    rig.roll_out()
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_memory_that_goes_missing_on_the_way_leaves_the_cache_unmapped(rig: Rig, after: int) -> None:
+    rig.sleep()
+    for _ in range(2):
+        rig.device.refuse_after = after
+        with pytest.raises(NotEnoughMemory) as caught:
+            wake(rig.engine, rig.state, KV_CACHE)
+        assert isinstance(caught.value.__cause__, RuntimeError)
+        assert rig.mapped() == ALL - KV
+        assert rig.executor.sleeping_tags == {KV_CACHE}
+        with pytest.raises(EngineAsleep):
+            rig.engine.generate(["a"])
+    rig.device.refuse_after = None
+    rig.engine.wake_up()
+    rig.roll_out()
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_failed_wake_from_level_1_can_be_tried_again(rig: Rig, after: int) -> None:
+    rig.state.shared_weights = False
+    rig.sleep()
+    assert rig.mapped() == 0
+    rig.device.refuse_after = after
+    with pytest.raises(NotEnoughMemory):
+        rig.engine.wake_up()
+    rig.device.refuse_after = None
+    assert rig.contents(KV_CACHE) == ["unmapped"] * 3
+    rig.engine.wake_up(tags=["weights"])
+    rig.engine.wake_up(tags=["kv_cache"])
+    rig.roll_out()
+    rig.sleep()
+    rig.engine.wake_up()
+    rig.roll_out()
+
+
+def test_a_failed_repair_leaves_the_cache_unmapped(rig: Rig) -> None:
+    rig.sleep()
+    rig.worker.repair_fails = True
+    with pytest.raises(ValueError, match="block tables"):
+        wake(rig.engine, rig.state, KV_CACHE)
+    assert rig.mapped() == ALL - KV
+    rig.worker.repair_fails = False
+    wake(rig.engine, rig.state, KV_CACHE)
+    rig.roll_out()
+
+
+def test_the_driver_functions_are_vllms_again_afterwards(rig: Rig) -> None:
+    before = rig.module.create_and_map
+    rig.sleep()
+    wake(rig.engine, rig.state, KV_CACHE)
+    rig.sleep()
+    rig.device.refuse_after = 0
+    with pytest.raises(NotEnoughMemory):
+        wake(rig.engine, rig.state, KV_CACHE)
+    assert rig.module.create_and_map == before
+
+
+def test_guards_come_off(rig: Rig) -> None:
+    inner = rig.engine.llm_engine
+    assert {"add_request", "sleep"} <= vars(inner).keys()
+    first = rig.state.guards
+    guards.install(rig.engine, rig.state)
+    assert rig.state.guards is first
+    somebody_elses = lambda *_: None  # noqa: E731
+    inner.add_request = somebody_elses  # type: ignore[method-assign]
+    forget(rig.engine)
+    assert inner.add_request is somebody_elses
+    assert "sleep" not in vars(inner)
+    assert "wake_up" not in vars(rig.executor)
+    rig.engine.sleep(level=1)
+    assert rig.mapped() == 0
+
+
+def test_an_engine_that_trl_built_is_guarded_from_its_first_sleep_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, "0.26")
+    forget(rig.engine)
+    rig.engine.generate(["a"])
+    rig.state = state_of(rig.engine)
+    rig.state.shared_weights = True
+    rig.sleep()
+    with pytest.raises(EngineAsleep):
+        rig.engine.generate(["a"])
+
+
+def test_an_engine_that_is_dropped_is_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, "0.26")
+    engine = weakref.ref(rig.engine)
+    rig.sleep()
+    monkeypatch.undo()  # it holds the rig
+    del rig
+    gc.collect()
+    assert engine() is None
+
+
+# Workers in other processes.
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, release: str, **settings: Any) -> Rig:
+    return Rig(monkeypatch, release, elsewhere=True, **settings)
+
+
+def test_workers_elsewhere_are_reached_through_the_extension(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    rig = elsewhere(monkeypatch, release, extension=kv_sleep.EXTENSION)
+    assert kv_sleep.why_not(rig.engine) is None
+    rig.device.cached = rig.device.unit
+    rig.sleep()
+    wake(rig.engine, rig.state, KV_CACHE)
+    assert not rig.device.cached, "no worker can empty this process's cache"
+    for wake_up in (lambda: wake(rig.engine, rig.state, KV_CACHE), rig.engine.wake_up):
+        assert rig.sleep()
+        assert rig.mapped() == ALL - KV
+        with pytest.raises(EngineAsleep):
+            rig.engine.generate(["a"])
+        assert not wake(rig.engine, rig.state, WEIGHTS)
+        rig.engine.wake_up(tags=["weights"])
+        assert rig.mapped() == ALL - KV
+        wake_up()
+        rig.roll_out()
+    rig.sleep()
+    rig.device.refuse_after = 1
+    with pytest.raises(NotEnoughMemory):
+        rig.engine.wake_up()
+    assert rig.mapped() == ALL - KV
+    rig.device.refuse_after = None
+    rig.engine.wake_up()
+    rig.state.shared_weights = False
+    kv_sleep.discard(rig.engine, rig.state)
+    rig.engine.sleep(level=1)
+    assert rig.mapped() == 0
+    rig.engine.wake_up(tags=["weights"])
+    assert rig.state.asleep == {KV_CACHE}
+    rig.engine.wake_up(tags=["kv_cache"])
+    rig.roll_out()
+
+
+def test_vllms_own_release_of_the_cache_is_used_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = elsewhere(monkeypatch, "0.28")
+
+    def release_kv_cache_memory() -> None:
+        rig.executor.collective_rpc(cumem.discard_kv_cache)
+        rig.executor.sleeping_tags, rig.executor.is_sleeping = {KV_CACHE}, True
+
+    rig.engine.release_kv_cache_memory = release_kv_cache_memory  # type: ignore[attr-defined]
+    assert rig.sleep()
+    assert rig.mapped() == ALL - KV
+    assert rig.state.asleep == {KV_CACHE}
+    rig.engine.wake_up()
+    assert rig.state.asleep == set()
+    rig.roll_out()
+
+
+def test_the_allocators_own_discard_is_used_where_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, "0.28")
+    asked, discard = [], rig.allocator.discard
+    monkeypatch.setattr(rig.allocator, "discard", lambda tags: (asked.append(tags), discard(tags)))
+    rig.sleep()
+    assert asked == [("kv_cache",)]
+
+
+def test_an_executor_that_can_discard_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, "0.28")
+    asked = []
+
+    def discard(tags: tuple[str, ...]) -> None:
+        asked.append(tags)
+        rig.allocator.discard(tags)
+        rig.executor.sleeping_tags, rig.executor.is_sleeping = set(tags), True
+
+    rig.executor.discard = discard  # type: ignore[attr-defined]
+    assert kv_sleep.discard(rig.engine, rig.state) == KV * rig.device.unit
+    assert asked == [("kv_cache",)]
+    rig.engine.wake_up()
+    rig.roll_out()
+
+
+def test_workers_that_cannot_be_reached_say_how_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = elsewhere(monkeypatch, "0.26")
+    reason = kv_sleep.why_not(rig.engine)
+    assert reason is not None
+    assert "worker_extension_cls='trlpatch.engine.worker_extension.KvCacheSleep'" in reason
+    assert not rig.sleep(), "shared weights: nothing else is allowed"
+    assert rig.mapped() == ALL
+    assert rig.state.sleep_method == f"none: {reason}"
+
+
+@pytest.mark.cpu
+def test_the_extension_clashes_with_no_name_of_vllms_worker() -> None:
+    pytest.importorskip("vllm")
+    from vllm.v1.worker.gpu_worker import Worker
+
+    names = [name for name in dir(KvCacheSleep) if not name.startswith("__")]
+    assert names == ["trlpatch_discard_kv_cache", "trlpatch_wake_kv_cache"]
+    assert not any(hasattr(Worker, name) for name in names)
+    module, _, name = kv_sleep.EXTENSION.rpartition(".")
+    assert getattr(sys.modules[module], name) is KvCacheSleep
+
+
+def test_a_worker_without_the_allocator_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vllm.device_allocator.cumem", raising=False)
+    with pytest.raises(EngineWithoutSleep, match="no CuMemAllocator"):
+        cumem.discard_kv_cache(object())
+    assert cumem.pool_bytes(KV_CACHE) == 0
+    with cumem.whole_wake(None):
+        pass
+    assert EngineState().asleep == set() != SLEEP_TAGS

@@ -1,0 +1,288 @@
+"""Building an engine in this process, and taking one down so that nothing of it is left."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import importlib.util
+import inspect
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trlpatch.engine import cumem, probes
+from trlpatch.engine.state import forget
+
+logger = logging.getLogger("trlpatch")
+
+MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+_INSIDE = ("llm_engine", "engine_core", "model_executor", "driver_worker")
+
+_allocators: list[Any] = []
+"""Wrappers of pluggable allocators whose pools were dropped: a block that is freed later still calls into them."""
+
+
+@cache
+def engine_argument_names() -> frozenset[str]:
+    """The arguments that the installed vLLM's engine takes; none where vLLM is not installed.
+
+    Read from the source of `EngineArgs`: importing vLLM takes seconds and changes this process.
+    """
+    spec = importlib.util.find_spec("vllm")
+    for place in (spec and spec.submodule_search_locations) or ():
+        file = Path(place) / "engine" / "arg_utils.py"
+        if file.is_file():
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
+                    fields = [line.target for line in node.body if isinstance(line, ast.AnnAssign)]
+                    return frozenset(field.id for field in fields if isinstance(field, ast.Name))
+    return _argument_names_of_imported_vllm() if spec is not None else frozenset()
+
+
+def _argument_names_of_imported_vllm() -> frozenset[str]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return frozenset(inspect.signature(EngineArgs).parameters)
+
+
+def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
+    """What makes an engine serve the adapter of a trainer in this process.
+
+    `max_lora_rank` is rounded up to a value that this vLLM accepts. Log-probabilities are those that TRL's importance
+    sampling compares with, and nothing is in flight between two calls (async scheduling is on by default in this
+    process from vLLM 0.19.1).
+
+    Raises:
+        ValueError: no rank that large is legal.
+    """
+    rank = probes.legal_rank(max_lora_rank)
+    if rank is None:
+        raise ValueError(f"max_lora_rank={max_lora_rank} is above {probes.legal_ranks()[-1]}, vLLM's largest")
+    arguments: dict[str, Any] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "seed": 0}
+    known = engine_argument_names()
+    if "logprobs_mode" in known:
+        arguments["logprobs_mode"] = "processed_logprobs"
+    else:
+        logger.warning(
+            "this vLLM has no logprobs_mode (0.10.0 has): it reports raw log-probabilities, and TRL's importance "
+            "sampling correction is biased unless temperature is 1 and top_p, top_k and min_p are off"
+        )
+    if "async_scheduling" in known:
+        arguments["async_scheduling"] = False
+    return arguments
+
+
+def build_engine(arguments: Mapping[str, Any]) -> Any:
+    """Return `vllm.LLM(**arguments)`, in this process unless VLLM_ENABLE_V1_MULTIPROCESSING is set otherwise.
+
+    When it fails or is interrupted, what was built so far is shut down, its process groups are destroyed and its
+    memory is freed before the exception goes on. Seeds the global generators, as vLLM does: see `random_state_kept`.
+    """
+    groups = ProcessGroups.now()
+    with _set_unless_given(MULTIPROCESSING, "0"):
+        try:
+            from vllm import LLM
+
+            return LLM(**arguments)
+        except BaseException as error:
+            parts = _unfinished(error)
+            forget_frames(error)
+            while parts:
+                _take_down(parts.pop(0))
+            groups.restore()
+            free_memory(groups)
+            raise
+
+
+def shut_down(llm: Any, groups: ProcessGroups) -> None:
+    """Take an engine down that `build_engine` returned; `groups` are those of before it was built.
+
+    The caller drops its reference and everything that views the engine's memory first, and calls `free_memory` after.
+    """
+    forget(llm)
+    _take_down(llm)
+    groups.restore()
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """Which torch.distributed state there was before an engine was built.
+
+    Attributes:
+        default: somebody, the user or an engine, had initialised torch.distributed.
+        engine: vLLM's groups existed, and another engine of this process uses them.
+    """
+
+    default: bool
+    engine: bool
+
+    @classmethod
+    def now(cls) -> ProcessGroups:
+        """Look without importing torch or vLLM."""
+        distributed = sys.modules.get("torch.distributed")
+        state = sys.modules.get("vllm.distributed.parallel_state")
+        return cls(
+            default=bool(distributed and distributed.is_available() and distributed.is_initialized()),
+            engine=getattr(state, "_WORLD", None) is not None,
+        )
+
+    def restore(self) -> None:
+        """Destroy what came since."""
+        state: Any = sys.modules.get("vllm.distributed.parallel_state")
+        if state is None or self.engine:
+            return
+        state.destroy_model_parallel()
+        if self.default:
+            world = state._WORLD
+            if world is not None:
+                world.destroy()
+                state._WORLD = None
+        else:
+            state.destroy_distributed_environment()
+        # The first engine of a process freezes what it read from the environment, where vLLM does that (0.13).
+        read_again = getattr(sys.modules.get("vllm.envs"), "disable_envs_cache", None)
+        if read_again is not None:
+            read_again()
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the local variables of the finished frames that `error` and its causes hold, and with them the memory."""
+    for one in _chain(error):
+        traceback.clear_frames(one.__traceback__)
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            _ = frame.f_locals  # up to Python 3.12 a frame keeps the dictionary of an earlier look until the next one
+
+
+def free_memory(groups: ProcessGroups) -> None:
+    """Collect what nothing refers to any more, and give the device memory behind it back.
+
+    `groups` says whether an older engine is alive: its sleep pools are left alone.
+    """
+    gc.unfreeze()  # vLLM freezes the heap when an engine is up, and frozen garbage is never collected
+    gc.collect()
+    if not groups.engine:
+        _release_sleep_pools()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the global generators of random, numpy, torch and CUDA as they were: building an engine seeds all four."""
+    import random
+
+    import numpy
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.init()  # a seed that was given before CUDA was initialised takes effect now, not inside
+    states = (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
+    device_states = torch.cuda.get_rng_state_all() if cuda else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if device_states is not None:
+            torch.cuda.set_rng_state_all(device_states)
+
+
+@contextlib.contextmanager
+def environment_kept_on_failure() -> Iterator[None]:
+    """Put the environment variables back as they were when the block raises."""
+    before = dict(os.environ)
+    try:
+        yield
+    except BaseException:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        raise
+
+
+@contextlib.contextmanager
+def _set_unless_given(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for the duration, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The exception and those it was raised from, each once."""
+    chain: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one not in chain:
+            chain.append(one)
+            waiting += [one.__cause__, one.__context__]
+    return chain
+
+
+def _unfinished(error: BaseException) -> list[Any]:
+    """The parts of an engine (LLM, LLMEngine, EngineCore, executor) whose construction `error` ended, outermost first.
+
+    Nothing but the frames of the exception refers to them: `LLM(...)` has not returned.
+    """
+    found: list[Any] = []
+    for one in _chain(error):
+        for frame, _ in traceback.walk_tb(one.__traceback__):
+            part = frame.f_locals.get("self")
+            if any(name in getattr(part, "__dict__", {}) for name in _INSIDE) and not any(part is it for it in found):
+                found.append(part)
+    return found
+
+
+def _take_down(part: Any) -> None:
+    """Shut an engine down, from its LLM, its core or its executor, in whatever state its construction left it."""
+    for name in ("llm_engine", "engine_core", "engine_core"):  # LLM, LLMEngine, InprocClient
+        part = getattr(part, name, part)
+    executor = part if hasattr(part, "driver_worker") else getattr(part, "model_executor", None)
+    if executor is None:
+        _end(part, "shutdown")  # a client of an engine in another process
+        return
+    # Not EngineCore.shutdown(): from vLLM 0.23.0 that destroys process groups that are not the engine's, too.
+    _end(getattr(part, "structured_output_manager", None), "clear_backend")
+    _end(executor, "shutdown")
+    _end(getattr(part, "scheduler", None), "shutdown")
+
+
+def _end(part: Any, method: str) -> None:
+    end = getattr(part, method, None)
+    if not callable(end):
+        return
+    try:
+        end()
+    except Exception as failure:  # half built: what cannot be shut down is dropped
+        logger.debug("%s.%s() while taking an engine down: %r", type(part).__name__, method, failure)
+
+
+def _release_sleep_pools() -> None:
+    """Unmap the pools of a dead engine with sleep mode, as vLLM's own shutdown does from 0.24.0.
+
+    Only one engine with sleep mode can exist per process, and vLLM asks the pools whether there is one.
+    """
+    allocator = cumem.allocator()
+    pools = getattr(allocator, "allocator_and_pools", None)
+    if not pools or hasattr(allocator, "release_pools"):
+        return
+    _allocators.extend(entry[1] for entry in pools.values())
+    pools.clear()
+    gc.collect()

@@ -1,0 +1,128 @@
+"""What vLLM lets pass in silence, refused or put right on one engine's own objects; `remove` undoes it.
+
+- a request added to an engine that sleeps: the scheduler waits for ever, or a kernel reads unmapped memory.
+- a sleep of level 1 or 2 while a trainer shares the weights: its next forward pass reads unmapped memory.
+- a deeper sleep asked of an engine whose KV cache alone sleeps: vLLM calls it asleep already and keeps the weights.
+- `wake_up()` after a KV-only sleep: up to 0.27 it maps the mapped weights again; and `wake_up` of several tags of
+  which one is awake does nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from trlpatch.engine import cumem, kv_sleep, probes
+from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
+from trlpatch.engine.state import EngineState
+from trlpatch.errors import EngineAsleep, SharedWeights
+
+
+def install(engine: Any, state: EngineState) -> None:
+    """Guard this engine, once; it stays guarded until `state.guards.remove()` (detach_engine does that)."""
+    if state.guards is None:
+        state.guards = Guards(engine, state)
+
+
+def slept(state: EngineState, level: int) -> None:
+    """Both pools are unmapped now; level 2 has lost the weights, and with them (up to vLLM 0.32) LoRA buffers."""
+    state.asleep = set(SLEEP_TAGS)
+    if level >= 2:
+        state.weights_lost = True
+        state.published = None
+        if state.holds == "adapter":
+            state.holds = "checkpoint"
+
+
+class Guards:
+    """The guarded methods of one engine; instance attributes, so that other engines keep vLLM's own."""
+
+    def __init__(self, engine: Any, state: EngineState) -> None:
+        self._inner = engine.llm_engine
+        self._executor = probes.executor(engine)
+        self._state = state
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self._replace(self._inner, "add_request", self._add_request)
+        self._replace(self._inner, "sleep", self._sleep)
+        if self._executor is None:
+            self._replace(self._inner, "wake_up", self._wake_up_elsewhere)
+        else:
+            self._replace(self._executor, "wake_up", self._wake_up)
+
+    def remove(self) -> None:
+        """Give the objects their own methods back. Where somebody has replaced ours since, theirs stays."""
+        for target, name, before, ours in self._replaced:
+            if vars(target).get(name) is ours:
+                if before is None:
+                    delattr(target, name)
+                else:
+                    setattr(target, name, before)
+
+    def _replace(self, target: Any, name: str, guard: Callable[..., Any]) -> None:
+        original = getattr(target, name, None)
+        if not callable(original):
+            return
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            return guard(original, *args, **kwargs)
+
+        self._replaced.append((target, name, vars(target).get(name), guarded))
+        setattr(target, name, guarded)
+
+    def _asleep(self) -> set[str]:
+        tags = getattr(self._executor, "sleeping_tags", None)
+        return set(self._state.asleep if tags is None else tags)
+
+    def _add_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        sleeping = self._asleep()
+        if sleeping:
+            raise EngineAsleep(
+                f"a request for an engine that is asleep ({', '.join(sorted(sleeping))} unmapped): wake it with "
+                "llm.wake_up(), or roll out with model.fast_generate(...) or "
+                "lora_request=trlpatch.lora_request(model), which wake it"
+            )
+        return original(*args, **kwargs)
+
+    def _sleep(self, original: Callable[..., Any], level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        if level < 1:
+            return original(level, *args, **kwargs)
+        if self._state.shared_weights:
+            raise SharedWeights(
+                f"sleep(level={level}) of an engine whose weights are the trainer's own: it would unmap them under "
+                "the trainer. A patched trainer gives back the KV cache alone; by hand: "
+                "trlpatch.engine.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
+            )
+        sleeping = self._asleep()
+        if WEIGHTS in sleeping:  # vLLM ignores it, whatever the level
+            return original(level, *args, **kwargs)
+        if sleeping == {KV_CACHE}:
+            self._inner.wake_up([KV_CACHE])
+        result = original(level, *args, **kwargs)
+        slept(self._state, level)
+        return result
+
+    def _wake_up(self, original: Callable[..., Any], tags: Any = None) -> Any:
+        sleeping = self._asleep()
+        if not sleeping:
+            return original(tags)
+        if tags is None:
+            # After a whole sleep None is more than the two tags: newer releases have pools of other names.
+            wanted = None if WEIGHTS in sleeping else sorted(sleeping)
+        else:
+            wanted = [tag for tag in tags if tag in sleeping or tag not in SLEEP_TAGS]
+            if not wanted:
+                return None
+        with cumem.whole_wake(wanted):
+            result = original(wanted)
+        self._state.asleep -= set(wanted or SLEEP_TAGS)
+        return result
+
+    def _wake_up_elsewhere(self, original: Callable[..., Any], tags: Any = None) -> Any:
+        wanted = None if tags is None else list(tags)
+        if self._state.kv_asleep_in_workers:
+            if wanted is None or KV_CACHE in wanted:
+                kv_sleep.wake_in_workers(self._inner, self._state)
+            return None
+        result = original(wanted)
+        self._state.asleep -= set(wanted or SLEEP_TAGS)
+        return result
