@@ -20,6 +20,7 @@ def python(code: str) -> str:
 
 def test_public_names():
     assert trlpatch.__all__ == [
+        "FastLanguageModel",
         "PatchFastRL",
         "PatchReport",
         "__version__",

@@ -1,8 +1,8 @@
 """Stock TRL trainers that roll out on an in-process vLLM engine with the live LoRA adapter.
 
-    import trlpatch
+    from trlpatch import FastLanguageModel, PatchFastRL
 
-    trlpatch.PatchFastRL()
+    PatchFastRL()
 
     from trl import GRPOTrainer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from trlpatch.engine.attach import attach_engine
     from trlpatch.engine.sampling_params import vLLMSamplingParams
+    from trlpatch.fast.model import FastLanguageModel
     from trlpatch.hooks.lora_request import live_lora_request as lora_request
     from trlpatch.runtime.report import PatchReport
     from trlpatch.runtime.session import PatchFastRL, patch, status, unpatch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "FastLanguageModel",
     "PatchFastRL",
     "PatchReport",
     "__version__",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FastLanguageModel": ("trlpatch.fast.model", "FastLanguageModel"),
     "PatchFastRL": ("trlpatch.runtime.session", "PatchFastRL"),
     "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
     "attach_engine": ("trlpatch.engine.attach", "attach_engine"),

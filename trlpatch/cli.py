@@ -127,7 +127,10 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
 @cli.command()
 @_json
 def status(as_json: bool) -> None:
-    """Show the installed TRL, what lies in the cache for it, and the packages beside it."""
+    """Show the installed TRL, what lies in the cache for it, the packages beside it, and what these allow.
+
+    What the engines of a running process do is in that process: print(trlpatch.status()).
+    """
     from trlpatch.situation import situation
 
     now = situation()
@@ -148,6 +151,7 @@ def status(as_json: bool) -> None:
     packages = [f"{name} {version}" for name, version in now.packages.items() if version]
     absent = [name for name, version in now.packages.items() if not version]
     click.echo(f"installed  {', '.join(packages)}" + (f"; not installed: {', '.join(absent)}" if absent else ""))
+    click.echo(f"loading    FastLanguageModel: {'; '.join(now.loading) or 'everything it can use is installed'}")
 
 
 @cli.group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from trlpatch.runtime.cache import Cache, entry_key, rules_digest
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED
 
-COMPANIONS = ("trlpatch", "trl", "vllm", "torch", "transformers", "peft", "accelerate", "libcst")
+COMPANIONS = ("trlpatch", "trl", "vllm", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "libcst")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Situation:
         cached: per target of the release, whether its patched file lies in the cache.
         cache_writable: whether the cache directory, or the nearest existing one above it, can be written.
         packages: installed versions by distribution; None for what is not installed.
+        loading: what `FastLanguageModel` lacks here, and the argument to set; empty when every package is there.
     """
 
     trl: str
@@ -34,6 +36,7 @@ class Situation:
     cache_bytes: int
     cache_writable: bool
     packages: dict[str, str | None]
+    loading: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the situation as JSON-able values."""
@@ -72,7 +75,22 @@ def situation() -> Situation:
         cache_bytes=cache.size(),
         cache_writable=_writable(cache.root),
         packages={name: _version(name) for name in COMPANIONS},
+        loading=_loading(),
     )
+
+
+def _loading() -> tuple[str, ...]:
+    always = ("torch", "transformers", "peft")
+    absent = {name for name in (*always, "vllm", "bitsandbytes") if not importlib.util.find_spec(name)}
+    needed = [name for name in always if name in absent]
+    if needed:
+        return (f"needs {', '.join(needed)}",)
+    found = []
+    if "vllm" in absent:
+        found.append("without vLLM: fast_inference=False only")
+    if "bitsandbytes" in absent:
+        found.append("without bitsandbytes: load_in_4bit=False only")
+    return tuple(found)
 
 
 def _writable(directory: Path) -> bool:
