@@ -20,42 +20,39 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-TOLERANCE = 0.02
-"""Mean difference in nats. Rounding of bfloat16 in two implementations gives 0.005 to 0.007 on this model."""
+if __package__ in (None, ""):  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-DRIFT = 5 * TOLERANCE
-"""What rollouts from other weights must exceed at the end of the control run."""
+from tests.gpu.common import (
+    DRIFT,
+    PROMPTS,
+    TARGETS,
+    TOLERANCE,
+    odd_tokens,
+    random_model,
+    report,
+    run_child,
+    watch_rollouts,
+)
 
 STEPS = 6
-
-PROMPTS = [
-    f"{who} {what} {where}"
-    for who in ("the cat", "a dog", "one bird", "no fish")
-    for what in ("sat on", "ran to")
-    for where in ("the mat", "a park")
-]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="CASE:RELEASE,RELEASE")
     parser.add_argument("--trl-root", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=Path("/tmp/trlpatch-gpu-model"), help="made if not there")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--timeout", type=int, default=150, help="seconds a case")
     parser.add_argument("--budget", type=int, default=540, help="seconds after which no case is started")
     arguments = parser.parse_args()
     started, results = time.monotonic(), []
-    if not (arguments.model / "config.json").exists():
-        run_child(["--build"], arguments.model, None, 120)
+    model = random_model("0.1b")
     columns = f"{'gap first':>10}{'gap last':>10}{'gap max':>10}{'control':>9}"
     print(f"{'case':22}{'TRL':8}{'ok':6}{columns}  notes", flush=True)
     for case, _, releases in (item.partition(":") for item in arguments.cases):
@@ -63,7 +60,9 @@ def main() -> int:
             if time.monotonic() - started > arguments.budget:
                 result: dict[str, Any] = {"error": "left out: no time"}
             else:
-                result = run_child([case], arguments.model, arguments.trl_root / release, arguments.timeout)
+                result = run_child(
+                    Path(__file__), [str(model), case], trl=arguments.trl_root / release, timeout=arguments.timeout
+                )
             result = {"case": case, "trl": release, **result}
             result["verdict"] = verdict(result)
             results.append(result)
@@ -91,67 +90,7 @@ def row(result: dict[str, Any]) -> str:
     return f"{head}{gaps[0]:10.4f}{gaps[-1]:10.4f}{max(gaps):10.4f}{control}  {notes}"
 
 
-def run_child(words: list[str], model: Path, trl: Path | None, timeout: int) -> dict[str, Any]:
-    """Run this file in another process and return what it reports, or an error; never raises."""
-    here = Path(__file__).resolve()
-    paths = [str(path) for path in (trl, here.parents[2]) if path is not None] + [os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, str(here), "--child", str(model), *words]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        tail = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
-        return {"error": f"no end after {timeout} s: {tail[-200:]}"}
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-            return found
-    return {"error": f"exit {done.returncode}: {' | '.join(done.stderr.strip().splitlines()[-4:])}"}
-
-
 # In the child.
-
-
-def child(model: Path, words: list[str]) -> None:
-    if words == ["--build"]:
-        build(model)
-        result: dict[str, Any] = {}
-    else:
-        result = Case(words[0], model).run()
-    print("RESULT " + json.dumps(result), flush=True)
-
-
-def build(directory: Path) -> None:
-    """Save a random-weight Qwen2 of 0.1 B parameters in bfloat16 and a tokenizer trained on the spot."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<eos>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
-    raw.train_from_iterator(PROMPTS * 4, trainer)
-    words = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", padding_side="left")
-    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    words.save_pretrained(directory)
 
 
 class Case:
@@ -253,8 +192,7 @@ class Case:
         torch.manual_seed(0)
         policy = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16)
         if not self.full:
-            targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            settings = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+            settings = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
             policy = get_peft_model(policy, settings)
         if self.attached:
             import trlpatch
@@ -271,7 +209,7 @@ class Case:
             processing_class=AutoTokenizer.from_pretrained(self.model), reward_funcs=odd_tokens,
         )  # fmt: skip
         gaps: list[float] = []
-        self._watch_rollouts(trainer, gaps)
+        watch_rollouts(trainer, (getattr(trainer, "vllm_generation", None) or trainer).llm, gaps)
         trainer.train()
         return trainer, gaps
 
@@ -310,47 +248,9 @@ class Case:
             max_model_len=256, gpu_memory_utilization=0.15, logprobs_mode="processed_logprobs", seed=0,
         )  # fmt: skip
 
-    def _watch_rollouts(self, trainer: Any, gaps: list[float]) -> None:
-        engine = (getattr(trainer, "vllm_generation", None) or trainer).llm
-        generate = type(engine).generate
-
-        def watched(prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
-            # OnlineDPO and RLOO do not ask for log-probabilities; asking changes nothing that is sampled.
-            sampling_params.logprobs = 0
-            outputs = generate(engine, prompts, sampling_params, **kwargs)
-            pairs = (pair for output in outputs for pair in zip(*self._both(trainer.model, output), strict=True))
-            gaps.append(mean(abs(ours - theirs) for ours, theirs in pairs))
-            return outputs
-
-        engine.generate = watched
-
-    @staticmethod
-    def _both(model: Any, output: Any) -> tuple[list[float], list[float]]:
-        """Log-probabilities of a completion's tokens in the engine and in the training model."""
-        import torch
-
-        completion, start = output.outputs[0], len(output.prompt_token_ids)
-        engine = [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
-        was_training = model.training
-        model.eval()
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            ids = torch.tensor([[*output.prompt_token_ids, *completion.token_ids]], device=model.device)
-            logits = model(input_ids=ids).logits[0, start - 1 : -1].float()
-        model.train(was_training)
-        picked = torch.log_softmax(logits, -1).gather(1, ids[0, start:, None])
-        return engine, picked.squeeze(1).tolist()
-
-
-def odd_tokens(*args: Any, completions: Any = None, completion_ids: Any = None, **_: Any) -> list[float]:
-    """Reward odd token ids; where only texts are given, their odd characters serve as well."""
-    if completion_ids is not None:
-        return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
-    texts = completions if completions is not None else args[-1]
-    return [sum(ord(character) % 2 for character in str(text)) / max(len(str(text)), 1) for text in texts]
-
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(Path(sys.argv[2]), sys.argv[3:])
+        report(Case(sys.argv[3], Path(sys.argv[2])).run())
     else:
         sys.exit(main())

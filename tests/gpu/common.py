@@ -1,0 +1,189 @@
+"""What the GPU runs share: random-weight models, one process per case, and the measure of a wrong rollout.
+
+The measure is the *gap*: the mean difference, in nats, between the log-probability that the engine reports for a token
+it sampled and the one that the training model gives it at that moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TOLERANCE = 0.02
+"""Largest gap of a right rollout: bfloat16 in two implementations gives 0.005 to 0.010 on these models."""
+
+DRIFT = 5 * TOLERANCE
+"""What rollouts from other weights must exceed at the end of a control run."""
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+PROMPTS = [
+    f"{who} {what} {where}"
+    for who in ("the cat", "a dog", "one bird", "no fish")
+    for what in ("sat on", "ran to")
+    for where in ("the mat", "a park")
+]
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.1b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+             "num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": False},
+    # The layers of Qwen2.5-0.5B and 7B. A vocabulary of 512 can learn something in thirty steps.
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def random_model(shape: str, root: Path = Path("/tmp/trlpatch-gpu-models")) -> Path:
+    """Save a random-weight Qwen2 in bfloat16 and a tokenizer trained on the spot, once; return the directory.
+
+    In a process of its own, so that this one holds no memory of the device.
+    """
+    directory = root / shape
+    if not (directory / "tokenizer.json").exists():
+        subprocess.run([sys.executable, __file__, shape, str(directory)], check=True, stdout=subprocess.DEVNULL)
+    return directory
+
+
+def _save_random_model(shape: str, directory: Path) -> None:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    words = tokenizer()
+    config = Qwen2Config(
+        **SHAPES[shape], max_position_embeddings=4096, bos_token_id=None,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(directory)
+    words.save_pretrained(directory)  # last: it says that the directory is complete
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<eos>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
+    raw.train_from_iterator(PROMPTS * 4, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return made
+
+
+def run_child(script: Path, words: list[str], *, trl: Path | None = None, timeout: int, **environ: str) -> Any:
+    """Run `script --child words...` in another process and return what it reports, or an error; never raises."""
+    paths = [str(path) for path in (trl, ROOT) if path is not None] + [os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        **environ,
+    }
+    command = [sys.executable, str(script.resolve()), "--child", *words]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        tail = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else str(error.stderr)
+        return {"error": f"no end after {timeout} s: {tail[-300:]}"}
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    return {"error": f"exit {done.returncode}: {' | '.join(done.stderr.strip().splitlines()[-6:])}"}
+
+
+def report(result: Any) -> None:
+    """In a child: hand the result to `run_child`."""
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def odd_tokens(*args: Any, completions: Any = None, completion_ids: Any = None, **_: Any) -> list[float]:
+    """Reward odd token ids; where only texts are given, their odd characters serve as well."""
+    if completion_ids is not None:
+        return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
+    texts = completions if completions is not None else args[-1]
+    return [sum(ord(character) % 2 for character in str(text)) / max(len(str(text)), 1) for text in texts]
+
+
+def gap(model: Any, outputs: Any) -> float:
+    """The measure, over completions that were sampled with `logprobs=0`."""
+    import torch
+
+    prompts = [len(output.prompt_token_ids) for output in outputs]
+    rows = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+    width = max(map(len, rows))
+    # Padding on the right needs no mask: no token sees what comes after it.
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    finally:
+        model.train(was_training)
+    trainer = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None]).squeeze(2).tolist()
+    differences = []
+    for output, start, row, logprobs in zip(outputs, prompts, rows, trainer, strict=True):
+        completion = output.outputs[0]
+        steps = zip(completion.logprobs, completion.token_ids, strict=True)
+        engine = [step[token].logprob for step, token in steps]
+        differences += [abs(a - b) for a, b in zip(engine, logprobs[start - 1 : len(row) - 1], strict=True)]
+    return float(mean(differences))
+
+
+def watch_rollouts(trainer: Any, engine: Any, gaps: list[float]) -> Any:
+    """Append the gap of every rollout; returns a function that stops watching."""
+    generate = type(engine).generate
+
+    def watched(prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
+        # OnlineDPO and RLOO do not ask for log-probabilities; asking changes nothing that is sampled.
+        sampling_params.logprobs = 0
+        outputs = generate(engine, prompts, sampling_params, **kwargs)
+        gaps.append(gap(trainer.model, outputs))
+        return outputs
+
+    engine.generate = watched
+    return lambda: engine.__dict__.pop("generate", None)
+
+
+def set_adapter(model: Any, *, seed: int, size: float = 0.02) -> None:
+    """Give every LoRA parameter other random values, in place, as an optimizer step would."""
+    import torch
+
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                parameter.copy_(noise * size)
+
+
+def used_gib() -> float:
+    """GiB of the device that are in use, by whomever."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free) / 2**30
+
+
+if __name__ == "__main__":
+    _save_random_model(sys.argv[1], Path(sys.argv[2]))
