@@ -68,6 +68,7 @@ class Surroundings:
 
 def interrupt(*_: Any, **__: Any) -> None:
     """As Ctrl-C does it: the signal's handler raises between two instructions."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     os.kill(os.getpid(), signal.SIGINT)
     for _ in range(1000):
         pass

@@ -24,7 +24,7 @@ from trlpatch.engine.handover import registry  # noqa: E402
 from trlpatch.engine.lora_view import lora_view  # noqa: E402
 from trlpatch.engine.probes import legal_rank, legal_ranks, max_lora_rank, sleep_enabled, worker_lora_manager  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
-from trlpatch.errors import AdapterNotExpressible  # noqa: E402
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -435,3 +435,23 @@ def test_a_slot_of_several_and_rounding_once(tmp_path: Path) -> None:
     assert slots == {0, 1}
     assert state.handover is not None
     assert state.handover.description == "in place"
+
+
+@pytest.mark.parametrize(
+    ("changes", "live"),
+    [({"hidden_size": 128, "intermediate_size": 256}, "128 to 128 features"), ({"num_hidden_layers": 3}, "layers.2")],
+    ids=["narrower", "deeper"],
+)
+def test_an_adapter_of_another_model_is_refused(
+    engine: Any, model: Path, tmp_path: Path, changes: dict[str, int], live: str
+) -> None:
+    """vLLM copies what is too small into a corner of its buffers, and passes over layers that it has not."""
+    own = trlpatch.attach_engine(tiny.policy(model), engine)
+    other = trlpatch.attach_engine(tiny.policy(tiny.checkpoint(tmp_path / "other", **changes)), engine)
+    with pytest.raises((EngineMismatch, AdapterNotExpressible), match=live):
+        other.load_lora()
+    other.save_lora(tmp_path / "adapter")
+    with pytest.raises(EngineMismatch, match="vLLM would load what fits"):
+        own.load_lora(str(tmp_path / "adapter"))
+    tiny.move(own, seed=1)
+    assert gap(engine, own, own.load_lora()) < TOLERANCE, "nothing of it is left in the engine"

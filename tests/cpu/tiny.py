@@ -46,13 +46,20 @@ def tokenizer() -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(list(_CORPUS) * 20, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        # transformers 4 adds token_type_ids, which TRL up to 0.23 hands to generate and Qwen2 does not take.
+        model_input_names=["input_ids", "attention_mask"],
+    )
     made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return made
 
 
-def checkpoint(directory: Path, *, seed: int = 0) -> Path:
-    """Save a random-weight Qwen2 (hidden 256, 2 layers, float32) and its tokenizer; return the directory.
+def checkpoint(directory: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Save a random-weight Qwen2 (hidden 256, 2 layers, float32, unless changed) and its tokenizer; return where.
 
     The weights are 2.5 times as large as transformers' default, so that a low-rank change of the hidden states moves
     the logits visibly within thirty steps.
@@ -62,20 +69,21 @@ def checkpoint(directory: Path, *, seed: int = 0) -> Path:
 
     words = tokenizer()
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(words),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        initializer_range=0.05,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(words),
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+        "initializer_range": 0.05,
+    }
+    config = Qwen2Config(**{**settings, **changes})
     Qwen2ForCausalLM(config).save_pretrained(directory)
     words.save_pretrained(directory)
     return directory

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trlpatch.engine import guards, live, probes
+from trlpatch.engine.handover.fit import directory_misfit
 from trlpatch.engine.lora_view import base_of, lora_view, unwrap
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
@@ -115,7 +116,7 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
 
     `load_tensors=True`, or no arguments: the adapter of this model as it is now. `load_tensors=False`, or a
     `name` that is an adapter directory: that one, from disk. Raises ValueError when `name` has to be a
-    directory and is none.
+    directory and is none, EngineMismatch when the adapter in it is of another model.
     """
     live_adapter = name is None if load_tensors is None else load_tensors
     if live_adapter:
@@ -125,6 +126,12 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
         raise ValueError(
             f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
             "with model.save_lora(directory), or call model.load_lora() for the live adapter"
+        )
+    wrong = directory_misfit(attached_engine(self), directory)
+    if wrong is not None:
+        raise EngineMismatch(
+            f"model.load_lora({name!r}): {wrong}; vLLM would load what fits of it without a word; expected an adapter "
+            "of the engine's own model"
         )
     from vllm.lora.request import LoRARequest
 

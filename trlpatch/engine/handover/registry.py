@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.handover.fit import misfit
 from trlpatch.engine.lora_view import LoraWeights
-from trlpatch.errors import AdapterNotExpressible, StaleAdapter
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch, StaleAdapter
 
 # Far above what people number their own adapters with, far below 2**31 (vLLM keeps ids in int32 tensors).
 LIVE_ID = 1_700_000_000
@@ -68,7 +69,7 @@ def lora_model(worker: Any, tensors: Mapping[str, Any], weights: LoraWeights, lo
     """vLLM's object of an adapter, not registered yet, made of `tensors` (PEFT's names, B scaled already).
 
     Tensors of the engine's LoRA dtype are used as they are, not copied. Raises AdapterNotExpressible when the engine
-    has no place for one of the modules.
+    has no place for one of the modules, EngineMismatch when its place has another shape.
     """
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -95,6 +96,12 @@ def lora_model(worker: Any, tensors: Mapping[str, Any], weights: LoraWeights, lo
         raise AdapterNotExpressible(
             f"the engine's model has no LoRA layer for {', '.join(unknown[:4])}"
             + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+        )
+    wrong = misfit(manager, ((name, entry.input_dim, entry.output_dim) for name, entry in lora.loras.items()))
+    if wrong is not None:
+        raise EngineMismatch(
+            f"handing the adapter over: {wrong}; expected the engine of the model that is trained: attach one that "
+            "was built from the same checkpoint, trlpatch.attach_engine(model, llm)"
         )
     return lora
 
