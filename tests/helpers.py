@@ -15,6 +15,20 @@ from trlpatch.source.targets import TARGETS
 
 HEADER = "# trlpatch: hooks\nimport trlpatch.hooks as _trlpatch\n\n"
 
+# The tiny trainer of tests/runtime has no engine code and needs no repair; what remains are `configure` and
+# `sampling_config`.
+SKIP = (
+    "adapter_sync",
+    "engine_reuse",
+    "guided_decoding",
+    "live_adapter",
+    "prompt_limit",
+    "sampling",
+    "sleep",
+    "top_k",
+    "warnings_issued",
+)
+
 
 def source(target: str, text: str) -> SourceFile:
     """Return a source file of `target` with the given text."""

@@ -1,4 +1,4 @@
-"""The command line, run as a process of its own on a small TRL 0.18.0 in which every patch fits."""
+"""The command line, run as a process of its own on a small TRL 0.18.2 in which every patch fits."""
 
 from __future__ import annotations
 
@@ -33,15 +33,24 @@ class {name}:
 """
 
 GRPO = """
+def is_vllm_available():
+    return False
+
+
+if is_vllm_available():
+    from vllm.sampling_params import GuidedDecodingParams
+
+
 class GRPOTrainer:
     def __init__(self, model, args=None):
+        model.warnings_issued["estimate_tokens"] = True
         self.llm = LLM(model=model.name_or_path)
 
     def _move_model_to_vllm(self):
         self.llm.load_weights(self.model)
 
     def _generate_and_score_completions(self, prompts):
-        sampling_params = SamplingParams(n=1)
+        sampling_params = SamplingParams(n=1, guided_decoding=None)
         outputs = self.llm.generate(prompts, sampling_params=sampling_params)
         return outputs
 """
@@ -49,8 +58,12 @@ class GRPOTrainer:
 ONLINE_DPO = """
 class OnlineDPOTrainer:
     def __init__(self, model, args=None):
+        model.warnings_issued["estimate_tokens"] = True
         self.llm = LLM(model=model.name_or_path)
         self.generation_config = SamplingParams(n=2)
+
+    def get_train_dataloader(self):
+        dataloader_params["worker_init_fn"] = seed_worker
 
     def _generate_vllm(self, model, prompts):
         self.llm.load_weights(model.state_dict().items())
@@ -62,7 +75,8 @@ class OnlineDPOTrainer:
 """
 
 FILES = {
-    "__init__.py": '__version__ = "0.18.0"\n',
+    "__init__.py": '__version__ = "0.18.2"\n',
+    "import_utils.py": "from transformers.utils.import_utils import _is_package_available\n",
     "trainer/__init__.py": "",
     "trainer/grpo_config.py": CONFIG.format(name="GRPOConfig"),
     "trainer/grpo_trainer.py": GRPO,
@@ -70,7 +84,7 @@ FILES = {
     "trainer/online_dpo_trainer.py": ONLINE_DPO,
 }
 
-TARGETS = ["grpo", "grpo_config", "online_dpo", "online_dpo_config"]
+TARGETS = ["grpo", "grpo_config", "online_dpo", "online_dpo_config", "import_utils"]
 
 
 class Run(Protocol):
@@ -127,21 +141,21 @@ def test_check_fits(trl: Path, trlpatch: Run) -> None:
     result = trlpatch("check", "--trl-path", trl)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0] == f"TRL 0.18.0 at {trl}"
+    assert lines[0] == f"TRL 0.18.2 at {trl}"
     assert [line.split()[0] for line in lines[1:-1]] == TARGETS
     assert lines[-1] == "every patch fits"
 
 
 def test_check_looks_at_the_installed_trl(trl: Path, trlpatch: Run) -> None:
-    assert f"TRL 0.18.0 at {trl / 'trl'}" in trlpatch("check").stdout
+    assert f"TRL 0.18.2 at {trl / 'trl'}" in trlpatch("check").stdout
 
 
 def test_check_reads_a_wheel(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
-    wheel = tmp_path / "trl-0.18.0-py3-none-any.whl"
+    wheel = tmp_path / "trl-0.18.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in FILES.items():
             archive.writestr(f"trl/{name}", text)
-        archive.writestr("trl-0.18.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: trl\nVersion: 0.18.0\n")
+        archive.writestr("trl-0.18.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: trl\nVersion: 0.18.2\n")
     result = trlpatch("check", "--trl-path", wheel)
     assert result.returncode == 0, result.stderr
     assert str(wheel) in result.stdout
@@ -159,7 +173,7 @@ def test_check_as_json(drifted: Path, trlpatch: Run) -> None:
     result = trlpatch("check", "--json", "--trl-path", drifted)
     assert (result.returncode, result.stderr) == (1, "")
     found = json.loads(result.stdout)
-    assert (found["trl"], found["fits"], found["held_back"]) == ("0.18.0", False, ["grpo_config"])
+    assert (found["trl"], found["fits"], found["held_back"]) == ("0.18.2", False, ["grpo_config"])
     grpo = next(file for file in found["files"] if file["target"] == "grpo")
     assert grpo["upstream_sha256"] == grpo["patched_sha256"]
     drift = next(patch["drift"] for patch in grpo["patches"] if patch["patch"] == "live_adapter")
@@ -186,7 +200,7 @@ def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None
     ("words", "texts"),
     [
         (["check", "nope"], ["Unknown target 'nope'", "grpo, grpo_config"]),
-        (["check", "rloo"], ["TRL 0.18.0 has no target 'rloo'", "It has: grpo"]),
+        (["check", "rloo"], ["TRL 0.18.2 has no target 'rloo'", "It has: grpo"]),
         (["check", "--skip", "nope"], ["nope", "trlpatch list"]),
         (["check", "--trl-path", "/does/not/exist"], ["No such file or directory: /does/not/exist"]),
         (["check", "--trl-path", __file__], ["neither a directory nor a wheel"]),
@@ -217,7 +231,7 @@ def test_diff_applies_to_the_upstream_text(trl: Path, trlpatch: Run, tmp_path: P
     assert (diff.returncode, diff.stderr) == (0, "")
     assert diff.stdout.startswith("--- a/trl/trainer/grpo_trainer.py\n+++ b/trl/trainer/grpo_trainer.py\n")
     assert trlpatch("dump", "grpo", "--out", "out", "--trl-path", trl).returncode == 0
-    dumped = tmp_path / "out" / "0.18.0" / "trl" / "trainer" / "grpo_trainer.py"
+    dumped = tmp_path / "out" / "0.18.2" / "trl" / "trainer" / "grpo_trainer.py"
     removed = {line[1:] for line in diff.stdout.splitlines() if re.match("-(?!--)", line)}
     added = {line[1:] for line in diff.stdout.splitlines() if re.match(r"\+(?!\+\+)", line)}
     assert removed <= set(GRPO.splitlines())
@@ -276,20 +290,22 @@ def test_list_names_every_patch(trlpatch: Run) -> None:
 def test_status_before_and_after_patching(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
     before = json.loads(trlpatch("status", "--json").stdout)
     assert before["cached"] == dict.fromkeys(TARGETS, False)
-    assert (before["trl"], before["cache"], before["cache_writable"]) == ("0.18.0", str(tmp_path / "cache"), True)
+    assert (before["trl"], before["cache"], before["cache_writable"]) == ("0.18.2", str(tmp_path / "cache"), True)
     (tmp_path / "nothing.py").write_text("", encoding="utf-8")
     assert trlpatch("run", "nothing.py").returncode == 0
     after = json.loads(trlpatch("status", "--json").stdout)
     assert after["cached"] == dict.fromkeys(TARGETS, True)
     assert after["cache_bytes"] > 0
-    assert "TRLPATCH_DISABLE is set" in trlpatch("status", TRLPATCH_DISABLE="1").stdout
+    shown = trlpatch("status", TRLPATCH_DISABLE="1").stdout
+    assert "TRLPATCH_DISABLE is set" in shown
+    assert f"loading    FastLanguageModel: {'; '.join(after['loading']) or 'everything'}" in shown
 
 
 def test_cache_path_and_clear(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
     assert trlpatch("cache", "path").stdout == f"{tmp_path / 'cache'}\n"
     (tmp_path / "nothing.py").write_text("", encoding="utf-8")
     trlpatch("run", "nothing.py")
-    assert trlpatch("cache", "clear").stdout == f"deleted 4 entries of {tmp_path / 'cache'}\n"
+    assert trlpatch("cache", "clear").stdout == f"deleted 5 entries of {tmp_path / 'cache'}\n"
     assert trlpatch("cache", "clear").stdout == f"deleted 0 entries of {tmp_path / 'cache'}\n"
 
 

@@ -37,7 +37,7 @@ class FilePreview:
     @cached_property
     def name(self) -> str:
         """Path inside the distribution, with slashes: `trl/trainer/grpo_trainer.py`."""
-        return self.source.module.replace(".", "/") + ".py"
+        return self.source.name
 
     def diff(self, context: int = 3) -> str:
         """Return the unified diff from upstream to patched text; its headers hold no dates and no machine paths."""

@@ -12,11 +12,14 @@ the rewriter: it walks every module of the package with `ast` and counts, by sha
 
 Modules that never hold an engine of the training process are named in survey.NOT_IN_PROCESS. The numbers were also
 compared, release by release, with a survey of TRL made before the rewriter existed.
+
+Repairs are not about engines. What each of them looks for is counted here by a regular expression in the same file.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +57,29 @@ INSERTED = {
 }
 """Anchors where the rewriter adds something that TRL does not have, so there is nothing to count."""
 
+REPAIRS = {
+    (
+        "package_checks",
+        "package_check_import",
+    ): r"^from transformers\.utils\.import_utils import _is_package_available$",
+    ("vllm_tokenizer", "tokenizer_import"): r"^    import vllm\.transformers_utils\.tokenizer$",
+    ("vllm_tokenizer", "tokenizer_overwrite"): r"^    vllm\.transformers_utils\.tokenizer\.\w+ = ",
+    ("without_requests", "adapter_import"): r"^from requests\.adapters import HTTPAdapter$",
+    ("guided_decoding", "guided_import"): r"^    from vllm\.sampling_params import GuidedDecodingParams$",
+    ("guided_decoding", "guided_field"): r"\bguided_decoding=|\"guided_decoding\"[\]:]",
+    ("warnings_issued", "warnings_issued"): r"\bmodel\.warnings_issued\[",
+    ("seed_worker", "worker_init"): r"= seed_worker$",
+    ("default_kwargs", "kwargs_update"): r"\.update\(self\.args\.generation_kwargs\)",
+    ("plain_prompts", "prepare_messages"): r"\bprepare_multimodal_messages_vllm\(",
+    (
+        "prompt_limit",
+        "truncation_field",
+    ): r"\"truncate_prompt_tokens\": self\.max_prompt_length,\n +\"guided_decoding\":",
+    ("prompt_limit", "truncated_rollout"): r"\bself\.llm\.(?:generate|chat)\(",
+    ("top_k", "top_k"): r"generation_(?:kwargs|params) = \{\n +\"n\": [^}]*\"top_k\": ",
+}
+"""Anchor of a repair -> what it looks for."""
+
 
 def test_survey_counts_what_is_expected(version: str, trl_tree: Callable[[str], Path]) -> None:
     assert survey(trl_tree(version) / "trl") == ANCHORS[version]
@@ -65,11 +91,21 @@ def test_rewriter_finds_what_is_expected(version: str, previewed: Callable[[str]
         counts: Counter[str] = Counter()
         for outcome in file.rewritten.outcomes:
             for anchor, count in outcome.anchors.items():
-                if (outcome.patch, anchor) not in INSERTED:
+                if (outcome.patch, anchor) not in INSERTED | REPAIRS.keys():
                     counts[KINDS[outcome.patch, anchor]] += count
         if +counts:
             found[file.name] = dict(sorted((+counts).items()))
     assert found == ANCHORS[version]
+
+
+def test_repairs_find_what_a_plain_search_finds(version: str, previewed: Callable[[str], Preview]) -> None:
+    for file in previewed(version).files:
+        for outcome in file.rewritten.outcomes:
+            for anchor, count in outcome.anchors.items():
+                pattern = REPAIRS.get((outcome.patch, anchor))
+                if pattern is not None:
+                    found = re.findall(pattern, file.source.text, re.MULTILINE)
+                    assert len(found) == count, (file.name, outcome.patch, anchor)
 
 
 def test_every_pinned_release_has_expected_counts() -> None:

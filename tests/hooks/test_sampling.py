@@ -53,7 +53,7 @@ def test_parameters_remember_what_was_given() -> None:
         ({"min_p": 0.1}, {"min_p": 0.1}),
         ('{"min_p": 0.1}', {"min_p": 0.1}),
         (lambda: trlpatch.vLLMSamplingParams(temperature=1.0, stop=["x"]), {"temperature": 1.0, "stop": ["x"]}),
-        (lambda: trlpatch.vLLMSamplingParams(stop_token_ids={3}), {"stop_token_ids": [3]}),
+        ({"stop_token_ids": {3}}, {"stop_token_ids": [3]}),
         (
             lambda: trlpatch.vLLMSamplingParams(
                 structured_outputs=vllm.sampling_params.StructuredOutputsParams(regex="a+")

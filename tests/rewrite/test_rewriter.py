@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers import source
+from tests.helpers import apply, source
 from trlpatch.errors import UnknownPatch
 from trlpatch.rewrite import checks, rewriter
 from trlpatch.rewrite.plan import plan
@@ -90,3 +90,49 @@ def test_a_failed_output_check_keeps_upstreams_text(monkeypatch: pytest.MonkeyPa
     result = rewrite(source("grpo", GRPO), (1, 16, 0))
     assert [o.reason for o in result.failed] == ["broken on purpose"]
     assert result.text == GRPO
+
+
+IMPORTS = """\
+if is_vllm_available():
+    from vllm import LLM  # the engine
+    from vllm.sampling_params import GuidedDecodingParams
+
+ready = True
+"""
+HOOKED = IMPORTS.replace(
+    "from vllm.sampling_params import GuidedDecodingParams",
+    "GuidedDecodingParams = _trlpatch.guided_decoding_params()",
+)
+
+
+@pytest.mark.parametrize(
+    ("patched", "finding"),
+    [
+        (HOOKED, ""),
+        (HOOKED.replace("GuidedDecodingParams =", "Guided ="), "no longer binds GuidedDecodingParams"),
+        (
+            HOOKED.replace("guided_decoding_params()", "guided_decoding_params(ready)"),
+            "ready is not used there upstream",
+        ),
+        (HOOKED.replace("ready = True", "ready = False"), "line 5 changed and calls no hook"),
+        (HOOKED.replace("# the engine", ""), "text outside <module> changed"),
+        (HOOKED + "more = _trlpatch.given(None)\n", "text outside <module> changed"),
+        (HOOKED.replace("if is_vllm", "if not is_vllm"), "text outside <module> changed"),
+    ],
+)
+def test_at_module_level_only_a_hook_may_take_a_statements_place(patched: str, finding: str):
+    found = checks.problems(outline(IMPORTS, ()), outline(patched, ()), frozenset({"<module>"}))
+    assert [finding in problem for problem in found] == ([True] if finding else []), found
+
+
+def test_the_module_level_is_closed_to_patches_of_functions():
+    line = "outputs = trainer.llm.generate(prompts)\n"
+    result = apply("live_adapter", "openenv", "1.4.0", f"{line}\n\ndef helper(trainer):\n    {line}    {line}")
+    assert result.touched == ("helper",)
+    assert [text.startswith(line) for text in result.text.splitlines(keepends=True)].count(True) == 1
+
+
+def test_support_files_may_mention_what_belongs_to_trainers():
+    text = "from requests.adapters import HTTPAdapter\n\nif __name__ == '__main__':\n    params = SamplingParams()\n"
+    result = rewrite(source("vllm_client", text), (1, 4, 0))
+    assert [(o.patch, o.status) for o in result.outcomes] == [("without_requests", "applied")]

@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import SKIP
 from trlpatch.runtime import session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-# The tiny trainer has no engine code; what remains are `configure` and `sampling_config`.
-SKIP = ("adapter_sync", "engine_reuse", "live_adapter", "sampling", "sleep")
 
 GRPO_CONFIG = '''\
 """Config."""

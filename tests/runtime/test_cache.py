@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import SKIP
 from trlpatch import errors
 from trlpatch.runtime import cache as caching
 from trlpatch.runtime import session
 from trlpatch.runtime.cache import MANIFEST, Cache, entry_key, rules_digest
 
 KEY = "a" * 64
-SKIP = ("adapter_sync", "engine_reuse", "live_adapter", "sampling", "sleep")
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import SKIP
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-SKIP = ("adapter_sync", "engine_reuse", "live_adapter", "sampling", "sleep")
 RUN = f"""
 import sys
 from trlpatch.options import Options

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 import trlpatch.hooks
+from tests.helpers import SKIP
 from trlpatch import errors
 from trlpatch.hooks import settings
 from trlpatch.runtime import session
 from trlpatch.runtime.loader import PatchedFinder
-
-SKIP = ("adapter_sync", "engine_reuse", "live_adapter", "sampling", "sleep")
 
 
 def finders() -> list[PatchedFinder]:

@@ -68,7 +68,7 @@ def test_sources_of_one_algorithm(tmp_path: Path):
     install = find_trl(make_trl(tmp_path, "1.9.2", *files, "generation/vllm_generation.py"))
     assert [s.target.name for s in sources(install, "GRPO")] == ["vllm_generation", "grpo", "grpo_config"]
     assert sources(install, "grpo")[1].module == "trl.trainer.grpo_trainer"
-    assert [target.name for target, _ in missing(install, "rloo")] == ["rloo_config"]
+    assert [target.name for target, _ in missing(install, "rloo")] == ["rloo_config", "vllm_client"]
 
 
 @pytest.mark.parametrize("name", ["OnlineDPO", "online-dpo", "ONLINE_DPO", "OnlineDPOTrainer"])

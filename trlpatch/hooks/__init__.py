@@ -5,6 +5,20 @@ imported.
 """
 
 from trlpatch.hooks.adopt_engine import engine, generation
+from trlpatch.hooks.compat import (
+    given,
+    guided_decoding_field,
+    guided_decoding_params,
+    http_adapter,
+    is_package_available,
+    messages_only,
+    prompt_limit,
+    sampling_limit,
+    seed_worker,
+    top_k,
+    vllm_tokenizer,
+    warnings_issued,
+)
 from trlpatch.hooks.configure import configure
 from trlpatch.hooks.lora_request import lora_request
 from trlpatch.hooks.sampling import normalize_sampling, sampling_params
@@ -15,11 +29,23 @@ __all__ = [
     "configure",
     "engine",
     "generation",
+    "given",
+    "guided_decoding_field",
+    "guided_decoding_params",
     "hand_over",
+    "http_adapter",
+    "is_package_available",
     "lora_request",
+    "messages_only",
     "normalize_sampling",
+    "prompt_limit",
     "reload_weights",
+    "sampling_limit",
     "sampling_params",
+    "seed_worker",
     "sleep",
+    "top_k",
+    "vllm_tokenizer",
     "wake_up",
+    "warnings_issued",
 ]

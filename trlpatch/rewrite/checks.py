@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 
 from trlpatch.rewrite.edits import HOOKS, MARKER
-from trlpatch.rewrite.regions import Outline
+from trlpatch.rewrite.regions import MODULE, Outline
 
 _IMPORT_LINES = frozenset({f"{MARKER}hooks\n", f"import trlpatch.hooks as {HOOKS}\n"})
 
@@ -15,24 +15,41 @@ def problems(upstream: Outline, patched: Outline, touched: frozenset[str]) -> li
     """Return what is wrong with `patched`.
 
     It must compile; differ from upstream only inside `touched`; keep every signature and comment; and use no name
-    that is neither bound nor used in that function upstream.
+    that is neither bound nor used in that function upstream. At module level, a statement may only be replaced by one
+    that calls a hook, and no name may be lost.
     """
     try:
         compile(patched.tree, "<patched>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         return [f"does not compile: {error}"]
-    return [*_outside(upstream, patched, touched), *_inside(upstream, patched, touched)]
+    replaced = _replaced(upstream, patched) if MODULE in touched else []
+    return [
+        *_outside(upstream, patched, touched, replaced),
+        *_inside(upstream, patched, touched),
+        *_at_module_level(upstream, patched, replaced),
+    ]
 
 
-def _outside(upstream: Outline, patched: Outline, touched: frozenset[str]) -> Iterator[str]:
+def _outside(
+    upstream: Outline, patched: Outline, touched: frozenset[str], replaced: list[tuple[ast.stmt, ast.stmt]]
+) -> Iterator[str]:
     known = frozenset(listing.last_name for listing in upstream.fields)
-    if _untouched_lines(upstream, touched, known) != _untouched_lines(patched, touched, known):
+    before = _untouched_lines(upstream, touched, known, [old for old, _ in replaced])
+    if before != _untouched_lines(patched, touched, known, [new for _, new in replaced]):
         yield f"text outside {', '.join(sorted(touched))} changed"
 
 
-def _untouched_lines(file: Outline, touched: frozenset[str], known_fields: frozenset[str]) -> list[str]:
+def _untouched_lines(
+    file: Outline, touched: frozenset[str], known_fields: frozenset[str], replaced: list[ast.stmt]
+) -> list[str]:
     """Return the lines outside `touched`, without blank lines, the import of the hooks and an appended last field."""
     hidden: set[int] = set()
+    for statement in replaced:
+        hidden.update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
+        marks = statement.lineno - 1
+        while marks and file.lines[marks - 1].lstrip().startswith(MARKER):
+            hidden.add(marks)
+            marks -= 1
     for listing in file.fields:
         if listing.qualname in touched and listing.last_name not in known_fields:
             hidden.update(range(listing.first - 1, listing.last + 1))
@@ -59,11 +76,48 @@ def _inside(upstream: Outline, patched: Outline, touched: frozenset[str]) -> Ite
             yield f"{function.qualname}: comments were lost: {', '.join(sorted(lost))}"
 
 
+def _replaced(upstream: Outline, patched: Outline) -> list[tuple[ast.stmt, ast.stmt]]:
+    """Pair the simple statements at module level that differ; what was added or removed shows as changed text."""
+    before, after = _simple(upstream.module.body), _simple(patched.module.body)
+    after = [statement for statement in after if ast.unparse(statement) != f"import trlpatch.hooks as {HOOKS}"]
+    return [(old, new) for old, new in zip(before, after, strict=False) if ast.dump(old) != ast.dump(new)]
+
+
+def _simple(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Return the statements of `body` and of the blocks in it that hold no statements themselves."""
+    found: list[ast.stmt] = []
+    for statement in body:
+        blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+        blocks += [handler.body for handler in getattr(statement, "handlers", [])]
+        inner = [child for block in blocks for child in block]
+        found += _simple(inner) if inner else [statement]
+    return found
+
+
+def _at_module_level(upstream: Outline, patched: Outline, replaced: list[tuple[ast.stmt, ast.stmt]]) -> Iterator[str]:
+    for old, new in replaced:
+        if HOOKS not in _loaded(new):
+            yield f"{MODULE}: line {new.lineno} changed and calls no hook"
+        if unknown := _loaded(new) - _loaded(old) - {HOOKS}:
+            yield f"{MODULE}: {', '.join(sorted(unknown))} is not used there upstream"
+    lost = _bound_by_imports(upstream) - _bound_by_imports(patched) if replaced else set()
+    lost -= {
+        target.id for _, new in replaced for target in getattr(new, "targets", []) if isinstance(target, ast.Name)
+    }
+    if lost:
+        yield f"{MODULE}: no longer binds {', '.join(sorted(lost))}"
+
+
+def _bound_by_imports(file: Outline) -> set[str]:
+    imports = [node for node in _simple(file.module.body) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+
+
 def _signature(node: ast.FunctionDef) -> str:
     return f"{ast.dump(node.args)}{[ast.dump(decorator) for decorator in node.decorator_list]}"
 
 
-def _loaded(node: ast.FunctionDef) -> set[str]:
+def _loaded(node: ast.stmt) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 

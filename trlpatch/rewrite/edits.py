@@ -132,12 +132,34 @@ def keyword(node: cst.Call, name: str) -> cst.Arg | None:
     return next((arg for arg in node.args if arg.keyword is not None and arg.keyword.value == name), None)
 
 
-def with_keyword(node: cst.Call, name: str, value: cst.BaseExpression) -> cst.Call:
-    """Return the call with `name=value` set: in place if the keyword is there, else appended.
+def bound_to_hook(name: str, value: cst.BaseExpression) -> cst.Assign:
+    """Return the statement `<name> = <value>`, which stands where upstream imported `name`."""
+    return cst.Assign(targets=[cst.AssignTarget(cst.Name(name))], value=value)
 
-    An appended keyword keeps the call's layout: on its own line with the same indentation where the last argument
-    has its own line, a trailing comma where there was one. `**kwargs` may stand before it.
-    """
+
+def imports(node: cst.ImportFrom, module: str, name: str) -> bool:
+    """Tell whether `node` is `from <module> import <name>` and nothing else."""
+    if isinstance(node.names, cst.ImportStar) or len(node.names) != 1 or node.names[0].asname is not None:
+        return False
+    return dotted(node.module) == module and dotted(node.names[0].name) == name and not node.relative
+
+
+def dotted(node: cst.CSTNode | None) -> str:
+    """Return `a.b.c` for a name or a chain of attributes, else an empty text."""
+    if isinstance(node, cst.Name):
+        return node.value
+    if isinstance(node, cst.Attribute) and (owner := dotted(node.value)):
+        return f"{owner}.{node.attr.value}"
+    return ""
+
+
+def is_text(node: cst.BaseExpression, value: str) -> bool:
+    """Tell whether `node` is the plain string literal `value`."""
+    return isinstance(node, cst.SimpleString) and node.evaluated_value == value
+
+
+def with_keyword(node: cst.Call, name: str, value: cst.BaseExpression) -> cst.Call:
+    """Return the call with `name=value` set: in place if the keyword is there, else appended."""
     existing = keyword(node, name)
     if existing is not None:
         changed = existing.with_changes(value=value)
@@ -147,6 +169,15 @@ def with_keyword(node: cst.Call, name: str, value: cst.BaseExpression) -> cst.Ca
         value=value,
         equal=cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace("")),
     )
+    return with_argument(node, added)
+
+
+def with_argument(node: cst.Call, added: cst.Arg) -> cst.Call:
+    """Return the call with a keyword argument, or `**` of some, appended.
+
+    It keeps the call's layout: on its own line with the same indentation where the last argument has its own line, a
+    trailing comma where there was one. `**kwargs` may stand before it.
+    """
     if not node.args:
         return node.with_changes(args=[added])
     *before, last = node.args

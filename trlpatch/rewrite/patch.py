@@ -22,6 +22,7 @@ class Anchor:
         name: what it is called in reports and manifests.
         triggers: texts of which every statement holding this anchor contains one. Other statements are not parsed.
             Empty for the anchors of an inserter.
+        at_module_level: it stands outside every class and function, where it may only be replaced by one statement.
         looks_like: regular expression for lines to show when the anchor is not where it was expected.
         sign: a strict one for the anchor itself in one line. A target declared free of the patch must have no such
             line; empty where the anchor is harmless elsewhere.
@@ -31,6 +32,7 @@ class Anchor:
     looks_like: str
     sign: str = ""
     triggers: tuple[str, ...] = ()
+    at_module_level: bool = False
 
 
 class Inserter(Protocol):
@@ -68,6 +70,7 @@ class Patch:
         transformer: rewrites the statements that hold an anchor.
         inserter: says where statements are to be put in.
         requires: patches without which this one would be wrong; leaving one out leaves this one out too.
+        repair: it makes releases work together that do not; a release that no variant names needs no repair.
         variants: what is expected where, per release range.
         holes: where it does not apply, with the reason.
     """
@@ -78,6 +81,7 @@ class Patch:
     transformer: type[PatchTransformer] | None = None
     inserter: Inserter | None = None
     requires: tuple[str, ...] = ()
+    repair: bool = False
     variants: tuple[Variant, ...] = field(default=())
     holes: tuple[Hole, ...] = field(default=())
 

@@ -60,10 +60,10 @@ def plan(target: Target, release: Release, skip: frozenset[str] = frozenset()) -
         hole = patch.hole(target.name, release)
         if variant is None and hole is not None:
             skips.append(Skip(patch, hole.reason, forbids=True))
-        elif variant is None:
+        elif variant is None and target.kind != "support":
             absent.append(Skip(patch, "this target has no such code", forbids=True))
-        elif patch.name in excluded:
+        elif variant is not None and patch.name in excluded:
             skips.append(Skip(patch, excluded[patch.name], forbids=False))
-        else:
+        elif variant is not None:
             steps.append(Step(patch, variant))
     return Plan(target.name, tuple(steps), tuple(skips), tuple(absent))

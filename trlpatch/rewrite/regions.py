@@ -15,13 +15,16 @@ import libcst as cst
 
 _WRAPPER = "class _:\n"
 
+MODULE = "<module>"
+"""Name of what stands outside every class and function: imports, mostly under `if is_vllm_available():`."""
+
 
 @dataclass(frozen=True)
 class Function:
-    """A method of a target's class or a function of a helper module.
+    """A method of a target's class, a function of a helper module, or the module level.
 
     Attributes:
-        qualname: such as `GRPOTrainer.__init__`.
+        qualname: such as `GRPOTrainer.__init__`; `MODULE` for the module level.
         first, last: first line, decorators included, and last line, counted from 1.
     """
 
@@ -65,12 +68,16 @@ class Region:
     text: str
 
     def parse(self) -> cst.Module:
-        """Parse the statement inside a block of its own, because it is indented."""
-        return cst.parse_module(_WRAPPER + self.text)
+        """Parse the statement; an indented one inside a block of its own."""
+        return cst.parse_module(self._wrapper + self.text)
 
     def unparse(self, module: cst.Module) -> str:
         """Return the text of a module that `parse` made."""
-        return module.code.removeprefix(_WRAPPER)
+        return module.code.removeprefix(self._wrapper)
+
+    @property
+    def _wrapper(self) -> str:
+        return _WRAPPER if self.text[:1].isspace() else ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,7 @@ class Outline:
     """What patches need to know of a file's shape.
 
     Attributes:
+        module: the module level as one function, whose body is every statement but classes and functions.
         import_line: line, counted from 1, before which an import may stand: after the docstring and `__future__`.
     """
 
@@ -96,6 +104,7 @@ class Outline:
     lines: tuple[str, ...]
     functions: tuple[Function, ...]
     fields: tuple[FieldList, ...]
+    module: Function
     import_line: int
 
     def text(self, first: int, last: int) -> str:
@@ -152,7 +161,14 @@ def outline(text: str, classes: tuple[str, ...]) -> Outline:
                 fields.append(FieldList(f"{node.name}.<fields>", name, last.lineno, end, " " * last.col_offset))
         elif isinstance(node, ast.FunctionDef) and not classes:
             functions.append(_function(node.name, node))
-    return Outline(tree, lines, tuple(functions), tuple(fields), _import_line(tree))
+    return Outline(tree, lines, tuple(functions), tuple(fields), _module(tree, len(lines)), _import_line(tree))
+
+
+def _module(tree: ast.Module, last: int) -> Function:
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    body = [node for node in tree.body if not isinstance(node, definitions)]
+    nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
+    return Function(MODULE, ast.FunctionDef(MODULE, nothing, body, decorator_list=[]), 1, last)
 
 
 def _function(qualname: str, node: ast.FunctionDef) -> Function:

@@ -7,11 +7,21 @@ from trlpatch.rewrite.patch import Patch
 from trlpatch.rewrite.patches import (
     adapter_sync,
     configure,
+    default_kwargs,
     engine_reuse,
+    guided_decoding,
     live_adapter,
+    package_checks,
+    plain_prompts,
+    prompt_limit,
     sampling,
     sampling_config,
+    seed_worker,
     sleep,
+    top_k,
+    vllm_tokenizer,
+    warnings_issued,
+    without_requests,
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -22,6 +32,17 @@ PATCHES: tuple[Patch, ...] = (
     sleep.PATCH,
     sampling.PATCH,
     sampling_config.PATCH,
+    # Repairs, each for combinations of releases that do not work together.
+    package_checks.PATCH,
+    vllm_tokenizer.PATCH,
+    without_requests.PATCH,
+    guided_decoding.PATCH,
+    warnings_issued.PATCH,
+    seed_worker.PATCH,
+    default_kwargs.PATCH,
+    plain_prompts.PATCH,
+    prompt_limit.PATCH,
+    top_k.PATCH,
 )
 """Explicit and ordered. `live_adapter` comes before `sleep`, which inserts statements after rollout calls."""
 

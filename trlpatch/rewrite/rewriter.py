@@ -12,7 +12,7 @@ from trlpatch.rewrite.checks import problems
 from trlpatch.rewrite.edits import HOOKS, MARKER
 from trlpatch.rewrite.patch import Anchor
 from trlpatch.rewrite.plan import Plan, Skip, Step, plan
-from trlpatch.rewrite.regions import Outline, Region, outline
+from trlpatch.rewrite.regions import Function, Outline, Region, outline
 from trlpatch.source.locate import SourceFile
 from trlpatch.source.releases import Release
 
@@ -158,10 +158,15 @@ class _Edits:
             self._count(step, insertion.anchor, insertion.function, insertion.line)
 
     def _transform(self, steps: list[Step]) -> None:
-        triggers = {trigger for step in steps for trigger in _triggers(step)}
+        inside = [(step, _triggers(step, at_module_level=False)) for step in steps]
         for function in self.file.functions:
-            for region in self.file.regions(function, lambda text: any(t in text for t in triggers)):
-                self._edit(region, [step for step in steps if any(t in region.text for t in _triggers(step))])
+            self._search(function, inside)
+        self._search(self.file.module, [(step, _triggers(step, at_module_level=True)) for step in steps])
+
+    def _search(self, function: Function, wanted: list[tuple[Step, frozenset[str]]]) -> None:
+        every = frozenset(trigger for _, triggers in wanted for trigger in triggers)
+        for region in self.file.regions(function, lambda text: any(trigger in text for trigger in every)):
+            self._edit(region, [step for step, triggers in wanted if any(t in region.text for t in triggers)])
 
     def _edit(self, region: Region, steps: list[Step]) -> None:
         module = region.parse()
@@ -178,8 +183,9 @@ class _Edits:
             self._replaced[region] = "".join(markers) + region.unparse(module)
 
 
-def _triggers(step: Step) -> set[str]:
-    return {t for variant in step.patch.variants for anchor in variant.anchors for t in anchor.triggers}
+def _triggers(step: Step, *, at_module_level: bool) -> frozenset[str]:
+    anchors = {anchor for variant in step.patch.variants for anchor in variant.anchors}
+    return frozenset(t for anchor in anchors if anchor.at_module_level == at_module_level for t in anchor.triggers)
 
 
 def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Outcome:

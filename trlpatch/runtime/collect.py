@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 WHOLE_FILE = "every patch"
 """Stands for the name of a patch where a file as a whole cannot be used."""
 
+MODULE = "<module>"
+"""Stands for the module level in a list of touched names."""
+
 OUTPUT_CHECK = "output check"
 """The rewriter's name for a failed check of its own output."""
 
@@ -38,6 +41,11 @@ class Patched:
     touched: tuple[str, ...]
     entries: tuple[Entry, ...]
     cache: CacheState
+
+    @property
+    def repairs_imports_only(self) -> bool:
+        """Whether it makes no difference to a module that could be imported without it."""
+        return self.touched == (MODULE,)
 
     @property
     def upstream(self) -> Executable:
@@ -128,7 +136,7 @@ def _from_cache(source: SourceFile, stored: Stored) -> Patched | None:
     except (KeyError, TypeError) as error:
         debug("cache miss: the manifest beside %s cannot be used: %r", stored.path, error)
         return None
-    executable = Executable(source.module, stored.path, stored.text, on_disk=True)
+    executable = Executable(source.module, stored.path, stored.text, on_disk=True, package=_package(source))
     return Patched(source, executable, touched, entries, "hit")
 
 
@@ -158,8 +166,12 @@ def _rewrite(
             debug("cannot write cache entry %s", key, exc_info=True)
     if collected.unwritable:
         state = "memory"
-    executable = Executable(source.module, path, result.text, on_disk=state == "miss")
+    executable = Executable(source.module, path, result.text, on_disk=state == "miss", package=_package(source))
     collected.patched.append(Patched(source, executable, result.touched, entries, state))
+
+
+def _package(source: SourceFile) -> Path | None:
+    return source.path if source.is_package else None
 
 
 def _entry(outcome: Outcome) -> Entry:
@@ -231,6 +243,6 @@ def dump(directory: Path, version: str, patched: Iterable[Patched]) -> None:
         OSError: it cannot be written.
     """
     for one in patched:
-        path = directory / version / Path(*one.source.module.split(".")).with_suffix(".py")
+        path = directory / version / one.source.name
         path.parent.mkdir(parents=True, exist_ok=True)
         publish(path, one.runs.text.encode())

@@ -33,12 +33,15 @@ class Executable:
         module: full name, such as `trl.trainer.grpo_trainer`.
         path: what `__file__` says. Its last part is upstream's: TRL up to 0.21 takes `exp_name` from it.
         on_disk: the file exists at `path` and holds `text`.
+        package: for a package, upstream's own `__init__.py`: `__file__` stays that, because submodules and data files
+            are looked for beside it.
     """
 
     module: str
     path: Path
     text: str
     on_disk: bool
+    package: Path | None = None
 
 
 class PatchedLoader(SourceFileLoader):
@@ -108,10 +111,21 @@ class PatchedFinder(MetaPathFinder):
 
 def spec_of(executable: Executable) -> ModuleSpec:
     """Return the import spec that runs `executable`."""
+    if executable.package is not None:
+        own = ModuleSpec(executable.module, PatchedLoader(executable), origin=str(executable.package), is_package=True)
+        own.submodule_search_locations = [str(executable.package.parent)]
+        own.has_location = True
+        return own
     spec = importlib.util.spec_from_file_location(executable.module, executable.path, loader=PatchedLoader(executable))
     if spec is None:  # pragma: no cover - only without a loader
         raise ImportError(f"no import spec for {executable.path}", name=executable.module)
     return spec
+
+
+def running_file(module: ModuleType) -> str | None:
+    """Return the file whose text `module` runs."""
+    loader = getattr(getattr(module, "__spec__", None), "loader", None)
+    return loader.path if isinstance(loader, PatchedLoader) else getattr(module, "__file__", None)
 
 
 def show_source(executable: Executable) -> None:

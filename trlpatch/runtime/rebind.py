@@ -18,6 +18,7 @@ from typing import Any
 
 from trlpatch.errors import PatchError
 from trlpatch.runtime.assign import ABSENT, Assignment, Journal
+from trlpatch.runtime.collect import MODULE
 from trlpatch.runtime.configs import (
     field_assignments,
     inheriting_assignments,
@@ -41,7 +42,8 @@ class Move:
 
     Attributes:
         before: the text it was executed from.
-        touched: qualified names of the functions, and `Class.<fields>` for field lists, that differ.
+        touched: qualified names of the functions, `Class.<fields>` for field lists and `<module>` for the module
+            level, that differ.
         spec: import spec afterwards; None makes one that runs `after`.
         back: `after` is TRL's own text. Only messages depend on it.
     """
@@ -123,7 +125,7 @@ class _ModuleMove:
         self.module = move.module
         self.old = _Codes(move.before)
         self.new = _Codes(move.after)
-        self.functions = [name for name in move.touched if not name.endswith(FIELDS)]
+        self.functions = [name for name in move.touched if not name.endswith(FIELDS) and name != MODULE]
         self.configs = [name.removesuffix(FIELDS) for name in move.touched if name.endswith(FIELDS)]
 
     def function_assignments(self) -> Iterator[Assignment]:
@@ -137,14 +139,7 @@ class _ModuleMove:
                 yield Assignment(function, "__code__", code)
 
     def module_assignments(self) -> Iterator[Assignment]:
-        old, new = self.old.imports(), self.new.imports()
-        for statement in new.keys() - old.keys():
-            namespace: dict[str, Any] = {"__name__": self.module.__name__, "__package__": self.module.__package__}
-            exec(compile(new[statement], str(self.move.after.path), "exec"), namespace)
-            for name in _bound(new[statement]):
-                yield Assignment(self.module, name, namespace[name])
-        for statement in old.keys() - new.keys():
-            yield from (Assignment(self.module, name, ABSENT) for name in _bound(old[statement]))
+        yield from self._bindings()
         spec = self.move.spec or spec_of(self.move.after)
         yield Assignment(self.module, "__spec__", spec)
         yield Assignment(self.module, "__loader__", spec.loader)
@@ -156,6 +151,29 @@ class _ModuleMove:
                 cls = vars(self.module).get(qualname)
                 if isinstance(cls, type) and cls.__module__ == self.module.__name__ and len(lines) == 1:
                     yield Assignment(cls, "__firstlineno__", lines[0])
+
+    def _bindings(self) -> Iterator[Assignment]:
+        """Run the imports and assignments at module level that differ, and the assignments that use their results.
+
+        Those under `if is_vllm_available():` bind what they bound when the module was imported: it could be imported.
+        """
+        old, new = self.old.bindings(), self.new.bindings()
+        namespace = {**vars(self.module), "__name__": self.module.__name__, "__package__": self.module.__package__}
+        gone = {name for text in old.keys() - new.keys() for name in _bound(old[text])}
+        changed: set[str] = set()
+        for text, statement in new.items():
+            if text in old and not changed & _used(statement):
+                continue
+            try:
+                exec(compile(statement, str(self.move.after.path), "exec"), namespace)
+            except ImportError:
+                if not self.move.back:
+                    raise
+                gone -= _bound(statement)  # what a repair put there stays: TRL's own statement cannot run here
+                continue
+            changed |= _bound(statement)
+        yield from (Assignment(self.module, name, namespace[name]) for name in sorted(changed))
+        yield from (Assignment(self.module, name, ABSENT) for name in sorted(gone - changed))
 
     def scratch_classes(self) -> Mapping[type, type]:
         """Execute the new text beside the live module and return its config classes by their live counterparts."""
@@ -258,18 +276,23 @@ class _Codes:
                 self.class_lines.setdefault(code.co_qualname, []).append(code.co_firstlineno)
                 self._collect(code)
 
-    def imports(self) -> dict[str, ast.Module]:
-        """Return the import statements at the top of the module, by their text."""
+    def bindings(self) -> dict[str, ast.Module]:
+        """Return the imports and assignments directly at module level, by their text, in their order."""
         tree = ast.parse(self.text)
-        found = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom | ast.Assign)]
         return {ast.unparse(node): ast.Module([node], []) for node in found}
 
 
-def _bound(tree: ast.Module) -> list[str]:
+def _bound(tree: ast.Module) -> set[str]:
     statement = tree.body[0]
-    if not isinstance(statement, ast.Import | ast.ImportFrom):
-        return []
-    return [alias.asname or alias.name.partition(".")[0] for alias in statement.names]
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _used(tree: ast.Module) -> set[str]:
+    statement = tree.body[0]
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
 def _shape(code: CodeType) -> dict[str, Any]:

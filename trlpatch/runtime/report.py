@@ -6,7 +6,10 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from typing import Any, Literal
+
+from trlpatch.runtime.loader import running_file
 
 Status = Literal["applied", "skipped", "failed"]
 CacheState = Literal["hit", "miss", "memory", "off"]
@@ -72,13 +75,22 @@ class PatchReport:
         return tuple(
             module
             for target, module in self.modules.items()
-            if module in sys.modules and not _same(getattr(sys.modules[module], "__file__", None), self.files[target])
+            if module in sys.modules and not _same(running_file(sys.modules[module]), self.files[target])
         )
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The vLLM engines of this process as of now: how weights, adapters and sleep are done, a line each."""
+        if "trlpatch.engine.state" not in sys.modules:  # nothing has met an engine yet
+            return ()
+        described: list[str] = import_module("trlpatch.engine.describe").describe_engines()
+        return tuple(described)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         plain = asdict(self)
         plain["bypassed"] = self.bypassed
+        plain["engines"] = self.engines
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def __str__(self) -> str:
@@ -100,6 +112,7 @@ class PatchReport:
         lines += _listed("patched in place (imported before PatchFastRL)", self.rebound)
         lines += _listed("out of reach", self.unfixable)
         lines += _listed("running from another file: another import hook came first", self.bypassed)
+        lines += _listed("engines", self.engines)
         lines += _listed("notes", self.notes)
         return "\n".join(lines)
 

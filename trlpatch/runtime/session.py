@@ -27,7 +27,7 @@ from trlpatch.errors import (
 from trlpatch.options import Adapter, Colocate, OnDrift, Options, Sleep, activate
 from trlpatch.runtime import collect as collecting
 from trlpatch.runtime.collect import Collected, Patched
-from trlpatch.runtime.loader import PatchedFinder, finish_import
+from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
 from trlpatch.runtime.report import PatchReport
 from trlpatch.source.locate import TrlInstall, find_trl, missing, sources, target_names
 from trlpatch.source.releases import NEWEST_TESTED, format_release
@@ -80,7 +80,8 @@ def PatchFastRL(
             the model was loaded, only on whether it carries an engine.
         colocate: "auto" uses the engine that a model carries, "always" also colocates the engine TRL builds itself,
             "never" leaves TRL's choice.
-        sleep: "auto" follows how the engine was built, "on" requires sleep, "off" never sleeps.
+        sleep: "auto" follows how the engine was built, "on" requires sleep, "kv" requires it and gives back the KV
+            cache only, "off" never sleeps.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, "request" raises
             where it cannot, "off" keeps TRL's own weight sync.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
@@ -228,7 +229,7 @@ def _put_in_place(session: _Session, patched: Sequence[Patched]) -> tuple[tuple[
     except BaseException:
         session.finder.restore(before)
         raise
-    return tuple(one.source.module for one in early), unfixable
+    return tuple(one.source.module for one in early if not one.repairs_imports_only), unfixable
 
 
 def _exchange(session: _Session, early: Sequence[Patched]) -> tuple[str, ...]:
@@ -251,7 +252,7 @@ def _exchange(session: _Session, early: Sequence[Patched]) -> tuple[str, ...]:
 
 
 def _runs(one: Patched) -> bool:
-    return getattr(sys.modules[one.source.module], "__file__", None) == str(one.executable.path)
+    return running_file(sys.modules[one.source.module]) == str(one.executable.path)
 
 
 def _restore(session: _Session) -> None:

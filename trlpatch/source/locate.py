@@ -40,6 +40,16 @@ class SourceFile:
     module: str
     text: str
 
+    @property
+    def is_package(self) -> bool:
+        """Whether this is the `__init__.py` of a package."""
+        return self.path.stem == "__init__"
+
+    @property
+    def name(self) -> str:
+        """Path inside the distribution, with slashes: `trl/trainer/grpo_trainer.py`."""
+        return self.module.replace(".", "/") + ("/__init__.py" if self.is_package else ".py")
+
     @cached_property
     def sha256(self) -> str:
         """Hex digest of the upstream text as UTF-8."""
@@ -142,7 +152,7 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
             continue
         path = install.root / home.file
         if path.is_file():
-            found.append(SourceFile(target, path, f"trl.{home.module}", path.read_text(encoding="utf-8")))
+            found.append(SourceFile(target, path, home.qualified, path.read_text(encoding="utf-8")))
     if algorithm is not None and not any(source.target.kind == "trainer" for source in found):
         here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].home(install.release))
         raise UnknownAlgorithm(

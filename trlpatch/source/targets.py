@@ -10,7 +10,10 @@ from typing import Literal
 
 from trlpatch.source.releases import Release, ReleaseRange
 
-Kind = Literal["trainer", "config", "engine", "helper"]
+Kind = Literal["trainer", "config", "engine", "helper", "support"]
+
+PACKAGE = "__init__"
+"""As the module of a home: the `trl` package's own file."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,11 @@ class Home:
         """Path relative to the `trl` package directory."""
         return self.module.replace(".", "/") + ".py"
 
+    @property
+    def qualified(self) -> str:
+        """Full module name: `trl.trainer.grpo_trainer`, or `trl` for the package itself."""
+        return "trl" if self.module == PACKAGE else f"trl.{self.module}"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -32,6 +40,7 @@ class Target:
 
     Attributes:
         name: key used by patches, the command line and the golden files.
+        kind: "support" is a file that trainers import and that has nothing to do with an engine of this process.
         classes: the classes of that file that patches may touch; empty for a file of helper functions.
         couples: targets that share one engine with this one. A target and everything it couples to, directly or
             through others, is patched together or not at all.
@@ -159,11 +168,15 @@ _ALL = (
     ),
     _target("iw_opd_config", "config", {">=1.9": "experimental.iw_opd.iw_opd_config"}, "IWOPDConfig"),
     _target("openenv", "helper", {">=0.26,<1.9": "experimental.openenv.utils"}, couples=("grpo",)),
+    # Not about rollouts: what has to be repaired in them so that the trainers can be imported.
+    _target("trl", "support", {">=0.26,<0.27": PACKAGE}),
+    _target("import_utils", "support", {">=0.18,<0.29": "import_utils"}),
+    _target("vllm_client", "support", {">=0.28,<1.14.2": "generation.vllm_client"}),
 )
 
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 
-ALGORITHMS: dict[str, tuple[str, ...]] = {
+_TRAINERS: dict[str, tuple[str, ...]] = {
     "grpo": ("grpo", "grpo_config", "vllm_generation", "openenv"),
     "rloo": ("rloo", "rloo_config", "vllm_generation"),
     "online_dpo": ("online_dpo", "online_dpo_config"),
@@ -182,4 +195,6 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "papo": ("grpo", "grpo_config", "vllm_generation"),
     "grpo_with_replay_buffer": ("grpo", "grpo_config", "vllm_generation"),
 }
-"""Trainers that roll out on an in-process engine, and the targets each of them needs."""
+
+ALGORITHMS = {name: (*needs, "trl", "import_utils", "vllm_client") for name, needs in _TRAINERS.items()}
+"""Trainers that roll out on an in-process engine, and the targets each of them needs, its own file first."""
