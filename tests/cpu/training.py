@@ -13,15 +13,21 @@ import argparse
 import hashlib
 import importlib
 import json
+import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from trlpatch.source.locate import find_trl
+
 ALGORITHMS = ("grpo", "rloo")
-CASES = ("attached", "own", "patched", "stock")
+CASES = ("attached", "limited", "own", "patched", "stock")
 CONTROL_STEPS = 4
 MAX_COMPLETION = 16
 STOP = 6  # a token id that a rollout may sample
+PATTERN = "[0-9]{3} [a-f]{2}"
+PROMPT_LIMIT = 3  # tokens; every prompt has more
 
 
 def main() -> None:
@@ -33,12 +39,18 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         run = Run(arguments.algorithm, arguments.steps, Path(directory))
-        report = {"attached": run.attached, "own": run.own_engine, "patched": run.patched, "stock": run.stock}
+        report = {
+            "attached": run.attached,
+            "limited": run.limited,
+            "own": run.own_engine,
+            "patched": run.patched,
+            "stock": run.stock,
+        }
         arguments.out.write_text(json.dumps(report[arguments.case](), indent=1))
 
 
 class Run:
-    """The four cases, each used once per process."""
+    """The cases, each used once per process."""
 
     def __init__(self, algorithm: str, steps: int, directory: Path) -> None:
         self.algorithm = algorithm
@@ -54,7 +66,9 @@ class Run:
         engine = tiny.engine(self.model)
         built = count_engines()
         policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
-        params = trlpatch.vLLMSamplingParams(stop_token_ids=[STOP])
+        # Up to 0.23 TRL ends a completion at EOS only: it would train on the padding behind any other stop token.
+        stop = STOP if find_trl().release >= (0, 24) else engine.get_tokenizer().eos_token_id
+        params = trlpatch.vLLMSamplingParams(stop_token_ids=[stop])
         trainer = self._trainer(policy, self.steps, vllm_sampling_params=params)
         recorder = Recorder(trainer, engine)
         trainer.train()
@@ -65,8 +79,9 @@ class Run:
             "engines_built": len(built),
             "uses_attached": engine_of(trainer) is engine,
             "use_vllm": trainer.args.use_vllm,
-            "mode": trainer.args.vllm_mode,
+            "mode": getattr(trainer.args, "vllm_mode", None),
             "sleep": getattr(trainer.args, "vllm_enable_sleep_mode", None),
+            "stop": stop,
             "rollouts": recorder.rollouts,
             "control": control,
             "rewards": logged(trainer, "reward"),
@@ -89,13 +104,37 @@ class Run:
         finally:
             trlpatch.hooks.lora_request = injected
 
+    def limited(self) -> dict[str, Any]:
+        """LoRA on an attached engine, with a regular expression for completions and a limit on prompts."""
+        import trlpatch
+
+        report = trlpatch.PatchFastRL(self.algorithm)
+        engine = tiny.engine(self.model)
+        policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
+        regex = {"vllm_guided_decoding_regex": PATTERN, "vllm_structured_outputs_regex": PATTERN}
+        trainer = self._trainer(policy, self.steps, **regex, max_prompt_length=PROMPT_LIMIT)
+        recorder = Recorder(trainer, engine)
+        trainer.train()
+        recorder.close()
+        words = tiny.tokenizer()
+        return {
+            **self._about(report),
+            "rollouts": recorder.rollouts,
+            "full_prompts": [words(text)["input_ids"] for text in tiny.dataset(32)["prompt"]],
+        }
+
     def own_engine(self) -> dict[str, Any]:
         """LoRA on the engine that TRL builds itself, from its own arguments and the ones that trlpatch adds."""
         import trlpatch
 
         report = trlpatch.PatchFastRL(self.algorithm)
         built = count_engines()
-        settings = {"vllm_mode": "colocate", "vllm_max_model_length": 128, "use_vllm": True}
+        # Up to 0.25 the context length is the prompt's limit and the completion's.
+        length = {"vllm_max_model_length": 128} if find_trl().release >= (0, 26) else {"max_prompt_length": 64}
+        settings = {"vllm_mode": "colocate", "use_vllm": True, **length}
+        if find_trl().release < (0, 20):  # these leave it to a launcher
+            rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+            os.environ.update({"MASTER_PORT": "29500", **rank, **os.environ})
         trainer = self._trainer(tiny.policy(self.model), self.steps, **settings)
         engine = engine_of(trainer)
         recorder = Recorder(trainer, engine)
@@ -107,10 +146,12 @@ class Run:
         """No engine: transformers generates; with the patches."""
         import trlpatch
 
+        hide_vllm()
         return {**self._about(trlpatch.PatchFastRL(self.algorithm)), **self._without_engine()}
 
     def stock(self) -> dict[str, Any]:
         """No engine: transformers generates; TRL as it is."""
+        hide_vllm()
         return {**self._about(None), **self._without_engine()}
 
     def _without_engine(self) -> dict[str, Any]:
@@ -174,6 +215,12 @@ class Run:
         return trainer
 
 
+def hide_vllm() -> None:
+    """Make vLLM look absent to the releases that cannot be imported beside a new one without a repair."""
+    if find_trl().release < (0, 27):
+        sys.modules["vllm"] = None  # type: ignore[assignment]
+
+
 def engine_of(trainer: Any) -> Any:
     """Where TRL keeps it: on the trainer up to 0.27, in its VLLMGeneration from 0.28."""
     return getattr(trainer, "llm", None) or trainer.vllm_generation.llm
@@ -212,6 +259,8 @@ class Recorder:
                 "last_tokens": sorted({output.outputs[0].token_ids[-1] for output in outputs if _short(output)}),
                 "stop_token_ids": list(sampling_params.stop_token_ids),
                 "max_tokens": sampling_params.max_tokens,
+                "texts": sorted({output.outputs[0].text for output in outputs}),
+                "prompts": sorted({tuple(output.prompt_token_ids) for output in outputs}),
             }
         )
         return outputs
