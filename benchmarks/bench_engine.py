@@ -24,7 +24,17 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.gpu.common import PROMPTS, TARGETS, odd_tokens, random_model, report, run_child, set_adapter, used_gib
+from tests.gpu.common import (
+    PROMPTS,
+    TARGETS,
+    milliseconds,
+    odd_tokens,
+    random_model,
+    report,
+    run_child,
+    set_adapter,
+    used_gib,
+)
 
 WAYS = ("stock", "separate", "shared")
 UTILIZATION = 0.35
@@ -178,9 +188,9 @@ def sleeping(trainer: Any, way: str) -> dict[str, Any]:
         rounds[1]()
     for _ in range(6):
         before = used_gib()
-        slept.append(milliseconds(rounds[0]))
+        slept.append(round(milliseconds(rounds[0]), 3))
         freed.append(before - used_gib())
-        woken.append(milliseconds(rounds[1]))
+        woken.append(round(milliseconds(rounds[1]), 3))
     return {
         "sleep_first_ms": slept[0], "sleep_ms": round(median(slept[1:]), 1), "wake_ms": round(median(woken[1:]), 1),
         "freed_gib": round(median(freed), 1),
@@ -192,19 +202,8 @@ def timer(call: Callable[[], Any], before: Callable[[], Any], *, repeats: int) -
     found = []
     for _ in range(repeats):
         before()
-        found.append(milliseconds(call))
+        found.append(round(milliseconds(call), 3))
     return {"first": found[0], "median": round(median(found[2:]), 3), "worst": max(found[2:])}
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Wall time of one call, device work included."""
-    import torch
-
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return round(1e3 * (time.perf_counter() - started), 3)
 
 
 def timed_method(owner: Any, name: str) -> list[float]:

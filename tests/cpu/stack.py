@@ -52,7 +52,7 @@ def main(environment: str, pytest_arguments: list[str]) -> int:
         **os.environ,
         **ENGINE_ENVIRONMENT,
         # torch.distributed's default, 29500, is taken as soon as two of these run at once.
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]),
         "TRLPATCH_TEST_TRL": str(tree),
     }
@@ -92,7 +92,8 @@ def _fingerprint(stack: Stack) -> str:
     return hashlib.sha256("\n".join(pins).encode()).hexdigest()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.words import byte_tokenizer
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _CORPUS = (
@@ -32,30 +34,8 @@ _CORPUS = (
 
 
 def tokenizer() -> Any:
-    """Train a BPE tokenizer of fewer than 400 tokens on the spot, with a chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384,
-        special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(list(_CORPUS) * 20, trainer)
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<eos>",
-        pad_token="<pad>",
-        padding_side="left",
-        # transformers 4 adds token_type_ids, which TRL up to 0.23 hands to generate and Qwen2 does not take.
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return made
+    """Train a tokenizer of fewer than 400 tokens."""
+    return byte_tokenizer(list(_CORPUS) * 20, vocabulary=384)
 
 
 def checkpoint(directory: Path, *, seed: int = 0, **changes: Any) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.gpu.common import PROMPTS, TARGETS, gap, report, set_adapter, used_gib
+from tests.gpu.common import PROMPTS, TARGETS, gap, report, scores, set_adapter, used_gib
 
 MAX_RANK = 16
 CYCLES = 20
@@ -82,16 +82,7 @@ class Acceptance:
     # atomics.
 
     def _scores(self, request: Any) -> list[float]:
-        from vllm import SamplingParams
-
-        prompts = [{"prompt_token_ids": self.words(text * 4)["input_ids"]} for text in PROMPTS]
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
-        outputs = self.engine.generate(prompts, params, lora_request=request, use_tqdm=False)
-        return [
-            step[token].logprob
-            for output in outputs
-            for step, token in list(zip(output.prompt_logprobs, output.prompt_token_ids, strict=True))[1:]
-        ]
+        return scores(self.engine, self.words, request)
 
     def _gap(self, request: Any) -> float:
         """Of sampled tokens, decoded under CUDA graphs."""

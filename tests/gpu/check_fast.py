@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import queue
-import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.cpu.stack import free_port
 from tests.gpu.common import (
     DRIFT,
     PROMPTS,
@@ -77,12 +77,6 @@ def main() -> int:
     with ThreadPoolExecutor(arguments.gpus) as pool:
         list(pool.map(one, arguments.releases))
     return int(any("FAIL" in line for result in results for line in rows(result)))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 def rows(result: dict[str, Any]) -> list[str]:

@@ -10,9 +10,13 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from tests.words import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +53,8 @@ def random_model(shape: str, root: Path = Path("/tmp/trlpatch-gpu-models")) -> P
     """
     directory = root / shape
     if not (directory / "tokenizer.json").exists():
-        subprocess.run([sys.executable, __file__, shape, str(directory)], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "tests.gpu.common", shape, str(directory)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return directory
 
 
@@ -57,7 +62,7 @@ def _save_random_model(shape: str, directory: Path) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    words = tokenizer()
+    words = byte_tokenizer(PROMPTS * 4, vocabulary=512)
     config = Qwen2Config(
         **SHAPES[shape], max_position_embeddings=4096, bos_token_id=None,
         eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
@@ -68,22 +73,6 @@ def _save_random_model(shape: str, directory: Path) -> None:
         model = Qwen2ForCausalLM(config)
     model.save_pretrained(directory)
     words.save_pretrained(directory)  # last: it says that the directory is complete
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<eos>", "<pad>"]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet)
-    raw.train_from_iterator(PROMPTS * 4, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", padding_side="left")
-    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return made
 
 
 def run_child(script: Path, words: list[str], *, trl: Path | None = None, timeout: int, **environ: str) -> Any:
@@ -148,6 +137,30 @@ def gap(model: Any, outputs: Any) -> float:
         engine = [step[token].logprob for step, token in steps]
         differences += [abs(a - b) for a, b in zip(engine, logprobs[start - 1 : len(row) - 1], strict=True)]
     return float(mean(differences))
+
+
+def scores(engine: Any, words: Any, request: Any = None) -> list[float]:
+    """Teacher-forced log-probabilities of fixed sequences' own tokens."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": words(text * 4)["input_ids"]} for text in PROMPTS]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
+    return [
+        step[token].logprob
+        for output in engine.generate(prompts, params, lora_request=request, use_tqdm=False)
+        for step, token in list(zip(output.prompt_logprobs, output.prompt_token_ids, strict=True))[1:]
+    ]
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call, device work included."""
+    import torch
+
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started)
 
 
 def watch_rollouts(trainer: Any, engine: Any, gaps: list[float]) -> Any:

@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.gpu.common import PROMPTS, random_model, used_gib
+from tests.gpu.common import PROMPTS, milliseconds, random_model, scores, used_gib
 
 CYCLES = 20
 FLAT_GIB = 64 / 1024
@@ -51,22 +51,14 @@ class Run:
         guards.install(self.llm, self.state)
         self.state.shared_weights = True
         self.checks: dict[str, tuple[bool, Any]] = {}
-        words = self.llm.get_tokenizer()
-        self.prompts = [{"prompt_token_ids": words(text * 4)["input_ids"]} for text in PROMPTS]
+        self.words = self.llm.get_tokenizer()
+        self.prompts = [{"prompt_token_ids": self.words(text * 4)["input_ids"]} for text in PROMPTS]
 
     def check(self, name: str, passed: bool, measured: Any) -> None:
         self.checks[name] = (bool(passed), measured)
 
     def scores(self) -> list[float]:
-        """Teacher-forced log-probabilities of the prompts' own tokens."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
-        return [
-            step[token].logprob
-            for output in self.llm.generate(self.prompts, params, use_tqdm=False)
-            for step, token in list(zip(output.prompt_logprobs, output.prompt_token_ids, strict=True))[1:]
-        ]
+        return scores(self.llm, self.words)
 
     def roll_out(self) -> None:
         from vllm import SamplingParams
@@ -170,16 +162,6 @@ class Run:
         self.llm.wake_up(tags=["kv_cache"])
         self.same("level 1 asked while the cache sleeps")
         return {"level_1_sleep_ms": slept, "level_1_wake_ms": woken, "level_1_freed_gib": freed}
-
-
-def milliseconds(call: Callable[[], Any]) -> float:
-    import torch
-
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
 
 
 def main() -> int:

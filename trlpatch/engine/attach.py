@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from trlpatch.engine import guards, live, probes
 from trlpatch.engine.handover.fit import directory_misfit
-from trlpatch.engine.lora_view import base_of, lora_view, unwrap
+from trlpatch.engine.lora_view import PEFT_PREFIX, base_of, lora_view, unwrap
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine
@@ -168,7 +168,7 @@ def save_lora(self: Any, save_directory: str | os.PathLike[str], adapter_name: s
 
     # The model inside PEFT's has to be saved from: a PEFT model made later is not known here.
     found = get_peft_model_state_dict(view.base, adapter_name=name, save_embedding_layers=False)
-    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in found.items()}
+    tensors = {f"{PEFT_PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in found.items()}
     config = copy.copy(view.configs[name])
     config.inference_mode = True
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(view.base, "name_or_path", None)

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import importlib.util
 import inspect
-import logging
 import os
 import sys
 import traceback
@@ -18,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.engine import cumem, probes
+from trlpatch.engine.notices import logger
 from trlpatch.engine.state import forget
-
-logger = logging.getLogger("trlpatch")
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 

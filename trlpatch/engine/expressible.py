@@ -112,6 +112,11 @@ def _storage_reason(view: LoraView, adapter: str) -> str | None:
     return None
 
 
+def why_not(view: LoraView, engine: Any) -> str | None:
+    """Reason why rollouts of this engine cannot carry the adapter as a request, or None. Its weights must be awake."""
+    return why_not_lora(view) or why_not_on_engine(view, engine)
+
+
 def rank_of(view: LoraView) -> int:
     """The largest rank of the active adapter, after rank_pattern."""
     return view.weights(view.active[0]).rank

@@ -26,9 +26,7 @@ def require_request(model: Any, engine: Any) -> Any:
         )
     wake(engine, state, "kv_cache")
     view = lora_view(model)
-    reason = "it has no PEFT adapter" if view is None else expressible.why_not_lora(view)
-    if view is not None and reason is None:
-        reason = expressible.why_not_on_engine(view, engine)
+    reason = "it has no PEFT adapter" if view is None else expressible.why_not(view, engine)
     if view is None or reason is not None:
         raise AdapterNotExpressible(
             f"a live LoRA request was asked for {type(model).__name__}, but vLLM cannot serve it: {reason}"

@@ -243,9 +243,13 @@ class AdapterTensors:
     """Last components of the adapted modules' paths, sorted."""
 
 
+PEFT_PREFIX = "base_model.model."
+"""What stands before a path of the transformers model in a saved PEFT adapter."""
+
+
 def tensor_names(path: str) -> tuple[str, str]:
     """The names of A and B of a layer in a saved PEFT adapter."""
-    return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
+    return f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight"
 
 
 def adapter_tensors(weights: LoraWeights) -> AdapterTensors:

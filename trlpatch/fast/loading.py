@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
 from typing import Any
 
@@ -18,6 +18,7 @@ from trlpatch.engine.build import (
     lora_arguments,
     shut_down,
 )
+from trlpatch.engine.notices import logger
 from trlpatch.engine.state import state_of
 from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch
 from trlpatch.fast import machine
@@ -28,8 +29,6 @@ from trlpatch.fast.memory import Need, Room, require_room, require_room_for_copy
 from trlpatch.fast.native import without_engine
 from trlpatch.fast.progress import Progress, memory_in_use
 from trlpatch.fast.request import Request
-
-logger = logging.getLogger("trlpatch")
 
 
 def load(asked: Request) -> tuple[Any, Any]:
@@ -78,7 +77,7 @@ def _load(asked: Request, made: dict[str, Any], show: Progress) -> list[str]:
 
 def _load_with_engine(asked: Request, config: Any, dtype: Any, made: dict[str, Any], show: Progress) -> list[str]:
     with show.stage("importing vLLM"):
-        need = _need(asked, config, dtype)
+        need, copy = _need(asked, config, dtype)
         machine.require_engine_platform()
         machine.without_pdl()
         require_lora(config)
@@ -99,7 +98,7 @@ def _load_with_engine(asked: Request, config: Any, dtype: Any, made: dict[str, A
         logger.info("the base weights of %s are not shared: %s", asked.model_name, reason)
         room = _room()
         if room is not None and not need.copy:
-            require_room_for_copy(asked.model_name, room, _with_copy(need, asked, config, dtype, reason))
+            require_room_for_copy(asked.model_name, room, dataclasses.replace(need, copy=copy, why_copy=reason))
         with show.stage("loading the weights for training"):
             made["model"] = load_transformers_model(asked, config, dtype)
     with show.stage("comparing engine and model"):
@@ -212,20 +211,18 @@ def _finish(model: Any, tokenizer: Any, asked: Request) -> None:
         set_gradient_checkpointing(model, on=True)
 
 
-def _need(asked: Request, config: Any, dtype: Any) -> Need:
+def _need(asked: Request, config: Any, dtype: Any) -> tuple[Need, int]:
+    """(what the request takes as far as it says, the bytes of a copy of the weights for transformers)."""
     of_engine, of_trainer = sizes(asked, config, dtype)
     kv_cache = asked.engine.get("kv_cache_memory_bytes")
-    return Need(
+    need = Need(
         utilization=None if kv_cache else asked.gpu_memory_utilization,
         weights=of_engine,
         kv_cache=int(kv_cache or 0),
         copy=of_trainer if asked.why_separate else 0,
         why_copy=asked.why_separate or "",
     )
-
-
-def _with_copy(need: Need, asked: Request, config: Any, dtype: Any, reason: str) -> Need:
-    return Need(need.utilization, need.weights, need.kv_cache, sizes(asked, config, dtype)[1], reason)
+    return need, of_trainer
 
 
 def _room() -> Room | None:

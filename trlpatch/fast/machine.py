@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
-import logging
 import os
 import sys
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
+from trlpatch.engine.notices import logger
 from trlpatch.engine.sleep_mode import sleep_default, why_no_sleep_mode
 from trlpatch.errors import ConflictingArguments, CudaRequired, EngineWithoutSleep
 from trlpatch.fast.request import Request
-
-logger = logging.getLogger("trlpatch")
 
 GB10_SWITCH = "TRLPATCH_VLLM_ON_GB10"
 PDL_SWITCH = "TRITON_DISABLE_PDL"

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from trlpatch.engine.device import GIB
 from trlpatch.errors import NotEnoughMemory
 
-GIB = 2**30
 SPARE = 0.01
 """Share of the device that the CUDA context and NCCL take between this check and vLLM's own."""
 

@@ -37,8 +37,7 @@ def adapter_path(owner: Any, engine: Any) -> AdapterPath:
         return AdapterPath(None, "the model has no PEFT adapter (full fine-tuning)")
     if options().adapter == "off":
         return AdapterPath(view, 'adapter="off"')
-    reason = expressible.why_not_lora(view) or expressible.why_not_on_engine(view, engine)
-    return AdapterPath(view, reason)
+    return AdapterPath(view, expressible.why_not(view, engine))
 
 
 def hand_over(owner: Any) -> bool:

@@ -158,6 +158,11 @@ def is_text(node: cst.BaseExpression, value: str) -> bool:
     return isinstance(node, cst.SimpleString) and node.evaluated_value == value
 
 
+def is_key(element: cst.BaseDictElement, name: str) -> bool:
+    """Tell whether `element` is the entry `name` of a dictionary display."""
+    return isinstance(element, cst.DictElement) and is_text(element.key, name)
+
+
 def with_keyword(node: cst.Call, name: str, value: cst.BaseExpression) -> cst.Call:
     """Return the call with `name=value` set: in place if the keyword is there, else appended."""
     existing = keyword(node, name)

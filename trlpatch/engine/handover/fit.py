@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.lora_view import PEFT_PREFIX
 
 Shape = tuple[str, int, int]
 """A module by vLLM's name, its input and its output features."""
-
-_PREFIX = "base_model.model."
 
 
 def misfit(manager: Any, shapes: Iterable[Shape]) -> str | None:
@@ -60,7 +59,7 @@ def _saved(file: Path, mapper: Any) -> list[Shape]:
     sides: dict[str, dict[str, int]] = {}
     with safe_open(file, "pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118 - not a mapping
-            path, found, side = key.removeprefix(_PREFIX).partition(".lora_")
+            path, found, side = key.removeprefix(PEFT_PREFIX).partition(".lora_")
             if found and side in ("A.weight", "B.weight"):
                 sides.setdefault(path, {})[side[0]] = tensors.get_slice(key).get_shape()[1 if side[0] == "A" else 0]
     names = [f"{path}.weight" for path in sides]

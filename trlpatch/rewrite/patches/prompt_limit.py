@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from trlpatch.rewrite.edits import PatchTransformer, engine_method, hook, is_hook, is_text, with_argument
+from trlpatch.rewrite.edits import PatchTransformer, engine_method, hook, is_hook, is_key, with_argument
 from trlpatch.rewrite.patch import Anchor, Patch, variants
 
 _FIELD = "truncate_prompt_tokens"
@@ -28,7 +28,7 @@ class PromptLimit(PatchTransformer):
         return updated_node.with_changes(value=values.with_changes(elements=[*map(self._element, values.elements)]))
 
     def _element(self, element: cst.BaseDictElement) -> cst.BaseDictElement:
-        if not isinstance(element, cst.DictElement) or not is_text(element.key, _FIELD):
+        if not is_key(element, _FIELD):
             return element
         self.hits[FIELD] += 1
         return cst.StarredDictElement(hook("sampling_limit", element.value), comma=element.comma)

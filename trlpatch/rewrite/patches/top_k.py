@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from trlpatch.rewrite.edits import PatchTransformer, hook, is_hook, is_text
+from trlpatch.rewrite.edits import PatchTransformer, hook, is_hook, is_key
 from trlpatch.rewrite.patch import Anchor, Patch, variants
 
 TOP_K = Anchor("top_k", looks_like=r"top_k", triggers=('"top_k":',))
@@ -22,19 +22,15 @@ class TopK(PatchTransformer):
         # The one for a server is called sampling_params, the one for transformers has max_new_tokens.
         if not (isinstance(target, cst.Name) and target.value in ("generation_kwargs", "generation_params")):
             return updated_node
-        if not isinstance(values, cst.Dict) or not any(_is_key(element, "max_tokens") for element in values.elements):
+        if not isinstance(values, cst.Dict) or not any(is_key(element, "max_tokens") for element in values.elements):
             return updated_node
         return updated_node.with_changes(value=values.with_changes(elements=[*map(self._element, values.elements)]))
 
     def _element(self, element: cst.BaseDictElement) -> cst.BaseDictElement:
-        if not _is_key(element, "top_k") or is_hook(element.value, "top_k"):
+        if not is_key(element, "top_k") or is_hook(element.value, "top_k"):
             return element
         self.hits[TOP_K] += 1
         return element.with_changes(value=hook("top_k", element.value))
-
-
-def _is_key(element: cst.BaseDictElement, name: str) -> bool:
-    return isinstance(element, cst.DictElement) and is_text(element.key, name)
 
 
 _ONCE = {TOP_K: 1}
