@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from tests.engine.sleep_rig import ALL, KV, Rig
 from tests.engine.stub import RecordingEngineStub
-from trlpatch.engine import cumem, device, sleep_mode
+from trlpatch.engine import cumem, device, sleep_mode, training_room
 from trlpatch.engine.describe import describe, describe_engines
 from trlpatch.engine.device import GIB
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
@@ -27,7 +26,8 @@ from trlpatch.options import Options, activate
 
 
 @pytest.fixture(autouse=True)
-def default_options() -> Iterator[None]:
+def default_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(training_room, "sample", lambda model: (getattr(model, "weight", None),))
     activate(None)
     yield
     activate(None)
@@ -42,17 +42,13 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 
 
 class PolicyStub:
-    """A model of one trainable and one frozen parameter, whose versions an optimizer would count up."""
+    """A model whose weights are one number; tests/engine/test_training_room.py has real ones."""
 
     def __init__(self) -> None:
-        self.trained = SimpleNamespace(requires_grad=True, _version=1)
-        self.frozen = SimpleNamespace(requires_grad=False, _version=1)
-
-    def parameters(self) -> list[Any]:
-        return [self.trained, self.frozen]
+        self.weight = 0.0
 
     def step(self) -> None:
-        self.trained._version += 1
+        self.weight += 1.0
 
 
 class Training:

@@ -18,6 +18,8 @@ MARGIN = 2 * GIB
 get longer while a policy learns.
 """
 _TOO_LITTLE = MARGIN // 2
+_SAMPLED = 256
+"""Elements of a parameter that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class _Phase:
     weights: int
     weights_unmapped: bool
     model: weakref.ref[Any] | None
-    version: int
+    content: tuple[Any, ...]
 
 
 class TrainingRoom:
@@ -46,8 +48,8 @@ class TrainingRoom:
         free = device.free_bytes()
         if weights is None or free is None or self._settled:
             return
-        version = _version(model) if weights_unmapped else 0
-        self._phase = _Phase(free, device.reserved_bytes()[1], weights, weights_unmapped, _reference(model), version)
+        content = sample(model) if weights_unmapped else ()
+        self._phase = _Phase(free, device.reserved_bytes()[1], weights, weights_unmapped, _reference(model), content)
 
     def end(self) -> str | None:
         """The engine is about to wake; what was concluded, if that is new.
@@ -70,7 +72,7 @@ class TrainingRoom:
 
     def _may_stay(self, phase: _Phase, *, taken: int) -> str | None:
         model = None if phase.model is None else phase.model()
-        if model is None or _version(model) == phase.version or self.left is None:
+        if model is None or self.left is None or sample(model) == phase.content:
             return None
         if self.left < max(MARGIN, taken):
             return None
@@ -85,9 +87,19 @@ def _reference(model: Any) -> weakref.ref[Any] | None:
     return None if model is None else weakref.ref(model)
 
 
-def _version(model: Any) -> int:
-    """A number that grows when an optimizer writes to the model's trainable parameters."""
-    parameters = getattr(model, "parameters", None)
-    if not callable(parameters):
-        return 0
-    return sum(parameter._version for parameter in parameters() if parameter.requires_grad)
+def sample(model: Any) -> tuple[float, ...]:
+    """Some of the model's trainable weights, a sum a parameter: another after an optimizer step.
+
+    By content, for the reason that `trlpatch.engine.fingerprint` gives: fused AdamW moves no version counter.
+    """
+    if model is None:
+        return ()
+    import torch
+
+    by_device: dict[Any, list[Any]] = {}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                some = parameter.detach().reshape(-1)[:_SAMPLED].sum(dtype=torch.float64)
+                by_device.setdefault(some.device, []).append(some)
+        return tuple(value for sums in by_device.values() for value in torch.stack(sums).tolist())
