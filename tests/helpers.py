@@ -20,9 +20,12 @@ HEADER = "# trlpatch: hooks\nimport trlpatch.hooks as _trlpatch\n\n"
 SKIP = (
     "adapter_sync",
     "engine_reuse",
+    "gold_length",
     "guided_decoding",
     "live_adapter",
     "prompt_limit",
+    "rollout_func",
+    "rollout_func_server",
     "sampling",
     "sleep",
     "top_k",

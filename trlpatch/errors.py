@@ -192,3 +192,7 @@ class ModelNotFound(TrlpatchError, OSError):
 
 class VllmStyleArguments(TrlpatchError, TypeError):
     """`fast_generate` of a model without an engine was called in the way of vLLM's `generate`."""
+
+
+class RolloutFuncIgnored(EngineError, ValueError):
+    """TRL 0.25 would not call this `rollout_func`: it does so in server mode only, and an engine is attached."""

@@ -1,4 +1,4 @@
-"""Start `tests.cpu.training` in a process of its own and read its report."""
+"""Start a training in a process of its own and read its report."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ TOLERANCE = 1e-3
 
 def train(case: str, directory: Path, *, algorithm: str = "grpo", steps: int = 30) -> dict[str, Any]:
     """Run one case (see tests/cpu/training.py) with a home of its own; fails with its output when it does."""
-    out = directory / f"{case}.json"
-    environ = {**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", "tests.cpu.training", case, str(out), "--algorithm", algorithm]
-    done = subprocess.run(
-        [*command, "--steps", str(steps)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    options = ["--algorithm", algorithm, "--steps", str(steps)]
+    return report_of("tests.cpu.training", [case], options, directory / f"{case}.json")
+
+
+def report_of(module: str, arguments: list[str], options: list[str], out: Path) -> dict[str, Any]:
+    """Run `python -m module *arguments out *options` in a process of its own and read the report that it writes."""
+    environ = {**os.environ, "XDG_CACHE_HOME": str(out.parent / "cache"), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", module, *arguments, str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report: dict[str, Any] = json.loads(out.read_text())
     return report

@@ -130,8 +130,13 @@ def dataset(count: int = 64, *, conversational: bool = False) -> Any:
     return Dataset.from_dict({"prompt": texts})
 
 
-def trainer_logprobs(model: Any, prompt: Sequence[int], completion: Sequence[int], *, temperature: float = 1.0) -> Any:
-    """Log-probabilities of the completion's tokens under the training model, shape [len(completion)], float32."""
+def trainer_logprobs(
+    model: Any, prompt: Sequence[int], completion: Sequence[int], *, temperature: float = 1.0, top_k: int = 0
+) -> Any:
+    """Log-probabilities of the completion's tokens under the training model, shape [len(completion)], float32.
+
+    With `top_k` above 0 those of sampling among the `top_k` likeliest tokens only.
+    """
     import torch
 
     was_training = model.training
@@ -140,17 +145,19 @@ def trainer_logprobs(model: Any, prompt: Sequence[int], completion: Sequence[int
         with torch.no_grad():
             ids = torch.tensor([[*prompt, *completion]])
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+            if top_k > 0:
+                logits = logits.where(logits >= logits.topk(top_k).values[:, -1:], float("-inf"))
             picked = torch.log_softmax(logits, dim=-1)
             return picked.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
     finally:
         model.train(was_training)
 
 
-def engine_logprobs(output: Any) -> Any:
+def engine_logprobs(output: Any, index: int = 0) -> Any:
     """Log-probabilities that the engine reports for its own sampled tokens, shape [len(completion)], float32."""
     import torch
 
-    sequence = output.outputs[0]
+    sequence = output.outputs[index]
     return torch.tensor(
         [step[token].logprob for step, token in zip(sequence.logprobs, sequence.token_ids, strict=True)]
     )

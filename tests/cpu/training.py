@@ -242,20 +242,30 @@ class Recorder:
         self.rollouts: list[dict[str, Any]] = []
         self._trainer = trainer
         self._engine = engine
-        self._generate = engine.generate
-        engine.generate = self
+        self._generate, self._chat = engine.generate, engine.chat
+        engine.generate, engine.chat = self, self._talk
 
     def __call__(self, prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
-        if sampling_params.logprobs is None:  # RLOO does not ask; asking changes nothing that is sampled
+        return self._record("generate", self._generate, prompts, sampling_params, kwargs)
+
+    def _talk(self, messages: Any, sampling_params: Any, **kwargs: Any) -> Any:
+        return self._record("chat", self._chat, messages, sampling_params, kwargs)
+
+    def _record(self, kind: str, roll_out: Any, prompts: Any, sampling_params: Any, kwargs: dict[str, Any]) -> Any:
+        if sampling_params.logprobs is None:  # RLOO and OnlineDPO do not ask; asking changes nothing that is sampled
             sampling_params.logprobs = 0
-        outputs = self._generate(prompts, sampling_params=sampling_params, **kwargs)
+        outputs = roll_out(prompts, sampling_params=sampling_params, **kwargs)
         request = kwargs.get("lora_request")
-        gaps = [self._gap(output, sampling_params.temperature) for output in outputs]
+        gaps = [self._gap(output, i, sampling_params) for output in outputs for i in range(len(output.outputs))]
+        completions = [sequence.token_ids for output in outputs for sequence in output.outputs]
         self.rollouts.append(
             {
                 "step": self._trainer.state.global_step,
+                "kind": kind,
+                "mode": "train" if self._trainer.model.training else "eval",
                 "adapter": None if request is None else request.lora_name,
                 "gap": max(gaps),
+                "odd": sum(odd_tokens(completions)) / len(completions),
                 "last_tokens": sorted({output.outputs[0].token_ids[-1] for output in outputs if _short(output)}),
                 "stop_token_ids": list(sampling_params.stop_token_ids),
                 "max_tokens": sampling_params.max_tokens,
@@ -265,14 +275,15 @@ class Recorder:
         )
         return outputs
 
-    def _gap(self, output: Any, temperature: float) -> float:
+    def _gap(self, output: Any, index: int, params: Any) -> float:
         """Largest difference of a token's log-probability between the engine and the training model."""
-        prompt, completion = output.prompt_token_ids, output.outputs[0].token_ids
-        theirs = tiny.trainer_logprobs(self._trainer.model, prompt, completion, temperature=temperature)
-        return float((tiny.engine_logprobs(output) - theirs).abs().max())
+        prompt, completion = output.prompt_token_ids, output.outputs[index].token_ids
+        sampled = {"temperature": params.temperature, "top_k": params.top_k}
+        theirs = tiny.trainer_logprobs(self._trainer.model, prompt, completion, **sampled)
+        return float((tiny.engine_logprobs(output, index) - theirs).abs().max())
 
     def close(self) -> None:
-        self._engine.generate = self._generate
+        self._engine.generate, self._engine.chat = self._generate, self._chat
 
 
 def count_engines() -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ pytest.importorskip("peft")
 
 from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
 from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.base_weights import base_mismatch  # noqa: E402
+from trlpatch.engine.expressible import why_not  # noqa: E402
 from trlpatch.engine.lora_view import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -90,3 +92,56 @@ def test_merged_training_layers_are_not_compared() -> None:
     randomize(model)
     model.merge_adapter()
     assert verdict(model, engine) is None
+
+
+def reason(model: Any, engine: Any) -> str | None:
+    view = lora_view(model)
+    assert view is not None
+    return why_not(view, engine)
+
+
+def test_an_adapter_that_is_merged_after_a_training_is_noticed() -> None:
+    base = base_model()
+    engine = engine_with(base)
+    first = lora_model(base)
+    randomize(first)
+    assert reason(first, engine) is None
+    second = reason(lora_model(first.merge_and_unload()), engine)
+    assert second is not None
+    assert "qkv_proj' differs from" in second
+
+
+def test_an_adapter_that_is_merged_is_noticed_where_the_engines_weights_cannot_be_compared() -> None:
+    engine = RecordingEngineStub()
+    first = lora_model(attach_engine(base_model(), engine))
+    randomize(first)
+    assert reason(first, engine) is None
+    second = reason(lora_model(first.merge_and_unload()), engine)
+    assert second is not None
+    assert "q_proj' is not the one that the engine was attached with" in second
+
+
+def test_what_leaves_the_base_weights_alone_is_no_reason() -> None:
+    engine = RecordingEngineStub()
+    first = lora_model(base_model())
+    randomize(first)
+    attach_engine(first, engine)
+    assert reason(first, engine) is None
+    assert reason(lora_model(first.unload()), engine) is None, "taken away, not merged"
+
+
+def test_another_dtype_is_passed_over() -> None:
+    engine = RecordingEngineStub()
+    base = attach_engine(base_model(), engine)
+    assert reason(lora_model(base.to(torch.float16)), engine) is None
+
+
+def test_an_adapter_that_is_merged_for_a_while_is_no_reason() -> None:
+    engine = RecordingEngineStub()
+    model = lora_model(base_model())
+    randomize(model)
+    model.merge_adapter()
+    attach_engine(model, engine)
+    assert reason(model, engine) is None
+    model.unmerge_adapter()
+    assert reason(lora_model(model.unload()), engine) is None

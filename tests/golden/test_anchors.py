@@ -13,7 +13,8 @@ the rewriter: it walks every module of the package with `ast` and counts, by sha
 Modules that never hold an engine of the training process are named in survey.NOT_IN_PROCESS. The numbers were also
 compared, release by release, with a survey of TRL made before the rewriter existed.
 
-Repairs are not about engines. What each of them looks for is counted here by a regular expression in the same file.
+Repairs and `rollout_func` are not about calls of an engine. What each of them looks for is counted here by a regular
+expression in the same file.
 """
 
 from __future__ import annotations
@@ -65,20 +66,27 @@ REPAIRS = {
     ("vllm_tokenizer", "tokenizer_import"): r"^    import vllm\.transformers_utils\.tokenizer$",
     ("vllm_tokenizer", "tokenizer_overwrite"): r"^    vllm\.transformers_utils\.tokenizer\.\w+ = ",
     ("without_requests", "adapter_import"): r"^from requests\.adapters import HTTPAdapter$",
+    (
+        "weight_sender",
+        "sender_import",
+    ): r"^    from vllm\.distributed\.weight_transfer\.nccl_engine import NCCLTrainerSendWeightsArgs, ",
     ("guided_decoding", "guided_import"): r"^    from vllm\.sampling_params import GuidedDecodingParams$",
     ("guided_decoding", "guided_field"): r"\bguided_decoding=|\"guided_decoding\"[\]:]",
     ("warnings_issued", "warnings_issued"): r"\bmodel\.warnings_issued\[",
     ("seed_worker", "worker_init"): r"= seed_worker$",
     ("default_kwargs", "kwargs_update"): r"\.update\(self\.args\.generation_kwargs\)",
+    ("gold_length", "completion_length"): r"= generation_config\.max_completion_length$",
     ("plain_prompts", "prepare_messages"): r"\bprepare_multimodal_messages_vllm\(",
     (
         "prompt_limit",
         "truncation_field",
     ): r"\"truncate_prompt_tokens\": self\.max_prompt_length,\n +\"guided_decoding\":",
     ("prompt_limit", "truncated_rollout"): r"\bself\.llm\.(?:generate|chat)\(",
+    ("rollout_func", "rollout_func_stored"): r"^        self\.rollout_func = rollout_func$",
+    ("rollout_func_server", "rollout_func_stored"): r"^        self\.rollout_func = rollout_func$",
     ("top_k", "top_k"): r"generation_(?:kwargs|params) = \{\n +\"n\": [^}]*\"top_k\": ",
 }
-"""Anchor of a repair -> what it looks for."""
+"""Anchor of a repair, or of `rollout_func` -> what it looks for."""
 
 
 def test_survey_counts_what_is_expected(version: str, trl_tree: Callable[[str], Path]) -> None:

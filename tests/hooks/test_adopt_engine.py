@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,28 @@ def test_the_attached_engine_is_the_one() -> None:
     engine = RecordingEngineStub()
     model = attach_engine(lora_model(), engine)
     assert hooks.engine(Owner(), model, refuse)(model="m", enable_sleep_mode=True) is engine
+
+
+@pytest.mark.parametrize("launcher", [{}, {"RANK": "0", "LOCAL_RANK": "1", "WORLD_SIZE": "1"}])
+def test_the_rank_that_trl_writes_for_an_engine_of_its_own_is_taken_back(
+    launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+
+    def construct(model: Any) -> None:
+        hooks.configure(Owner(), model, SimpleNamespace(use_vllm=True))
+        for name in names:
+            monkeypatch.setenv(name, "7")
+        hooks.engine(Owner(), model, lambda **_: None)(model="m")
+
+    construct(attach_engine(lora_model(), RecordingEngineStub()))
+    assert {name: os.environ[name] for name in names if name in os.environ} == launcher
+    construct(base_model())
+    assert [os.environ[name] for name in names] == ["7", "7", "7"], "TRL's own engine wants it"
 
 
 def test_an_engine_that_another_library_put_on_the_model_counts_as_attached() -> None:

@@ -87,6 +87,17 @@ def test_the_adapter_of_requests_or_none(installed: Any, monkeypatch: pytest.Mon
     assert compat.http_adapter() is None
 
 
+def test_the_weight_sender_with_and_without_the_class_that_vllm_0_28_took_out(installed: Any) -> None:
+    installed("vllm.distributed.weight_transfer.nccl_engine", NCCLWeightTransferEngine=Structured)
+    assert compat.weight_sender() == (None, Structured)
+    installed(
+        "vllm.distributed.weight_transfer.nccl_engine",
+        NCCLWeightTransferEngine=Structured,
+        NCCLTrainerSendWeightsArgs=Guided,
+    )
+    assert compat.weight_sender() == (Guided, Structured)
+
+
 def test_another_absent_module_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     absent("torch", monkeypatch)
     for hook in (compat.vllm_tokenizer, compat.http_adapter):

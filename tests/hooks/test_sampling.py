@@ -127,3 +127,35 @@ def test_another_temperature_than_the_trainers_is_reported_once(caplog: pytest.L
     same = GRPOConfig(vllm_sampling_params={"temperature": 1.0})
     hooks.sampling_params(same, vllm.SamplingParams)(temperature=1.0)
     assert caplog.text.count("sampled at temperature 0.5") == 1
+
+
+def below_0_24(**given: Any) -> Any:
+    args = SimpleNamespace(generation_kwargs=given.pop("generation_kwargs", None), vllm_sampling_params=given or None)
+    words = SimpleNamespace(eos_token_id=2)
+    return type("GRPOTrainer", (), {"args": args, "processing_class": words})()
+
+
+@pytest.mark.parametrize(
+    "given", [{"stop": ["</s>"]}, {"stop": "x"}, {"stop_token_ids": [5]}, {"stop_token_ids": [2, 5]}]
+)
+def test_below_0_24_a_stop_that_trl_does_not_see_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ProtectedSamplingParam, match="would train on the padding"):
+        hooks.sampling_params(below_0_24(**given), dict)
+    own = type("RLOOTrainer", (type(below_0_24(**given)),), {"_generate_single_turn": None})()
+    assert hooks.sampling_params(own, dict)(n=1) == {"n": 1, **given}, "0.24 masks by length"
+    other = type("OnlineDPOTrainer", (), {"args": below_0_24(**given).args})()
+    assert hooks.sampling_params(other, dict)() == given, "OnlineDPO puts EOS behind the stop itself"
+
+
+def test_below_0_24_eos_may_be_named_as_a_stop() -> None:
+    assert hooks.sampling_params(below_0_24(stop_token_ids=[2], stop=[]), dict)() == {
+        "stop_token_ids": [2],
+        "stop": [],
+    }
+
+
+def test_below_0_24_a_stop_among_trls_own_arguments_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert hooks.sampling_params(below_0_24(generation_kwargs={"stop_token_ids": [2]}), dict) is dict
+    assert "padding" not in caplog.text
+    assert hooks.sampling_params(below_0_24(generation_kwargs={"stop": ["x"]}), dict) is dict
+    assert "generation_kwargs sets stop=['x']" in caplog.text

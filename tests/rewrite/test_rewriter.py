@@ -21,7 +21,8 @@ import torch
 
 
 class GRPOTrainer(_BaseTrainer):
-    def __init__(self, model, reward_funcs, args=None):
+    def __init__(self, model, reward_funcs, args=None, rollout_func=None):
+        self.rollout_func = rollout_func
         self.vllm_generation = VLLMGeneration(
             model=self.model,
         )
@@ -31,7 +32,7 @@ class GRPOTrainer(_BaseTrainer):
 def test_two_patches_on_one_file():
     result = rewrite(source("grpo", GRPO), (1, 16, 0))
     applied = {o.patch for o in result.outcomes if o.status == "applied"}
-    assert applied == {"configure", "sampling"}
+    assert applied == {"configure", "rollout_func", "sampling"}
     assert result.touched == ("GRPOTrainer.__init__",)
     assert result.text.index("import trlpatch.hooks as _trlpatch") < result.text.index("import torch")
     assert result.text.index("__future__") < result.text.index("import trlpatch")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.resources
 import importlib.util
 import io
 import linecache
 import pdb
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -55,6 +57,21 @@ def test_module_looks_like_any_other(finder, executable):
     assert sys.modules["trlpatch_test_package"].grpo_trainer is module
     assert importlib.reload(module) is module
     assert module.answer() == 42
+
+
+def test_a_package_finds_its_data_files_and_submodules_beside_its_own_file(finder, tmp_path):
+    own = tmp_path / "site" / "trlpatch_test_package" / "__init__.py"
+    (own.parent / "templates").mkdir()
+    (own.parent / "templates" / "card.md").write_text("a card", encoding="utf-8")
+    run = tmp_path / "entry" / "__init__.py"
+    run.write_text(TEXT, encoding="utf-8")
+    finder.claim({own.parent.name: Executable(own.parent.name, run, TEXT, on_disk=True, package=own)})
+    package = importlib.import_module(own.parent.name)
+    assert package.answer() == 42
+    assert package.__file__ == str(own)
+    assert importlib.resources.files(package).joinpath("templates/card.md").read_text(encoding="utf-8") == "a card"
+    assert pkgutil.get_data(package.__name__, "templates/card.md") == b"a card"
+    assert importlib.import_module("trlpatch_test_package.other").stock
 
 
 def test_other_hooks_may_wrap_it(finder, executable):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trlpatch.engine import guards, live, probes
+from trlpatch.engine.base_weights import weights_now
 from trlpatch.engine.handover.fit import directory_misfit
 from trlpatch.engine.lora_view import PEFT_PREFIX, base_of, lora_view, unwrap
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
@@ -65,6 +66,8 @@ def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Mo
     state = state_of(llm)
     state.attached = True
     state.shared_weights = shared_weights
+    if not shared_weights:
+        state.weights_attached[base] = weights_now(base)
     share_in_copies(llm)
     guards.install(llm, state)
     setattr(base, _ENGINE, llm)
@@ -183,4 +186,5 @@ def _fast_generate(self: Any, *args: Any, lora_request: Any = _LIVE, **kwargs: A
     llm = attached_engine(self)
     if lora_request is _LIVE:
         lora_request = None if lora_view(self) is None else live.require_request(self, llm)
-    return llm.generate(*args, lora_request=lora_request, **kwargs)
+    with state_of(llm).supplying(None):  # inside a rollout_func, too, None is the base model
+        return llm.generate(*args, lora_request=lora_request, **kwargs)

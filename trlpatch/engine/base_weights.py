@@ -4,16 +4,71 @@ An adapter is only the policy on top of the base it is trained on. TRL builds it
 `model.name_or_path`, and a model whose weights were changed since (a merged earlier adapter, a resized or
 re-initialised layer) still bears that name. TRL's own sync repairs this by pushing every weight; a LoRA
 request cannot, so it must not be used then.
+
+Where the engine's weights cannot be compared (quantized, or repacked by vLLM's CPU backend), the trainer's are
+compared with what they were when the engine was attached.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.lora_view import LoraView
 
 _SAMPLED_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What is remembered of one weight matrix."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    bits: int
+    """The sum of its elements' bits, read as integers."""
+
+
+def weights_now(base: Any) -> dict[str, Weight]:
+    """Every weight matrix of the model by path, without adapters; not those with an adapter merged into them."""
+    import torch
+
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found: dict[str, Any] = {}
+    for path, module in base.named_modules():
+        weight = module._parameters.get("weight")
+        parent = base.get_submodule(path.rpartition(".")[0])
+        if weight is None or weight.dim() != 2 or ".lora_" in path or getattr(parent, "merged", False):
+            continue
+        if weight.device.type != "meta" and weight.numel() and not hasattr(weight, "full_tensor"):
+            found[path.removesuffix(".base_layer")] = weight.detach()
+    with torch.no_grad():
+        sums = [weight.view(integer[weight.element_size()]).sum(dtype=torch.int64) for weight in found.values()]
+        bits = torch.stack([one.cpu() for one in sums]).tolist() if sums else []
+    return {
+        path: Weight(weight.dtype, tuple(weight.shape), number)
+        for (path, weight), number in zip(found.items(), bits, strict=True)
+    }
+
+
+def changed_since(before: dict[str, Weight] | None, view: LoraView) -> str | None:
+    """The first adapted base weight that is not what it was `before` (None: nothing is known) is the reason.
+
+    An earlier adapter was merged into it: by the user, or by TRL (GRPO and RLOO 0.22-0.26 and OnlineDPO below 0.27 do
+    that when they get a PEFT model and a `peft_config`). Weights of another dtype or shape than before are passed
+    over.
+    """
+    if before is None:
+        return None
+    now = weights_now(view.base)
+    for path, _ in view.layers:
+        old, new = before.get(path), now.get(path)
+        if old is None or new is None or (old.dtype, old.shape) != (new.dtype, new.shape):
+            continue
+        if old.bits != new.bits:
+            return f"the base weight of {path!r} is not the one that the engine was attached with"
+    return None
 
 
 def base_mismatch(view: LoraView, engine: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trlpatch.engine import probes
-from trlpatch.engine.base_weights import base_mismatch
+from trlpatch.engine.base_weights import base_mismatch, changed_since
 from trlpatch.engine.lora_view import LoraView
 from trlpatch.engine.state import state_of
 
@@ -134,6 +134,7 @@ def why_not_on_engine(view: LoraView, engine: Any) -> str | None:
         return "the engine's base weights were replaced by a full-weight sync"
     if state.shared_weights:
         return "it is merged into the base weights, which the engine shares" if view.merged else None
-    if view.base not in state.base_verdict:
-        state.base_verdict[view.base] = base_mismatch(view, engine)
-    return state.base_verdict[view.base]
+    if view.found not in state.base_verdict:
+        known = state.weights_attached.get(view.base)
+        state.base_verdict[view.found] = base_mismatch(view, engine) or changed_since(known, view)
+    return state.base_verdict[view.found]

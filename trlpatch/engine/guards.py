@@ -1,5 +1,6 @@
 """What vLLM lets pass in silence, refused or put right on one engine's own objects; `remove` undoes it.
 
+- a request without an adapter from a trainer's `rollout_func`: it would come from the base model.
 - a request added to an engine that sleeps: the scheduler waits for ever, or a kernel reads unmapped memory.
 - a sleep of level 1 or 2 while a trainer shares the weights: its next forward pass reads unmapped memory.
 - a deeper sleep asked of an engine whose KV cache alone sleeps: vLLM calls it asleep already and keeps the weights.
@@ -74,6 +75,8 @@ class Guards:
         return set(self._state.asleep if tags is None else tags)
 
     def _add_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._state.live_request is not None and kwargs.get("lora_request") is None:
+            kwargs["lora_request"] = self._state.live_request()
         sleeping = self._asleep()
         if sleeping:
             raise EngineAsleep(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +12,9 @@ from trlpatch.engine.training_room import TrainingRoom
 
 if TYPE_CHECKING:
     from trlpatch.engine.adapters import AdapterHandover
+    from trlpatch.engine.base_weights import Weight
     from trlpatch.engine.guards import Guards
+    from trlpatch.engine.lora_view import PeftLayers
 
 Holds = Literal["checkpoint", "adapter", "policy"]
 """Where the policy is inside the engine: nowhere yet (the weights it was built from), in the adapter that was
@@ -45,6 +49,8 @@ class EngineState:
     """How it was put to sleep last, or why it stays awake, in words; empty before the first time."""
     training_room: TrainingRoom = field(default_factory=TrainingRoom)
     """What training leaves free on the device, measured from a sleep to the wake after it."""
+    live_request: Callable[[], Any] | None = None
+    """Gives the LoRARequest for a request that names none, while a trainer's `rollout_func` runs; else None."""
     guards: Guards | None = None
     """Its guarded methods, see `trlpatch.engine.guards`."""
     weights_lost: bool = False
@@ -54,11 +60,26 @@ class EngineState:
     holds: Holds = "checkpoint"
     published: Published | None = None
     handover: AdapterHandover | None = None
-    base_verdict: weakref.WeakKeyDictionary[Any, str | None] = field(default_factory=weakref.WeakKeyDictionary)
-    """Base model -> why the engine's base weights are not that model's, or None when they are."""
+    base_verdict: weakref.WeakKeyDictionary[PeftLayers, str | None] = field(default_factory=weakref.WeakKeyDictionary)
+    """PEFT layers as they were found -> why the engine's base weights are not those under them, or None when they are.
 
+    Not by base model: an adapter that is merged and unloaded leaves the same model with other weights.
+    """
+    weights_attached: weakref.WeakKeyDictionary[Any, dict[str, Weight]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """Base model -> its weights when the engine was attached to it, unless they are the engine's own."""
     disk_adapters: dict[str, int] = field(default_factory=dict)
     """Directory and time of saving -> number, for `model.load_lora(directory)`."""
+
+    @contextmanager
+    def supplying(self, live_request: Callable[[], Any] | None) -> Iterator[None]:
+        """For the time of a `with`: requests without an adapter get what `live_request` gives; None gives nothing."""
+        before, self.live_request = self.live_request, live_request
+        try:
+            yield
+        finally:
+            self.live_request = before
 
     def policy_pushed(self) -> None:
         """TRL's own full-weight sync follows: the base weights are the policy from now on."""

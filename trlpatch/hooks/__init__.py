@@ -18,9 +18,11 @@ from trlpatch.hooks.compat import (
     top_k,
     vllm_tokenizer,
     warnings_issued,
+    weight_sender,
 )
 from trlpatch.hooks.configure import configure
 from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.rollout_func import rollout_func, rollout_func_server
 from trlpatch.hooks.sampling import normalize_sampling, sampling_params
 from trlpatch.hooks.sleep import reload_weights, sleep, wake_up
 from trlpatch.hooks.sync import hand_over
@@ -40,6 +42,8 @@ __all__ = [
     "normalize_sampling",
     "prompt_limit",
     "reload_weights",
+    "rollout_func",
+    "rollout_func_server",
     "sampling_limit",
     "sampling_params",
     "seed_worker",
@@ -48,4 +52,5 @@ __all__ = [
     "vllm_tokenizer",
     "wake_up",
     "warnings_issued",
+    "weight_sender",
 ]

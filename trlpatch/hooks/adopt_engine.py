@@ -12,6 +12,7 @@ from trlpatch.engine.lora_view import lora_view
 from trlpatch.engine.notices import once
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
+from trlpatch.hooks import ranks
 from trlpatch.hooks.owner import binding
 from trlpatch.hooks.settings import options
 
@@ -23,7 +24,8 @@ def engine(owner: Any, model: Any, build: Callable[..., Any]) -> Callable[..., A
     `model`, because TRL may have applied a `peft_config` to it.
 
     An engine that the model carries is returned as it is and `build` is not called, unless
-    `colocate="never"`. Otherwise `build` gets TRL's arguments, and for a LoRA model also `enable_lora=True`,
+    `colocate="never"`; the rank that TRL has put into the environment for an engine of its own is taken out again.
+    Otherwise `build` gets TRL's arguments, and for a LoRA model also `enable_lora=True`,
     the smallest legal `max_lora_rank`, `max_loras=1`, and `logprobs_mode="processed_logprobs"` where TRL
     names none (0.23, which already corrects with the sampler's log-probabilities).
     """
@@ -47,6 +49,7 @@ class _Reuse:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state_of(self._engine).attached = True
         share_in_copies(self._engine)
+        ranks.restore()
         once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
         return self._engine
 

@@ -49,6 +49,15 @@ def http_adapter() -> Any:
         return None
 
 
+def weight_sender() -> tuple[Any, Any]:
+    """vLLM's `NCCLTrainerSendWeightsArgs`, None where it is gone (0.28), and `NCCLWeightTransferEngine`.
+
+    TRL's client needs the first to push weights to a server.
+    """
+    module = importlib.import_module("vllm.distributed.weight_transfer.nccl_engine")
+    return getattr(module, "NCCLTrainerSendWeightsArgs", None), module.NCCLWeightTransferEngine
+
+
 def guided_decoding_params() -> Callable[..., Any]:
     """vLLM's `GuidedDecodingParams`; where it is gone, a function of the same arguments for what took its place."""
     import vllm.sampling_params

@@ -11,6 +11,7 @@ from trlpatch.engine.notices import once, warn_once
 from trlpatch.engine.sharing import check_frozen
 from trlpatch.engine.state import state_of
 from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
+from trlpatch.hooks import ranks
 from trlpatch.hooks.owner import never_touched
 from trlpatch.hooks.sampling import normalize_sampling
 from trlpatch.hooks.settings import options
@@ -23,9 +24,10 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
 
     Done when `model` carries an engine, or with colocate="always"; never for NashMD and XPO, never over an
     explicit server. `trainer` is not initialised yet. Raises ArgsRequired, EngineWithoutSleep, EngineMismatch
-    (tensor parallel size), SharedWeights (a base weight shared with the engine is trainable) and
-    ServerModeSamplingParams.
+    (tensor parallel size, an engine built before the ranks met), SharedWeights (a base weight shared with the engine
+    is trainable) and ServerModeSamplingParams.
     """
+    ranks.remember()
     if never_touched(trainer):
         return
     engine = attached_engine(model) if options().colocate != "never" else None
@@ -46,6 +48,7 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
         if hasattr(args, "vllm_mode"):
             args.vllm_mode = "colocate"
         if engine is not None:
+            ranks.check_met(trainer)
             check_frozen(model)
             _match(trainer, args, engine)
     elif wanted:

@@ -15,6 +15,10 @@ from trlpatch.hooks.owner import args_of
 
 FIELD = "vllm_sampling_params"
 
+# TRL below 0.24 takes a completion to end at its first EOS, and at the last column of the batch where it has none.
+_MASKED_AT_EOS = ("GRPOTrainer", "RLOOTrainer")
+_STOPS = ("stop", "stop_token_ids")
+
 # TRL's code relies on these values being its own.
 _PROTECTED: dict[str, str] = {
     "n": "TRL lays prompts out for its own number of completions",
@@ -108,20 +112,55 @@ def _refuse_protected(config_name: str, values: Mapping[str, Any]) -> None:
 def sampling_params(owner: Any, build: Callable[..., Any]) -> Callable[..., Any]:
     """What stands where TRL wrote `SamplingParams`: TRL's keyword arguments with the user's values on top.
 
-    `owner` is a trainer, a VLLMGeneration or a config. Without `vllm_sampling_params` it is `build` itself.
+    `owner` is a trainer, a VLLMGeneration or a config. Without `vllm_sampling_params` it is `build` itself. Raises
+    ProtectedSamplingParam, also for completions that end at something that this TRL would not see as their end.
     """
     args = args_of(owner)
     given = getattr(args, FIELD, None)
+    if _masks_at_eos(owner):
+        _warn_of_stops(owner, getattr(args, "generation_kwargs", None) or {})
     if not given:
         return build
     values = given if isinstance(given, dict) else _plain(args, given)
     _refuse_protected(type(args).__name__, values)
+    if _masks_at_eos(owner):
+        _refuse_stops(owner, type(args).__name__, values)
 
     def merged(*positional: Any, **named: Any) -> Any:
         _report_temperature(args, values)
         return build(*positional, **{**named, **{name: _rebuilt(name, value) for name, value in values.items()}})
 
     return merged
+
+
+def _masks_at_eos(owner: Any) -> bool:
+    # 0.24 split generation off into this method, and takes completions as long as they were sampled since.
+    names = {cls.__name__ for cls in type(owner).__mro__}
+    return bool(names.intersection(_MASKED_AT_EOS)) and not hasattr(owner, "_generate_single_turn")
+
+
+def _unseen_stops(owner: Any, values: Mapping[str, Any]) -> list[str]:
+    """The names under which `values` end completions at something else than EOS."""
+    words = getattr(owner, "processing_class", None)
+    eos = getattr(getattr(words, "tokenizer", words), "eos_token_id", None)
+    return [name for name in _STOPS if values.get(name) and values[name] != [eos]]
+
+
+def _refuse_stops(owner: Any, config_name: str, values: Mapping[str, Any]) -> None:
+    for name in _unseen_stops(owner, values):
+        raise ProtectedSamplingParam(
+            f"{config_name}.{FIELD} sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "
+            "would train on the padding behind such a stop. Leave it out, or use TRL 0.24 or newer"
+        )
+
+
+def _warn_of_stops(owner: Any, values: Mapping[str, Any]) -> None:
+    for name in _unseen_stops(owner, values):
+        warn_once(
+            owner,
+            f"generation_kwargs sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "
+            "trains on the padding behind such a stop; use TRL 0.24 or newer",
+        )
 
 
 def _report_temperature(args: Any, values: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def hand_over(owner: Any) -> bool:
             return True
         except AdapterNotExpressible as error:
             reason = str(error)
-            state.base_verdict[path.view.base] = reason
+            state.base_verdict[path.view.found] = reason
     if options().adapter == "request":
         raise AdapterNotExpressible(
             f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '

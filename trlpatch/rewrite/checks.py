@@ -101,9 +101,8 @@ def _at_module_level(upstream: Outline, patched: Outline, replaced: list[tuple[a
         if unknown := _loaded(new) - _loaded(old) - {HOOKS}:
             yield f"{MODULE}: {', '.join(sorted(unknown))} is not used there upstream"
     lost = _bound_by_imports(upstream) - _bound_by_imports(patched) if replaced else set()
-    lost -= {
-        target.id for _, new in replaced for target in getattr(new, "targets", []) if isinstance(target, ast.Name)
-    }
+    targets = [target for _, new in replaced for target in getattr(new, "targets", [])]
+    lost -= {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
     if lost:
         yield f"{MODULE}: no longer binds {', '.join(sorted(lost))}"
 

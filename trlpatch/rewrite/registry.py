@@ -9,11 +9,14 @@ from trlpatch.rewrite.patches import (
     configure,
     default_kwargs,
     engine_reuse,
+    gold_length,
     guided_decoding,
     live_adapter,
     package_checks,
     plain_prompts,
     prompt_limit,
+    rollout_func,
+    rollout_func_server,
     sampling,
     sampling_config,
     seed_worker,
@@ -21,6 +24,7 @@ from trlpatch.rewrite.patches import (
     top_k,
     vllm_tokenizer,
     warnings_issued,
+    weight_sender,
     without_requests,
 )
 
@@ -29,6 +33,7 @@ PATCHES: tuple[Patch, ...] = (
     engine_reuse.PATCH,
     adapter_sync.PATCH,
     live_adapter.PATCH,
+    rollout_func.PATCH,
     sleep.PATCH,
     sampling.PATCH,
     sampling_config.PATCH,
@@ -36,13 +41,16 @@ PATCHES: tuple[Patch, ...] = (
     package_checks.PATCH,
     vllm_tokenizer.PATCH,
     without_requests.PATCH,
+    weight_sender.PATCH,
     guided_decoding.PATCH,
     warnings_issued.PATCH,
     seed_worker.PATCH,
     default_kwargs.PATCH,
     plain_prompts.PATCH,
+    gold_length.PATCH,
     prompt_limit.PATCH,
     top_k.PATCH,
+    rollout_func_server.PATCH,
 )
 """Explicit and ordered. `live_adapter` comes before `sleep`, which inserts statements after rollout calls."""
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.readers import FileReader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING
@@ -71,6 +72,15 @@ class PatchedLoader(SourceFileLoader):
         """Write byte code beside the file, if there is one."""
         if self.executable.on_disk:
             super().set_data(path, data, _mode=_mode)
+
+    def get_resource_reader(self, name: str | None = None) -> FileReader:
+        """Return a reader of the data files beside a package's own `__init__.py`.
+
+        TRL 0.26 reads the template of its model cards with `importlib.resources.files("trl")`, at every checkpoint.
+        """
+        package = self.executable.package
+        beside = self if package is None else SourceFileLoader(self.executable.module, str(package))
+        return FileReader(beside)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the text as `module`."""

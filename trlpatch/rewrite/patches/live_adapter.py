@@ -42,7 +42,7 @@ PATCH = Patch(
     summary="every rollout carries the adapter being trained",
     hooks=("lora_request",),
     transformer=LiveAdapter,
-    requires=("adapter_sync", "sleep"),
+    requires=("adapter_sync", "sleep", "rollout_func"),
     variants=variants(
         {
             "grpo": {">=0.18,<0.25": {ROLLOUT: 1}, ">=0.25,<0.28": {ROLLOUT: 2}},

@@ -1,0 +1,65 @@
+"""A user's `rollout_func`: what it generates on the trainer's engine carries the adapter being trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from trlpatch.engine import guards
+from trlpatch.engine.attach import attached_engine
+from trlpatch.engine.notices import once, warn_once
+from trlpatch.engine.state import state_of
+from trlpatch.errors import RolloutFuncIgnored
+from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.owner import args_of, engine_of, serves_remotely
+from trlpatch.hooks.sleep import sleep
+
+
+def rollout_func(trainer: Any, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """What the trainer keeps as `rollout_func`: `function`, during which the engine supplies the live adapter.
+
+    A request that says no adapter gets the one being trained, whatever calls the engine: `llm.generate`, `llm.chat`,
+    `llm.llm_engine.add_request`, in any thread. One that names an adapter keeps it. The base model is what
+    `model.fast_generate(..., lora_request=None)` and `with model.disable_adapter():` ask for. Afterwards the engine
+    sleeps if the trainer's engines sleep: TRL leaves that to the function. Raises as `lora_request` does, where the
+    function generates.
+    """
+    if function is None:
+        return None
+
+    @functools.wraps(function)
+    def live(*args: Any, **kwargs: Any) -> Any:
+        engine = engine_of(trainer)
+        if engine is None or serves_remotely(trainer):
+            return function(*args, **kwargs)
+        state = state_of(engine)
+        guards.install(engine, state)
+        once(engine, "what rollout_func generates without a lora_request carries the adapter being trained")
+        with state.supplying(lambda: lora_request(trainer, engine)):
+            result = function(*args, **kwargs)
+        if getattr(args_of(trainer), "vllm_enable_sleep_mode", False):
+            sleep(trainer, engine, level=2)
+        return result
+
+    return live
+
+
+def rollout_func_server(
+    trainer: Any, model: Any, args: Any, function: Callable[..., Any] | None
+) -> Callable[..., Any] | None:
+    """`function`, which TRL 0.25 calls in server mode only.
+
+    Raises RolloutFuncIgnored when an engine is attached to `model`, because that is what makes the trainer work in
+    process; warns when the arguments ask for it.
+    """
+    if function is None or not args.use_vllm or args.vllm_mode == "server":
+        return function
+    message = (
+        f"{type(trainer).__name__}(rollout_func=...): TRL 0.25 calls it in server mode only, and would generate "
+        "without it in process; use TRL 0.26 or newer, or a vLLM server"
+    )
+    if attached_engine(model) is not None:
+        raise RolloutFuncIgnored(f"{message} and a model without an attached engine")
+    warn_once(trainer, message)
+    return function

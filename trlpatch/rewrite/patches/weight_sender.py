@@ -1,0 +1,48 @@
+"""Import the trainers of TRL 1.11 and 1.12 with vLLM 0.28 and newer.
+
+vLLM 0.28.0 (vllm-project/vllm#50902) took `NCCLTrainerSendWeightsArgs` out. The server client of these two releases,
+which every trainer imports, takes it from there; only server mode uses it. TRL 1.13 asks for vLLM's version first.
+"""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from trlpatch.rewrite.edits import PatchTransformer, dotted, hook
+from trlpatch.rewrite.patch import Anchor, Patch, variants
+
+MODULE = "vllm.distributed.weight_transfer.nccl_engine"
+NAMES = ("NCCLTrainerSendWeightsArgs", "NCCLWeightTransferEngine")
+
+IMPORT = Anchor(
+    "sender_import",
+    looks_like=r"nccl_engine",
+    sign=r"^\s*from vllm\.distributed\.weight_transfer\.nccl_engine import",
+    triggers=("NCCLTrainerSendWeightsArgs",),
+    at_module_level=True,
+)
+
+
+class WeightSender(PatchTransformer):
+    """Put what the hook finds in the place of the import."""
+
+    def leave_ImportFrom(
+        self, original_node: cst.ImportFrom, updated_node: cst.ImportFrom
+    ) -> cst.ImportFrom | cst.Assign:
+        if isinstance(updated_node.names, cst.ImportStar) or dotted(updated_node.module) != MODULE:
+            return updated_node
+        if tuple(dotted(alias.name) for alias in updated_node.names) != NAMES:
+            return updated_node
+        self.hits[IMPORT] += 1
+        names = cst.Tuple([cst.Element(cst.Name(name)) for name in NAMES], lpar=[], rpar=[])
+        return cst.Assign(targets=[cst.AssignTarget(names)], value=hook("weight_sender"))
+
+
+PATCH = Patch(
+    name="weight_sender",
+    summary="trainers of TRL 1.11 and 1.12 can be imported with vLLM 0.28 and newer",
+    hooks=("weight_sender",),
+    transformer=WeightSender,
+    repair=True,
+    variants=variants({"vllm_client": {">=1.11,<1.13": {IMPORT: 1}}}),
+)
