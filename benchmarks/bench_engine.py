@@ -25,16 +25,16 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.gpu.common import (
-    PROMPTS,
-    TARGETS,
     milliseconds,
-    odd_tokens,
     random_model,
     report,
     run_child,
     set_adapter,
     used_gib,
 )
+from tests.runs.case import TARGETS
+from tests.runs.measure import odd_tokens
+from tests.runs.trainers import PROMPTS
 
 WAYS = ("stock", "separate", "shared")
 UTILIZATION = 0.35

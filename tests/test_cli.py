@@ -142,8 +142,9 @@ def test_check_fits(trl: Path, trlpatch: Run) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == f"TRL 0.18.2 at {trl}"
-    assert [line.split()[0] for line in lines[1:-1]] == TARGETS
-    assert lines[-1] == "every patch fits"
+    fits = lines.index("every patch fits")
+    assert [line.split()[0] for line in lines[1:fits]] == TARGETS
+    assert lines[fits + 1].startswith("versions ")
 
 
 def test_check_looks_at_the_installed_trl(trl: Path, trlpatch: Run) -> None:
@@ -155,10 +156,64 @@ def test_check_reads_a_wheel(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         for name, text in FILES.items():
             archive.writestr(f"trl/{name}", text)
-        archive.writestr("trl-0.18.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: trl\nVersion: 0.18.2\n")
+        metadata = "Metadata-Version: 2.1\nName: trl\nVersion: 0.18.2\nRequires-Dist: transformers>=4.50.0\n"
+        archive.writestr("trl-0.18.2.dist-info/METADATA", metadata)
     result = trlpatch("check", "--trl-path", wheel)
     assert result.returncode == 0, result.stderr
     assert str(wheel) in result.stdout
+    install(trl, transformers="4.49.0")
+    result = trlpatch("check", "--trl-path", wheel)
+    assert result.returncode == 3
+    assert "trl 0.18.2 demands transformers>=4.50.0, and 4.49.0 is there. (metadata of trl)" in result.stdout
+
+
+def install(site: Path, **versions: str) -> None:
+    """Make distributions look installed beside the small TRL."""
+    for name, version in versions.items():
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+
+
+def test_check_says_what_ran_where_nothing_is_installed_beside_trl(trl: Path, trlpatch: Run) -> None:
+    done = trlpatch("check", "--trl-path", trl)
+    assert done.returncode == 0
+    assert "versions   incomplete: TRL 0.18.2, vLLM not installed, transformers not installed" in done.stdout
+    assert 'pip install "trl==0.18.2" ' in done.stdout
+
+
+def test_check_exits_3_on_versions_that_are_known_not_to_work(trl: Path, trlpatch: Run) -> None:
+    install(trl, vllm="0.24.0", transformers="4.57.6")
+    done = trlpatch("check")
+    assert done.returncode == 3
+    assert "every patch fits" in done.stdout
+    assert "versions   known-bad: TRL 0.18.2, vLLM 0.24.0, transformers 4.57.6" in done.stdout
+    assert "https://github.com/vllm-project/vllm/pull/45161" in done.stdout
+    assert "instead: pip install " in done.stdout
+
+
+def test_check_exits_1_where_patches_do_not_fit_whatever_the_versions(drifted: Path, trlpatch: Run) -> None:
+    install(drifted, vllm="0.24.0", transformers="4.57.6")
+    assert trlpatch("check").returncode == trlpatch("check", "--json").returncode == 1
+
+
+def test_check_as_json_holds_the_verdict_on_versions(trl: Path, trlpatch: Run) -> None:
+    install(trl, vllm="0.24.0", transformers="4.57.6")
+    done = trlpatch("check", "--json")
+    assert done.returncode == 3
+    versions = json.loads(done.stdout)["versions"]
+    assert versions["state"] == "known-bad"
+    assert versions["versions"]["vllm"] == "0.24.0"
+    assert versions["findings"][0]["source"].startswith("https://")
+    assert versions["instead"].startswith("pip install ")
+
+
+def test_status_ends_with_the_verdict_on_versions(trl: Path, trlpatch: Run) -> None:
+    install(trl, vllm="0.30.0", transformers="5.19.0")
+    done = trlpatch("status")
+    assert done.returncode == 0
+    assert "versions   untested: TRL 0.18.2, vLLM 0.30.0, transformers 5.19.0" in done.stdout
+    assert json.loads(trlpatch("status", "--json").stdout)["verdict"]["state"] == "untested"
 
 
 def test_check_exits_1_on_drift(drifted: Path, trlpatch: Run) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import configparser
 import inspect
 import json
 import re
 import tomllib
-from itertools import product
 from pathlib import Path
 
 import pytest
 
 from tests.cpu.stack import installed, metadata_version
 from tests.golden.sources import RELEASES_TOML, ROOT, Stack, pinned, stacks
+from tests.tox_ini import default_environments, environments, expand, tox
 from trlpatch.cli import cli
 from trlpatch.rewrite.registry import patches
 from trlpatch.source.releases import NEWEST_TESTED, OLDEST_SUPPORTED, parse_release
@@ -25,22 +24,9 @@ SOURCES = sorted((ROOT / "trlpatch").rglob("*.py"))
 LONGEST_FILE = 400
 
 
-def tox() -> configparser.ConfigParser:
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read(ROOT / "tox.ini", encoding="utf-8")
-    return parser
-
-
-def expand(name: str) -> list[str]:
-    """Return the tox environments of a generative name: `a{1,2}-b` gives a1-b, a2-b."""
-    parts = [part.split(",") for part in re.split(r"[{}]", name)]
-    return ["".join(choice) for choice in product(*parts)]
-
-
-def environments(tier: str) -> set[str]:
-    """Return the releases that have a `trl<release>-<tier>` section in tox.ini."""
-    names = [name for section in tox().sections() for name in expand(section.removeprefix("testenv:"))]
-    return {match[1] for name in names if (match := re.fullmatch(rf"trl([0-9.]+)-{tier}", name))}
+def releases_of(tier: str) -> set[str]:
+    """Return the releases that have an environment `trl<release>-<tier>`."""
+    return {match[1] for name in environments() if (match := re.fullmatch(rf"trl([0-9.]+)-{tier}", name))}
 
 
 def test_releases_are_sorted_and_bounded_by_what_the_package_says() -> None:
@@ -60,22 +46,54 @@ def test_releases_are_complete() -> None:
 
 
 def test_every_release_has_a_golden_environment() -> None:
-    assert environments("golden") == RELEASES.keys()
+    assert releases_of("golden") == RELEASES.keys()
 
 
 def test_every_release_whose_stack_is_pinned_has_a_cpu_environment() -> None:
     runnable = {name for name, stack in stacks().items() if stack.requirements}
     expected = {release.version for release in RELEASES.values() if release.cpu in runnable}
-    assert environments("cpu") == expected
+    assert releases_of("cpu") == expected
     labelled = tox()["tox"]["labels"].split("=")[1].strip()
     assert {name.removeprefix("trl").removesuffix("-cpu") for name in expand(labelled)} == expected
 
 
 def test_a_plain_tox_runs_what_the_tiers_say() -> None:
-    default = [name for line in tox()["tox"]["env_list"].split() for name in expand(line)]
+    default = default_environments()
     on_cpu = {name for name in default if name.endswith("-cpu")}
     assert on_cpu == {f"trl{release.version}-cpu" for release in RELEASES.values() if release.tier == "cpu"}
-    assert set(default) - on_cpu == {"lint", "types", "unit", "golden"}
+    assert default - on_cpu == {"lint", "types", "unit", "golden"}
+
+
+def test_a_plain_tox_trains_on_both_stacks_from_the_oldest_release_to_the_newest() -> None:
+    chosen = [release for release in RELEASES.values() if release.tier == "cpu"]
+    assert {release.cpu for release in chosen} == stacks().keys()
+    assert {chosen[0].version, chosen[-1].version} == {next(iter(RELEASES)), list(RELEASES)[-1]}
+
+
+def test_every_environment_says_what_it_is_for() -> None:
+    for name, section in environments().items():
+        description = tox()[section].get("description", "")
+        assert description, name
+        # tox takes `word:` at the start of a line for a condition and leaves the line out elsewhere.
+        assert not re.match(r"[\w.\-]+:", description), name
+
+
+def test_descriptions_of_real_runs_name_the_pins_of_the_releases_stack() -> None:
+    for release in RELEASES.values():
+        stack = stacks()[release.cpu]
+        assert stack.requirements is not None
+        pins = dict(re.findall(r"^([\w-]+)==(\S+)$", stack.requirements.read_text(encoding="utf-8"), re.MULTILINE))
+        description = tox()[environments()[f"trl{release.version}-cpu"]]["description"]
+        named = dict(re.findall(r"(vLLM|transformers|torch|peft) ([0-9.]+\d)", description))
+        others = {name: pins[name] for name in ("transformers", "torch", "peft")}
+        assert named == {"vLLM": stack.vllm, **others}, release.version
+
+
+def test_real_runs_differ_in_nothing_but_their_stack() -> None:
+    sections = {environments()[f"trl{version}-cpu"] for version in RELEASES}
+    assert len(sections) == len(stacks())
+    settings = [{key: value for key, value in tox()[name].items() if key != "description"} for name in sections]
+    assert settings[0] == settings[1]
 
 
 def test_stack_requirements_pin_everything() -> None:

@@ -1,6 +1,7 @@
 """The command line: parses and prints. What it shows is computed in preview, situation, runtime and demo.
 
-Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given.
+Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given, 3 the
+installed versions are known not to work together.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import click
 from trlpatch.errors import PatchError, TrlpatchError
 
 if TYPE_CHECKING:
+    from trlpatch.compatibility.verdict import Verdict
     from trlpatch.preview import FilePreview, Preview
 
 DRIFT = 1
 BAD_INPUT = 2
+KNOWN_BAD = 3
 
 _MARKS = {"applied": "green", "skipped": "bright_black", "failed": "red"}
+_STATES = {"tested": "green", "untested": "yellow", "incomplete": "yellow", "known-bad": "red"}
 
 _trl_path = click.option(
     "--trl-path",
@@ -111,17 +115,26 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
 @_skip
 @_json
 def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool) -> None:
-    """Tell whether every patch fits this TRL; exit status 1 if one does not. Needs neither torch nor vLLM."""
+    """Tell whether every patch fits this TRL, and whether the versions of vLLM and transformers beside it ran with it.
+
+    Needs neither torch nor vLLM. Exit status 1 if a patch does not fit, 3 if the versions are known not to work.
+    """
+    from trlpatch.compatibility.verdict import installed, judge
+
     found = _preview(trl_path, targets, skip)
+    versions = judge(found.install, installed(), at=found.where)
+    bad = KNOWN_BAD if versions.state == "known-bad" else 0
     if as_json:
-        _print_json(found.to_dict())
-        sys.exit(DRIFT if found.failures else 0)
+        _print_json({**found.to_dict(), "versions": versions.to_dict()})
+        sys.exit(DRIFT if found.failures else bad)
     click.echo(_heading(found))
     width = max((len(file.source.target.name) for file in found.files), default=0)
     for file in found.files:
         click.echo(f"  {file.source.target.name.ljust(width)}  {_verdict(found, file)}")
     _leave_on_drift(found)
     click.echo(_style("every patch fits", fg="green"))
+    _print_versions(versions)
+    sys.exit(bad)
 
 
 @cli.command()
@@ -152,6 +165,7 @@ def status(as_json: bool) -> None:
     absent = [name for name, version in now.packages.items() if not version]
     click.echo(f"installed  {', '.join(packages)}" + (f"; not installed: {', '.join(absent)}" if absent else ""))
     click.echo(f"loading    FastLanguageModel: {'; '.join(now.loading) or 'everything it can use is installed'}")
+    _print_versions(now.verdict)
 
 
 @cli.group()
@@ -263,6 +277,13 @@ def _verdict(found: Preview, file: FilePreview) -> str:
     if target in found.held_back:
         texts.append(_style("stays stock: shares an engine with a target that does not fit", fg="yellow"))
     return ", ".join(texts)
+
+
+def _print_versions(verdict: Verdict) -> None:
+    first, *others = verdict.lines()
+    click.echo(f"versions   {_style(first, fg=_STATES[verdict.state])}")
+    for line in others:
+        click.echo(f"           {line}")
 
 
 def _leave_on_drift(found: Preview) -> None:

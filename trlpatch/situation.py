@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trlpatch.compatibility.verdict import Verdict, installed, judge
 from trlpatch.runtime.cache import Cache, entry_key, rules_digest
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED
@@ -25,6 +26,7 @@ class Situation:
         cache_writable: whether the cache directory, or the nearest existing one above it, can be written.
         packages: installed versions by distribution; None for what is not installed.
         loading: what `FastLanguageModel` lacks here, and the argument to set; empty when every package is there.
+        verdict: whether the installed versions ran together, or are known not to.
     """
 
     trl: str
@@ -37,6 +39,7 @@ class Situation:
     cache_writable: bool
     packages: dict[str, str | None]
     loading: tuple[str, ...]
+    verdict: Verdict
 
     def to_dict(self) -> dict[str, Any]:
         """Return the situation as JSON-able values."""
@@ -76,6 +79,7 @@ def situation() -> Situation:
         cache_writable=_writable(cache.root),
         packages={name: _version(name) for name in COMPANIONS},
         loading=_loading(),
+        verdict=judge(install, installed()),
     )
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.golden.sources import ROOT, Stack, pinned, stacks, unpacked, wheel_cache
+from trlpatch.source.locate import find_trl
 
 METADATA = Path(__file__).parent / "vllm_metadata"
 
@@ -27,6 +28,8 @@ ENGINE_ENVIRONMENT = {
     # More threads gain nothing on tiny models, and wait for each other when another process has a core.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Each process would ask in fresh interpreters, one after another, what the CPU's own flags say already.
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -48,16 +51,24 @@ def main(environment: str, pytest_arguments: list[str]) -> int:
     python = installed(stack)
     tree = unpacked(release, wheel_cache())
     print(f"TRL {version} on {stack.name}: {stack.description}", flush=True)
-    environ = {
+    command = [str(python), "-m", "pytest", "-W", "default", "-m", "cpu", *(pytest_arguments or ["tests"])]
+    # Tests have homes of their own; what vLLM notes about its models is the same in all of them.
+    environ = {**environment_of(tree), "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
+    return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+
+
+def environment_of(tree: Path) -> dict[str, str]:
+    """Return the environment variables for a process that trains with the TRL release unpacked at `tree`."""
+    return {
         **os.environ,
         **ENGINE_ENVIRONMENT,
         # torch.distributed's default, 29500, is taken as soon as two of these run at once.
         "MASTER_PORT": str(free_port()),
         "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]),
         "TRLPATCH_TEST_TRL": str(tree),
+        # TRL 1.15 computes losses with Triton kernels on every device, 1.16 on CUDA only. Triton can interpret them.
+        **({"TRITON_INTERPRET": "1"} if find_trl(tree).release[:2] == (1, 15) else {}),
     }
-    command = [str(python), "-m", "pytest", "-W", "default", "-m", "cpu", *(pytest_arguments or ["tests"])]
-    return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
 
 
 def installed(stack: Stack) -> Path:

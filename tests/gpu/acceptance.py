@@ -18,7 +18,10 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.gpu.common import PROMPTS, TARGETS, gap, report, scores, set_adapter, used_gib
+from tests.gpu.common import report, scores, set_adapter, used_gib
+from tests.runs.case import TARGETS
+from tests.runs.measure import gap
+from tests.runs.trainers import PROMPTS
 
 MAX_RANK = 16
 CYCLES = 20

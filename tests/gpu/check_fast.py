@@ -27,16 +27,15 @@ if __package__ in (None, ""):  # run as a script
 from tests.cpu.stack import free_port
 from tests.gpu.common import (
     DRIFT,
-    PROMPTS,
-    TARGETS,
     TOLERANCE,
-    odd_tokens,
     random_model,
     report,
     run_child,
     used_gib,
-    watch_rollouts,
 )
+from tests.runs.case import TARGETS
+from tests.runs.measure import odd_tokens, watch_rollouts
+from tests.runs.trainers import PROMPTS
 
 STEPS = 30
 CONTROL_STEPS = 8

@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
+from tests.runs.judge import last_error
+from tests.runs.trainers import PROMPTS
 from tests.words import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,15 +26,6 @@ TOLERANCE = 0.02
 
 DRIFT = 5 * TOLERANCE
 """What rollouts from other weights must exceed at the end of a control run."""
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-PROMPTS = [
-    f"{who} {what} {where}"
-    for who in ("the cat", "a dog", "one bird", "no fish")
-    for what in ("sat on", "ran to")
-    for where in ("the mat", "a park")
-]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "0.1b": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
@@ -97,46 +89,12 @@ def run_child(script: Path, words: list[str], *, trl: Path | None = None, timeou
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("RESULT "):
             return json.loads(line.removeprefix("RESULT "))
-    return {"error": f"exit {done.returncode}: {' | '.join(done.stderr.strip().splitlines()[-6:])}"}
+    return {"error": last_error(done.stderr), "status": done.returncode}
 
 
 def report(result: Any) -> None:
     """In a child: hand the result to `run_child`."""
     print("RESULT " + json.dumps(result), flush=True)
-
-
-def odd_tokens(*args: Any, completions: Any = None, completion_ids: Any = None, **_: Any) -> list[float]:
-    """Reward odd token ids; where only texts are given, their odd characters serve as well."""
-    if completion_ids is not None:
-        return [sum(token % 2 for token in ids) / max(len(ids), 1) for ids in completion_ids]
-    texts = completions if completions is not None else args[-1]
-    return [sum(ord(character) % 2 for character in str(text)) / max(len(str(text)), 1) for text in texts]
-
-
-def gap(model: Any, outputs: Any) -> float:
-    """The measure, over completions that were sampled with `logprobs=0`."""
-    import torch
-
-    prompts = [len(output.prompt_token_ids) for output in outputs]
-    rows = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
-    width = max(map(len, rows))
-    # Padding on the right needs no mask: no token sees what comes after it.
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    finally:
-        model.train(was_training)
-    trainer = torch.log_softmax(logits, -1).gather(2, ids[:, 1:, None]).squeeze(2).tolist()
-    differences = []
-    for output, start, row, logprobs in zip(outputs, prompts, rows, trainer, strict=True):
-        completion = output.outputs[0]
-        steps = zip(completion.logprobs, completion.token_ids, strict=True)
-        engine = [step[token].logprob for step, token in steps]
-        differences += [abs(a - b) for a, b in zip(engine, logprobs[start - 1 : len(row) - 1], strict=True)]
-    return float(mean(differences))
 
 
 def scores(engine: Any, words: Any, request: Any = None) -> list[float]:
@@ -161,21 +119,6 @@ def milliseconds(call: Callable[[], Any]) -> float:
     call()
     torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - started)
-
-
-def watch_rollouts(trainer: Any, engine: Any, gaps: list[float]) -> Any:
-    """Append the gap of every rollout; returns a function that stops watching."""
-    generate = type(engine).generate
-
-    def watched(prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
-        # OnlineDPO and RLOO do not ask for log-probabilities; asking changes nothing that is sampled.
-        sampling_params.logprobs = 0
-        outputs = generate(engine, prompts, sampling_params, **kwargs)
-        gaps.append(gap(trainer.model, outputs))
-        return outputs
-
-    engine.generate = watched
-    return lambda: engine.__dict__.pop("generate", None)
 
 
 def set_adapter(model: Any, *, seed: int, size: float = 0.02) -> None:

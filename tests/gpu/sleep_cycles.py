@@ -27,7 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.gpu.common import PROMPTS, milliseconds, random_model, scores, used_gib
+from tests.gpu.common import milliseconds, random_model, scores, used_gib
+from tests.runs.trainers import PROMPTS
 
 CYCLES = 20
 FLAT_GIB = 64 / 1024

@@ -1,0 +1,36 @@
+"""What `python -m tests.cpu.matrix` runs, and what it makes of a process that fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tests.cpu.matrix import newest_of_minors, ordered, result_of
+from tests.golden.sources import pinned
+
+
+def test_by_default_every_minor_runs_with_its_newest_patch_release() -> None:
+    minors = newest_of_minors()
+    assert {version.rpartition(".")[0] for version in minors} == {version.rpartition(".")[0] for version in pinned()}
+    assert len(minors) == len({version.rpartition(".")[0] for version in minors})
+    assert {"0.18.2", "0.29.1", "1.14.2", list(pinned())[-1]} <= set(minors)
+
+
+def test_cases_run_where_the_release_has_a_trainer_for_them() -> None:
+    cases = ["grpo-lora", "rloo-lora", "gold-lora", "distillation-lora"]
+    found = [(release.version, case) for release, case in ordered(["0.21.0", "0.25.1", "1.16.0"], cases)]
+    assert found == [
+        ("0.21.0", "grpo-lora"),
+        *[("0.25.1", case) for case in cases[:3]],
+        *[("1.16.0", case) for case in cases],
+    ]
+
+
+def test_a_process_that_fails_leaves_the_line_that_says_why() -> None:
+    code = "import sys; sys.stderr.write('warning: x\\n'); raise ImportError('no such name')"
+    assert result_of([sys.executable, "-c", code], dict(os.environ)) == {"error": "ImportError: no such name"}
+
+
+def test_the_last_result_of_a_process_counts() -> None:
+    code = "print('RESULT {\"gaps\": [1]}'); print('RESULT {\"gaps\": [2]}'); print('nanobind: leaked')"
+    assert result_of([sys.executable, "-c", code], dict(os.environ)) == {"gaps": [2]}
