@@ -29,6 +29,7 @@ SKIP = (
     "sampling",
     "sleep",
     "top_k",
+    "trainer_parts",
     "warnings_issued",
 )
 

@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", default=["grpo-lora"])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--stack", choices=stacks(), help="another than the release's own")
     given = parser.parse_args(arguments)
     os.nice(max(0, NICENESS - os.nice(0)))
     done = load(given.out)
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
         for release, case in ordered(given.releases or newest_of_minors(), given.cases):
             if any((run.trl, run.case) == (release.version, case) for run in done):
                 continue
-            run = measure(release, stacks()[release.cpu], case, given.steps, Path(scratch))
+            run = measure(release, stacks()[given.stack or release.cpu], case, given.steps, Path(scratch))
             print(f"{case:18}{run.trl:8}{run.verdict:7}{summary(run)}", flush=True)
             done.append(run)
             write(given.out, done)
@@ -94,6 +95,7 @@ def measure(release: PinnedRelease, stack: Stack, case: str, steps: int, scratch
     versions = result.get("versions") or _versions(python)
     if versions.get("trl", release.version) != release.version:
         result = {"error": f"the process had TRL {versions['trl']}"}
+    elsewhere = f" --stack {stack.name}" if stack.name != release.cpu else ""
     about: dict[str, Any] = {
         "trl": release.version,
         "case": case,
@@ -102,7 +104,8 @@ def measure(release: PinnedRelease, stack: Stack, case: str, steps: int, scratch
         # `0.28.0+cpu` is what the metadata of the stand-in distribution says.
         "versions": {name: text.partition("+")[0] for name, text in versions.items() if name != "trl"},
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m tests.cpu.matrix --out RUNS.json --steps {steps} --cases {case} -- {release.version}",
+        "command": f"python -m tests.cpu.matrix --out RUNS.json --steps {steps}{elsewhere} --cases {case} -- "
+        + release.version,
         "stock": False,
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -75,6 +75,8 @@ REPAIRS = {
     ("warnings_issued", "warnings_issued"): r"\bmodel\.warnings_issued\[",
     ("seed_worker", "worker_init"): r"= seed_worker$",
     ("default_kwargs", "kwargs_update"): r"\.update\(self\.args\.generation_kwargs\)",
+    ("trainer_parts", "use_apex"): r"\bself\.use_apex\b",
+    ("trainer_parts", "nested_gather"): r"\bself\._nested_gather\(",
     ("gold_length", "completion_length"): r"= generation_config\.max_completion_length$",
     ("plain_prompts", "prepare_messages"): r"\bprepare_multimodal_messages_vllm\(",
     (

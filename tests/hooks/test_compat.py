@@ -126,6 +126,19 @@ def test_warnings_go_to_the_model_or_nowhere() -> None:
     assert not hasattr(new, "warnings_issued")
 
 
+def test_a_trainer_without_apex_does_not_use_it() -> None:
+    assert compat.use_apex(SimpleNamespace(use_apex=True))
+    assert not compat.use_apex(SimpleNamespace())
+
+
+def test_values_are_gathered_by_the_trainer_or_by_the_function_that_it_called(installed: Any) -> None:
+    own = SimpleNamespace(_nested_gather=lambda tensors: ("own", tensors), args=None)
+    assert compat.nested_gather(own)(1) == ("own", 1)
+    installed("transformers.trainer_pt_utils", nested_gather=lambda tensors, mode: (tensors, mode))
+    bare = SimpleNamespace(args=SimpleNamespace(parallel_mode="none"))
+    assert compat.nested_gather(bare)(1) == (1, "none")
+
+
 def test_seed_worker_gets_what_its_signature_asks_for() -> None:
     calls: list[tuple[int, ...]] = []
     trainer = SimpleNamespace(args=SimpleNamespace(dataloader_num_workers=3, process_index=1))

@@ -1,6 +1,6 @@
 """Sleep and sync in the orders of every TRL release, on a stub that keeps vLLM's rules.
 
-Sleep needs CUDA: tests/gpu/check_core.py runs the same cases on a real engine.
+Sleep needs CUDA: tests/gpu/matrix.py runs the same cases on a real engine.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ REASONS: tuple[Reason, ...] = (
     ),
     Reason(
         "OnlineDPO below 0.28 asks transformers' trainer for `use_apex` (up to 0.23) and `_nested_gather`, which "
-        "version 5 does not have. Not cured: use transformers 4, where these releases pass.",
+        "version 5 does not have. Cured after this run by the patch `trainer_parts`; not run on a GPU since, on a CPU "
+        "these releases pass with transformers 5.23.",
         "https://github.com/huggingface/trl/pull/4139",
         ERROR,
         error="has no attribute '(use_apex|_nested_gather)'",

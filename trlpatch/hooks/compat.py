@@ -101,6 +101,22 @@ def given(values: dict[str, Any] | None) -> dict[str, Any]:
     return {} if values is None else values
 
 
+def use_apex(trainer: Any) -> bool:
+    """`trainer.use_apex`; transformers 5 has neither the attribute nor apex."""
+    return bool(getattr(trainer, "use_apex", False))
+
+
+def nested_gather(trainer: Any) -> Callable[[Any], Any]:
+    """`trainer._nested_gather`; from transformers 5.2 on the function that it called."""
+    method = getattr(trainer, "_nested_gather", None)
+    if method is not None:
+        gather: Callable[[Any], Any] = method
+        return gather
+    from transformers.trainer_pt_utils import nested_gather as gather_nested
+
+    return lambda tensors: gather_nested(tensors, trainer.args.parallel_mode)
+
+
 def messages_only(prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """`prepare` for prompts that are lists of messages; text stays as it is."""
     return lambda prompt: prompt if isinstance(prompt, str) else prepare(prompt)
