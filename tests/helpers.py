@@ -28,6 +28,7 @@ SKIP = (
     "rollout_func_server",
     "sampling",
     "sleep",
+    "tool_engine",
     "top_k",
     "trainer_parts",
     "warnings_issued",

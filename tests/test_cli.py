@@ -72,6 +72,13 @@ class OnlineDPOTrainer:
         else:
             outputs = self.llm.generate(prompts, self.generation_config)
         return outputs
+
+    def training_step(self, loss):
+        if self.use_apex:
+            loss.scale()
+
+    def _maybe_log_save_evaluate(self, tr_loss):
+        return self._nested_gather(tr_loss).mean().item()
 """
 
 FILES = {

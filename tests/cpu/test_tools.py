@@ -19,10 +19,6 @@ pytestmark = [
         int(transformers.__version__.partition(".")[0]) < 5,
         reason="TRL refuses tools below transformers 5, and vLLM 0.23 needs transformers 4",
     ),
-    pytest.mark.skipif(
-        (0, 28) <= find_trl().release < (0, 29, 1),
-        reason="TRL 0.28.0 and 0.29.0 look for their engine where it no longer is: GRPOTrainer has no attribute 'llm'",
-    ),
 ]
 
 

@@ -77,6 +77,7 @@ REPAIRS = {
     ("default_kwargs", "kwargs_update"): r"\.update\(self\.args\.generation_kwargs\)",
     ("trainer_parts", "use_apex"): r"\bself\.use_apex\b",
     ("trainer_parts", "nested_gather"): r"\bself\._nested_gather\(",
+    ("tool_engine", "context_length"): r"= self\.llm\.llm_engine\.model_config\.",
     ("gold_length", "completion_length"): r"= generation_config\.max_completion_length$",
     ("plain_prompts", "prepare_messages"): r"\bprepare_multimodal_messages_vllm\(",
     (
