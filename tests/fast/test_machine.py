@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trlpatch.errors import ConflictingArguments, EngineWithoutSleep
+from trlpatch.errors import ConflictingArguments, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.fast import machine
 from trlpatch.fast.request import Request
 
@@ -40,6 +40,15 @@ ASKED = Request(
 
 def vllm_is(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+
+
+def test_an_engine_for_each_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EngineBuildFailed, match=r"a launcher started 2 ranks .*docs/limits.md"):
+        machine.require_one_rank(ASKED)
+    machine.require_one_rank(dataclasses.replace(ASKED, fast_inference=False))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    machine.require_one_rank(ASKED)
 
 
 def test_dgx_spark_generates_natively_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,7 +48,8 @@ REASONS: tuple[Reason, ...] = (
         trl=">=0.18,<0.27",
     ),
     Reason(
-        "The same: TRL's lazy module says so on a line that these runs did not keep.",
+        "TRL imports `GuidedDecodingParams`, which vLLM took out in 0.12. Cured by the patch `guided_decoding`. (Of "
+        "TRL's message the runs kept the first line; the cause is that of the same import with the same versions.)",
         "https://github.com/huggingface/trl/issues/4617",
         ERROR,
         error="Failed to import trl.trainer.grpo_trainer",

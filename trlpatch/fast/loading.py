@@ -60,6 +60,7 @@ def _load(asked: Request, made: dict[str, Any], show: Progress) -> list[str]:
     """Put "tokenizer", "engine" and "model" into `made` as they come; the answer is for the final line."""
     with show.stage("reading the configuration"):
         asked = machine.require_devices(asked)
+        machine.require_one_rank(asked)
         config = read_config(asked)
         dtype = machine.engine_dtype(asked, config)
         made["tokenizer"] = load_tokenizer(asked)

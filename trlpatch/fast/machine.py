@@ -13,7 +13,7 @@ from packaging.version import InvalidVersion, Version
 
 from trlpatch.engine.notices import logger
 from trlpatch.engine.sleep_mode import sleep_default, why_no_sleep_mode
-from trlpatch.errors import ConflictingArguments, CudaRequired, EngineWithoutSleep
+from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.fast.request import Request
 
 GB10_SWITCH = "TRLPATCH_VLLM_ON_GB10"
@@ -21,6 +21,21 @@ PDL_SWITCH = "TRITON_DISABLE_PDL"
 PDL_HOME = "vllm.lora.ops.triton_ops"
 BLACKWELL = 10
 PDL_WORKS = Version("0.15")
+
+
+def require_one_rank(asked: Request) -> None:
+    """Raise EngineBuildFailed where a launcher started several ranks, each of which would build an engine.
+
+    Built before the ranks have met, an engine of vLLM 0.23 waits for ever for a store that nobody serves; one of 0.28
+    makes a process group of this rank alone, which accelerate takes for the launcher's.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    if asked.fast_inference and ranks > 1:
+        raise EngineBuildFailed(
+            f"FastLanguageModel.from_pretrained({asked.model_name!r}): a launcher started {ranks} ranks (WORLD_SIZE), "
+            "and this builds the engine of a process that is alone. Load the model with transformers and attach an "
+            'engine on each rank, as docs/limits.md shows under "Several ranks", or pass fast_inference=False'
+        )
 
 
 def require_devices(asked: Request) -> Request:
