@@ -47,6 +47,8 @@ def main(case: str, checkpoint: Path, out: Path) -> None:
         "weights": digest(policy),
     }
     (out / f"rank{rank}.json").write_text(json.dumps(found, indent=1))
+    # A process group that is still there when the interpreter ends may abort it.
+    trainer.accelerator.end_training()
 
 
 def join() -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
+import importlib.metadata
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 torch = pytest.importorskip("torch")
 vllm = pytest.importorskip("vllm")
@@ -23,7 +25,14 @@ from trlpatch.engine.sleep import put_to_sleep, wake  # noqa: E402
 from trlpatch.engine.state import forget, state_of  # noqa: E402
 from trlpatch.errors import EngineAsleep, EngineBusy, NotEnoughMemory, SharedWeights  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = [
+    pytest.mark.cpu,
+    # tests/gpu/sleep_cycles.py has the same on a device, with either.
+    pytest.mark.skipif(
+        Version(importlib.metadata.version("vllm")) < Version("0.28"),
+        reason="vLLM 0.23 asks torch.cuda for memory, 0.28 asks torch.accelerator, which can be stood in for on a CPU",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
