@@ -21,6 +21,13 @@ def byte_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<eos>",
+        pad_token="<pad>",
+        padding_side="left",
+        # transformers 4 adds token_type_ids, which TRL up to 0.28 hands to generate and Qwen2 does not take.
+        model_input_names=["input_ids", "attention_mask"],
+    )
     made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return made
