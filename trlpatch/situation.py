@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trlpatch.compatibility.verdict import Verdict, installed, judge
+from trlpatch.compatibility.verdict import Verdict, installed, judge, version_of
 from trlpatch.runtime.cache import Cache, entry_key, rules_digest
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED
@@ -77,7 +76,7 @@ def situation() -> Situation:
         cache=str(cache.root),
         cache_bytes=cache.size(),
         cache_writable=_writable(cache.root),
-        packages={name: _version(name) for name in COMPANIONS},
+        packages={name: version_of(name) for name in COMPANIONS},
         loading=_loading(),
         verdict=judge(install, installed()),
     )
@@ -100,10 +99,3 @@ def _loading() -> tuple[str, ...]:
 def _writable(directory: Path) -> bool:
     existing = next(place for place in (directory, *directory.parents) if place.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

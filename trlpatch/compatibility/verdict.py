@@ -72,7 +72,7 @@ _NAMES = {"trl": "TRL", "vllm": "vLLM", "transformers": "transformers"}
 
 def installed() -> dict[str, str | None]:
     """Return the versions of the packages that TRL works with, by distribution; None for what is not installed."""
-    return {name: _version(name) for name in BESIDE}
+    return {name: version_of(name) for name in BESIDE}
 
 
 def judge(
@@ -171,7 +171,8 @@ def _told(ran: Ran) -> str:
     )
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """Return the installed version of a distribution; None for one that is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.fingerprint import as_integers
 from trlpatch.engine.lora_view import LoraView
 
 _SAMPLED_LAYERS = 4
@@ -34,7 +35,6 @@ def weights_now(base: Any) -> dict[str, Weight]:
     """Every weight matrix of the model by path, without adapters; not those with an adapter merged into them."""
     import torch
 
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found: dict[str, Any] = {}
     for path, module in base.named_modules():
         weight = module._parameters.get("weight")
@@ -44,7 +44,7 @@ def weights_now(base: Any) -> dict[str, Weight]:
         if weight.device.type != "meta" and weight.numel() and not hasattr(weight, "full_tensor"):
             found[path.removesuffix(".base_layer")] = weight.detach()
     with torch.no_grad():
-        sums = [weight.view(integer[weight.element_size()]).sum(dtype=torch.int64) for weight in found.values()]
+        sums = [as_integers(weight).sum(dtype=torch.int64) for weight in found.values()]
         bits = torch.stack([one.cpu() for one in sums]).tolist() if sums else []
     return {
         path: Weight(weight.dtype, tuple(weight.shape), number)

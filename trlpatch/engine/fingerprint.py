@@ -80,14 +80,19 @@ def _sums(weights: LoraWeights) -> list[Any]:
         return [torch.cat([part for chunk in chunks for part in chunk.sums()]) for chunks in groups]
 
 
-def _chunks(tensors: list[Any]) -> list[list[_Chunk]]:
-    """The weights by device and element size, in pieces of at most `_CHUNK` elements that share one buffer."""
+def as_integers(tensor: Any) -> Any:
+    """A view of the tensor's bits as integers of the same size and shape."""
     import torch
 
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integer[tensor.element_size()])
+
+
+def _chunks(tensors: list[Any]) -> list[list[_Chunk]]:
+    """The weights by device and element size, in pieces of at most `_CHUNK` elements that share one buffer."""
     alike: dict[tuple[Any, int], list[Any]] = {}
     for tensor in tensors:
-        bits = tensor.detach().contiguous().view(integer[tensor.element_size()]).view(-1)
+        bits = as_integers(tensor.detach().contiguous()).view(-1)
         alike.setdefault((tensor.device, tensor.element_size()), []).extend(bits.split(_CHUNK))
     return [_packed(parts) for parts in alike.values()]
 

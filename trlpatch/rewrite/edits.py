@@ -132,16 +132,19 @@ def keyword(node: cst.Call, name: str) -> cst.Arg | None:
     return next((arg for arg in node.args if arg.keyword is not None and arg.keyword.value == name), None)
 
 
-def bound_to_hook(name: str, value: cst.BaseExpression) -> cst.Assign:
-    """Return the statement `<name> = <value>`, which stands where upstream imported `name`."""
-    return cst.Assign(targets=[cst.AssignTarget(cst.Name(name))], value=value)
+def bound_to_hook(value: cst.BaseExpression, *names: str) -> cst.Assign:
+    """Return the statement `<names> = <value>`, which stands where upstream imported `names`."""
+    bound = [cst.Name(name) for name in names]
+    target = bound[0] if len(bound) == 1 else cst.Tuple([cst.Element(name) for name in bound], lpar=[], rpar=[])
+    return cst.Assign(targets=[cst.AssignTarget(target)], value=value)
 
 
-def imports(node: cst.ImportFrom, module: str, name: str) -> bool:
-    """Tell whether `node` is `from <module> import <name>` and nothing else."""
-    if isinstance(node.names, cst.ImportStar) or len(node.names) != 1 or node.names[0].asname is not None:
+def imports(node: cst.ImportFrom, module: str, *names: str) -> bool:
+    """Tell whether `node` is `from <module> import <names>` and nothing else."""
+    if isinstance(node.names, cst.ImportStar) or any(alias.asname is not None for alias in node.names):
         return False
-    return dotted(node.module) == module and dotted(node.names[0].name) == name and not node.relative
+    imported = tuple(dotted(alias.name) for alias in node.names)
+    return dotted(node.module) == module and imported == names and not node.relative
 
 
 def dotted(node: cst.CSTNode | None) -> str:

@@ -37,7 +37,7 @@ class GuidedDecoding(PatchTransformer):
         if not imports(updated_node, "vllm.sampling_params", _CLASS):
             return updated_node
         self.hits[IMPORT] += 1
-        return bound_to_hook(_CLASS, hook("guided_decoding_params"))
+        return bound_to_hook(hook("guided_decoding_params"), _CLASS)
 
     def leave_DictElement(self, original_node: cst.DictElement, updated_node: cst.DictElement) -> cst.BaseDictElement:
         if not is_text(updated_node.key, _FIELD):

@@ -32,7 +32,7 @@ class PackageChecks(PatchTransformer):
         if not imports(updated_node, "transformers.utils.import_utils", _NAME):
             return updated_node
         self.hits[IMPORT] += 1
-        return bound_to_hook(_NAME, cst.Attribute(cst.Name(HOOKS), cst.Name("is_package_available")))
+        return bound_to_hook(cst.Attribute(cst.Name(HOOKS), cst.Name("is_package_available")), _NAME)
 
 
 PATCH = Patch(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from trlpatch.rewrite.edits import PatchTransformer, dotted, hook
+from trlpatch.rewrite.edits import PatchTransformer, bound_to_hook, hook, imports
 from trlpatch.rewrite.patch import Anchor, Patch, variants
 
 MODULE = "vllm.distributed.weight_transfer.nccl_engine"
@@ -29,13 +29,10 @@ class WeightSender(PatchTransformer):
     def leave_ImportFrom(
         self, original_node: cst.ImportFrom, updated_node: cst.ImportFrom
     ) -> cst.ImportFrom | cst.Assign:
-        if isinstance(updated_node.names, cst.ImportStar) or dotted(updated_node.module) != MODULE:
-            return updated_node
-        if tuple(dotted(alias.name) for alias in updated_node.names) != NAMES:
+        if not imports(updated_node, MODULE, *NAMES):
             return updated_node
         self.hits[IMPORT] += 1
-        names = cst.Tuple([cst.Element(cst.Name(name)) for name in NAMES], lpar=[], rpar=[])
-        return cst.Assign(targets=[cst.AssignTarget(names)], value=hook("weight_sender"))
+        return bound_to_hook(hook("weight_sender"), *NAMES)
 
 
 PATCH = Patch(

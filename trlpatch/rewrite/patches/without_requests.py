@@ -30,7 +30,7 @@ class WithoutRequests(PatchTransformer):
         if not imports(updated_node, "requests.adapters", "HTTPAdapter"):
             return updated_node
         self.hits[IMPORT] += 1
-        return bound_to_hook("HTTPAdapter", hook("http_adapter"))
+        return bound_to_hook(hook("http_adapter"), "HTTPAdapter")
 
 
 PATCH = Patch(
