@@ -2,13 +2,15 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.cpu.ranks CASE CHECKPOINT OUT
 
-Every rank writes OUT/rank<i>.json. The TRL release is the one that can be imported.
+Every rank writes OUT/rank<i>.json. The TRL release is the one that can be imported. A rank that is not done after
+SECONDS writes the stacks of its threads to stderr and ends with status 1, and torchrun ends the other one.
 """
 
 from __future__ import annotations
 
 from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
+import faulthandler
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from tests.cpu.small_grpo import small_grpo
 from tests.cpu.training import Recorder, count_engines, engine_of
 
 CASES = ("attached", "launcher", "late", "own")
+SECONDS = 300
 
 
 def main(case: str, checkpoint: Path, out: Path) -> None:
@@ -47,8 +50,6 @@ def main(case: str, checkpoint: Path, out: Path) -> None:
         "weights": digest(policy),
     }
     (out / f"rank{rank}.json").write_text(json.dumps(found, indent=1))
-    # A process group that is still there when the interpreter ends may abort it.
-    trainer.accelerator.end_training()
 
 
 def join() -> None:
@@ -68,4 +69,11 @@ def digest(model: Any) -> str:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    # torch has no safe way to end a process that has a gloo group. Its destructor joins threads that may wait for the
+    # GIL, which it holds (https://github.com/pytorch/pytorch/issues/56297); left to the interpreter's end, the same
+    # threads may abort it (https://github.com/pytorch/pytorch/issues/190489).
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

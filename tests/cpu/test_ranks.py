@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.cpu.ranks import SECONDS
 from tests.cpu.scenarios import ROOT, TOLERANCE
 from tests.cpu.stack import free_port
 from trlpatch.source.locate import find_trl
@@ -36,7 +37,7 @@ def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=SECONDS + 60,
         check=False,
     )
 
