@@ -31,6 +31,7 @@ SKIP = (
     "tool_engine",
     "top_k",
     "trainer_parts",
+    "use_cache",
     "warnings_issued",
 )
 

@@ -43,6 +43,8 @@ if is_vllm_available():
 
 class GRPOTrainer:
     def __init__(self, model, args=None):
+        model_init_kwargs = {}
+        model_init_kwargs["use_cache"] = model_init_kwargs.get("use_cache")
         model.warnings_issued["estimate_tokens"] = True
         self.llm = LLM(model=model.name_or_path)
 

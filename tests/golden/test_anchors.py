@@ -73,6 +73,7 @@ REPAIRS = {
     ("guided_decoding", "guided_import"): r"^    from vllm\.sampling_params import GuidedDecodingParams$",
     ("guided_decoding", "guided_field"): r"\bguided_decoding=|\"guided_decoding\"[\]:]",
     ("warnings_issued", "warnings_issued"): r"\bmodel\.warnings_issued\[",
+    ("use_cache", "use_cache"): r"\bmodel_init_kwargs\.get\(\"use_cache\"\)",
     ("seed_worker", "worker_init"): r"= seed_worker$",
     ("default_kwargs", "kwargs_update"): r"\.update\(self\.args\.generation_kwargs\)",
     ("trainer_parts", "use_apex"): r"\bself\.use_apex\b",

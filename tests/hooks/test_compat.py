@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -124,6 +125,14 @@ def test_warnings_go_to_the_model_or_nowhere() -> None:
         compat.warnings_issued(model)["estimate_tokens"] = True
     assert old.warnings_issued == {"estimate_tokens": True}
     assert not hasattr(new, "warnings_issued")
+
+
+@pytest.mark.parametrize(("checked", "unset"), [(False, None), (True, True)], ids=["transformers 4", "transformers 5"])
+def test_use_cache_is_what_was_given_or_what_configs_take(installed: Any, checked: bool, unset: bool | None) -> None:
+    config = type("PretrainedConfig", (), {})
+    installed("transformers", PretrainedConfig=dataclasses.dataclass(config) if checked else config)
+    assert compat.use_cache({}) is unset
+    assert compat.use_cache({"use_cache": False}) is False
 
 
 def test_a_trainer_without_apex_does_not_use_it() -> None:

@@ -6,10 +6,11 @@ it needs no repair it gets exactly what TRL wrote.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,18 @@ def warnings_issued(model: Any) -> MutableMapping[str, bool]:
     """The model's own dictionary of warnings; one that nobody reads where transformers (5.1 and newer) has none."""
     own: MutableMapping[str, bool] | None = getattr(model, "warnings_issued", None)
     return {} if own is None else own
+
+
+def use_cache(options: Mapping[str, Any]) -> bool | None:
+    """The `use_cache` of a `model_init_kwargs`, where it has none what transformers takes for that.
+
+    None on transformers 4. Configs of version 5 are dataclasses that check their fields, this one for a bool: True,
+    their default.
+    """
+    from transformers import PretrainedConfig
+
+    value: bool | None = options.get("use_cache", True if dataclasses.is_dataclass(PretrainedConfig) else None)
+    return value
 
 
 def seed_worker(trainer: Any, function: Callable[..., None]) -> Callable[..., None]:
