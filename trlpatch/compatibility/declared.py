@@ -90,9 +90,12 @@ def _ranges(distribution: Distribution, name: str) -> Iterator[str]:
             continue
         # `peft` and `vllm` are extras of TRL that go by their own name; no other extra was asked for.
         if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": name}):
-            yield str(_without_local(requirement.specifier))
+            yield str(without_local(requirement.specifier))
 
 
-def _without_local(specifiers: SpecifierSet) -> SpecifierSet:
-    """`==2.11.0+cpu` and `==2.11.0` ask for the same release of torch, built for different machines."""
+def without_local(specifiers: SpecifierSet) -> SpecifierSet:
+    """Return the same ranges of public versions.
+
+    `==2.11.0+cpu` and `==2.11.0` ask for the same release of torch, built for different machines.
+    """
     return SpecifierSet(",".join(str(specifier).partition("+")[0] for specifier in specifiers))
