@@ -57,6 +57,10 @@ def test_every_release_whose_stack_is_pinned_has_a_cpu_environment() -> None:
     assert {name.removeprefix("trl").removesuffix("-cpu") for name in expand(labelled)} == expected
 
 
+def test_every_release_of_the_older_stack_has_an_environment_on_the_newer_one() -> None:
+    assert releases_of("cpu5") == {release.version for release in RELEASES.values() if release.cpu == "cpu4"}
+
+
 def test_a_plain_tox_runs_what_the_tiers_say() -> None:
     default = default_environments()
     on_cpu = {name for name in default if name.endswith("-cpu")}
@@ -78,22 +82,26 @@ def test_every_environment_says_what_it_is_for() -> None:
         assert not re.match(r"[\w.\-]+:", description), name
 
 
-def test_descriptions_of_real_runs_name_the_pins_of_the_releases_stack() -> None:
-    for release in RELEASES.values():
-        stack = stacks()[release.cpu]
+def real_runs() -> dict[str, Stack]:
+    """Return the environments of one release that train with it, each with its stack."""
+    found = {f"trl{release.version}-cpu": stacks()[release.cpu] for release in RELEASES.values()}
+    return found | {f"trl{version}-cpu5": stacks()["cpu5"] for version in releases_of("cpu5")}
+
+
+def test_descriptions_of_real_runs_name_the_pins_of_their_stack() -> None:
+    for environment, stack in real_runs().items():
         assert stack.requirements is not None
         pins = dict(re.findall(r"^([\w-]+)==(\S+)$", stack.requirements.read_text(encoding="utf-8"), re.MULTILINE))
-        description = tox()[environments()[f"trl{release.version}-cpu"]]["description"]
+        description = tox()[environments()[environment]]["description"]
         named = dict(re.findall(r"(vLLM|transformers|torch|peft) ([0-9.]+\d)", description))
         others = {name: pins[name] for name in ("transformers", "torch", "peft")}
-        assert named == {"vLLM": stack.vllm, **others}, release.version
+        assert named == {"vLLM": stack.vllm, **others}, environment
 
 
 def test_real_runs_differ_in_nothing_but_their_stack() -> None:
-    sections = {environments()[f"trl{version}-cpu"] for version in RELEASES}
-    assert len(sections) == len(stacks())
-    settings = [{key: value for key, value in tox()[name].items() if key != "description"} for name in sections]
-    assert settings[0] == settings[1]
+    sections = sorted({environments()[name] for name in real_runs()})
+    first, *others = ({key: tox()[name][key] for key in tox()[name] if key != "description"} for name in sections)
+    assert others == [first] * 2
 
 
 def test_stack_requirements_pin_everything() -> None:

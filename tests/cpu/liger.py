@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.cpu.small_grpo import small_grpo
 from tests.cpu.training import Recorder
+from trlpatch.source.locate import find_trl
 
 # transformers would put Liger's own layers into the model as well, and those need a GPU.
 NO_LAYERS = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy"), False)
@@ -28,8 +29,8 @@ def main(out: Path) -> None:
     checkpoint = tiny.checkpoint(out.parent / "model")
     engine = tiny.engine(checkpoint)
     policy = trlpatch.attach_engine(tiny.policy(checkpoint), engine)
-    config = {"use_liger_loss": True, "use_liger_kernel": True, "liger_kernel_config": NO_LAYERS}
-    if "use_liger_loss" in _fields():
+    config = {"use_liger_kernel": True, "liger_kernel_config": NO_LAYERS}
+    if find_trl().release < (0, 25):  # 0.25 made the loss a part of transformers' own option
         config = {"use_liger_loss": True}
     trainer = small_grpo(policy, out.parent, config=config)
     recorder = Recorder(trainer, engine)
@@ -37,12 +38,6 @@ def main(out: Path) -> None:
     trainer.train()
     recorder.close()
     out.write_text(json.dumps({"rollouts": recorder.rollouts, "losses": losses}, indent=1))
-
-
-def _fields() -> Any:
-    import trl
-
-    return trl.GRPOConfig.__dataclass_fields__
 
 
 def count_losses(trainer: Any) -> list[float]:

@@ -1,5 +1,7 @@
 """Train with one pinned TRL release on a real vLLM CPU engine: `python -m tests.cpu.stack trl1.9.2-cpu [pytest args]`.
 
+`trl0.26.0-cpu` runs on the stack that golden/releases.toml names for the release, `trl0.26.0-cpu5` on the stack cpu5.
+
 A stack (torch, vLLM, transformers, ...) is installed once, into `.tox/stacks/<name>` or `$TRLPATCH_STACKS/<name>`, and
 shared by all releases that run on it: each release is its unpacked wheel in front on PYTHONPATH. A tox environment of
 its own per release would install 3 GB each time, and tox recreates a directory that two environments share.
@@ -40,12 +42,14 @@ ENGINE_ENVIRONMENT = {
 
 
 def main(environment: str, pytest_arguments: list[str]) -> int:
-    """Run tests/cpu for the release that `environment` (`1.9.2` or `trl1.9.2-cpu`) names; return pytest's status."""
-    version = environment.removeprefix("trl").removesuffix("-cpu")
+    """Run the tests of `trl<release>-cpu` or `trl<release>-<stack>`; return pytest's status."""
+    version, _, tier = environment.removeprefix("trl").partition("-")
     release = pinned().get(version)
     if release is None:
         sys.exit(f"{environment}: TRL {version} is not in golden/releases.toml")
-    stack = stacks()[release.cpu]
+    stack = stacks().get(release.cpu if tier in ("", "cpu") else tier)
+    if stack is None:
+        sys.exit(f"{environment}: no stack is called {tier}; golden/releases.toml has {', '.join(stacks())}")
     if stack.requirements is None:
         sys.exit(f"{environment}: TRL {version} runs on stack {stack.name} ({stack.description})")
     python = installed(stack)

@@ -14,11 +14,12 @@ import hashlib
 import importlib
 import json
 import os
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.stock import hide_vllm, import_package_table, supply_warnings_issued
 from trlpatch.source.locate import find_trl
 
 ALGORITHMS = ("grpo", "rloo")
@@ -112,11 +113,13 @@ class Run:
         engine = tiny.engine(self.model)
         policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
         regex = {"vllm_guided_decoding_regex": PATTERN, "vllm_structured_outputs_regex": PATTERN}
-        trainer = self._trainer(policy, self.steps, **regex, max_prompt_length=PROMPT_LIMIT)
+        # Older releases leave prompts to the engine, whose tokenizer transformers 5 makes a Qwen2Tokenizer: it splits
+        # numbers, which ours does not.
+        words = engine.get_tokenizer()
+        trainer = self._trainer(policy, self.steps, words, **regex, max_prompt_length=PROMPT_LIMIT)
         recorder = Recorder(trainer, engine)
         trainer.train()
         recorder.close()
-        words = tiny.tokenizer()
         return {
             **self._about(report),
             "rollouts": recorder.rollouts,
@@ -152,9 +155,10 @@ class Run:
     def stock(self) -> dict[str, Any]:
         """No engine: transformers generates; TRL as it is."""
         hide_vllm()
-        return {**self._about(None), **self._without_engine()}
+        import_package_table()
+        return {**self._about(None), **self._without_engine(supply_warnings_issued)}
 
-    def _without_engine(self) -> dict[str, Any]:
+    def _without_engine(self, prepare: Callable[[Any], None] | None = None) -> dict[str, Any]:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -163,6 +167,8 @@ class Run:
         for name in ("full", "lora"):
             torch.manual_seed(0)
             model = tiny.policy(self.model) if name == "lora" else AutoModelForCausalLM.from_pretrained(self.model)
+            if prepare is not None:
+                prepare(model)
             trainer = self._trainer(model, self.steps, learning_rate=1e-3)
             losses = record_losses(trainer)
             trainer.train()
@@ -178,7 +184,7 @@ class Run:
         module = importlib.import_module(f"trl.trainer.{self.algorithm}_trainer")
         return {"trl": trl.__version__, "file": module.__file__, "patched": report is not None}
 
-    def _trainer(self, model: Any, steps: int, **changes: Any) -> Any:
+    def _trainer(self, model: Any, steps: int, words: Any = None, **changes: Any) -> Any:
         import transformers
         import trl
 
@@ -209,16 +215,10 @@ class Run:
             args=config(**{field: value for field, value in settings.items() if field in known}),
             reward_funcs=odd_tokens,
             train_dataset=tiny.dataset(32),
-            processing_class=tiny.tokenizer(),
+            processing_class=words or tiny.tokenizer(),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer
-
-
-def hide_vllm() -> None:
-    """Make vLLM look absent to the releases that cannot be imported beside a new one without a repair."""
-    if find_trl().release < (0, 27):
-        sys.modules["vllm"] = None  # type: ignore[assignment]
 
 
 def engine_of(trainer: Any) -> Any:

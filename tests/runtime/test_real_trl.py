@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 COMMON = """
-import dataclasses, importlib.util, inspect, sys, warnings
+import dataclasses, importlib, inspect, warnings
 warnings.simplefilter("ignore")
 import trlpatch
 from trlpatch.source.locate import find_trl, sources
@@ -90,12 +90,9 @@ check_patched()
 print("done", len(targets))
 """
 EARLY = """
-if find_trl().release < (0, 27) and importlib.util.find_spec("vllm"):
-    # Beside a vLLM of today these cannot be imported before they are patched: give it what an old one has.
-    import types, vllm.sampling_params, vllm.transformers_utils
-    vllm.sampling_params.GuidedDecodingParams = vllm.sampling_params.StructuredOutputsParams
-    tokenizer = vllm.transformers_utils.tokenizer = types.ModuleType("vllm.transformers_utils.tokenizer")
-    sys.modules[tokenizer.__name__] = tokenizer
+from tests.stock import import_package_table, supply_vllm_names
+supply_vllm_names()  # patched too late for the repairs
+import_package_table()
 loaded = modules()
 before = {name: members(module) for name, module in loaded.items()}
 globals_before = {name: dict(vars(module)) for name, module in loaded.items()}
