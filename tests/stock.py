@@ -22,14 +22,20 @@ def hide_vllm() -> None:
 
 
 def supply_vllm_names() -> None:
-    """Give an installed vLLM the names that the same releases look for."""
-    if find_trl().release < (0, 27) and importlib.util.find_spec("vllm"):
+    """Give an installed vLLM the names that the same releases look for, and 1.11 and 1.12."""
+    if not importlib.util.find_spec("vllm"):
+        return
+    if find_trl().release < (0, 27):
         import vllm.sampling_params
         import vllm.transformers_utils
 
         vllm.sampling_params.GuidedDecodingParams = vllm.sampling_params.StructuredOutputsParams
         tokenizer = types.ModuleType("vllm.transformers_utils.tokenizer")
         vllm.transformers_utils.tokenizer = sys.modules[tokenizer.__name__] = tokenizer
+    if (1, 11) <= find_trl().release < (1, 13):
+        from vllm.distributed.weight_transfer import nccl_engine
+
+        vars(nccl_engine).setdefault("NCCLTrainerSendWeightsArgs", None)
 
 
 def import_package_table() -> None:

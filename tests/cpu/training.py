@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.stock import hide_vllm, import_package_table, supply_warnings_issued
+from tests.stock import hide_vllm, import_package_table, supply_vllm_names, supply_warnings_issued
 from trlpatch.source.locate import find_trl
 
 ALGORITHMS = ("grpo", "rloo")
@@ -155,6 +155,7 @@ class Run:
     def stock(self) -> dict[str, Any]:
         """No engine: transformers generates; TRL as it is."""
         hide_vllm()
+        supply_vllm_names()
         import_package_table()
         return {**self._about(None), **self._without_engine(supply_warnings_issued)}
 
