@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.cpu.training import Recorder, count_engines, engine_of, logged, odd_tokens
+from tests.cpu.training import Recorder, configured, count_engines, engine_of, logged, odd_tokens
 from trlpatch.source.locate import find_trl
 
 GENERATIONS = 4
@@ -118,23 +118,12 @@ class Bench:
             "max_completion_length": 16,
             "max_new_tokens": 16,
             "max_steps": steps,
-            "learning_rate": 1.5e-2,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
             "beta": 0.1 if self.algorithm == "online_dpo" else 0.0,
-            "seed": 0,
-            "report_to": [],
-            "save_strategy": "no",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             **changes,
         }
-        known = config.__dataclass_fields__
         arguments: dict[str, Any] = {
             "model": model,
-            "args": config(**{field: value for field, value in settings.items() if field in known}),
+            "args": configured(config, settings),
             "train_dataset": tiny.dataset(32),
             "processing_class": self.words,
             **({"judge": Judge()} if self._judged() else {"reward_funcs": odd_tokens}),

@@ -7,7 +7,7 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 from pathlib import Path
 from typing import Any
 
-from tests.cpu.training import MAX_COMPLETION, odd_tokens
+from tests.cpu.training import MAX_COMPLETION, configured, odd_tokens
 
 GENERATIONS = 4
 
@@ -26,20 +26,8 @@ def small_grpo(model: Any, directory: Path, *, config: dict[str, Any] | None = N
         "num_generations": GENERATIONS,
         "max_completion_length": MAX_COMPLETION,
         "max_steps": 3,
-        "learning_rate": 1.5e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "beta": 0.0,
-        "seed": 0,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
         **(config or {}),
     }
-    known = trl.GRPOConfig.__dataclass_fields__
     arguments: dict[str, Any] = {
         "reward_funcs": odd_tokens,
         "train_dataset": tiny.dataset(32),
@@ -48,7 +36,7 @@ def small_grpo(model: Any, directory: Path, *, config: dict[str, Any] | None = N
     }
     trainer = trl.GRPOTrainer(
         model=model,
-        args=trl.GRPOConfig(**{name: value for name, value in settings.items() if name in known}),
+        args=configured(trl.GRPOConfig, settings),
         **arguments,
     )
     trainer.remove_callback(transformers.PrinterCallback)

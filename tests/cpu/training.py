@@ -30,6 +30,21 @@ STOP = 6  # a token id that a rollout may sample
 PATTERN = "[0-9]{3} [a-f]{2}"
 PROMPT_LIMIT = 3  # tokens; every prompt has more
 
+COMMON: dict[str, Any] = {
+    "learning_rate": 1.5e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "beta": 0.0,
+    "seed": 0,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+"""Fields of every trainer's config that a run does not set itself."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -196,30 +211,24 @@ class Run:
             "num_generations": 8,
             "max_completion_length": MAX_COMPLETION,
             "max_steps": steps,
-            "learning_rate": 1.5e-2,
             "lr_scheduler_type": "linear",
-            "logging_steps": 1,
-            "beta": 0.0,
-            "seed": 0,
-            "report_to": [],
-            "save_strategy": "no",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
             **changes,
         }
-        config = getattr(trl, f"{name}Config")
-        known = config.__dataclass_fields__
         trainer = getattr(trl, f"{name}Trainer")(
             model=model,
-            args=config(**{field: value for field, value in settings.items() if field in known}),
+            args=configured(getattr(trl, f"{name}Config"), settings),
             reward_funcs=odd_tokens,
             train_dataset=tiny.dataset(32),
             processing_class=words or tiny.tokenizer(),
         )
         trainer.remove_callback(transformers.PrinterCallback)
         return trainer
+
+
+def configured(cls: Any, settings: dict[str, Any]) -> Any:
+    """Build the config `cls` from `settings` over `COMMON`, with the fields that this TRL release has."""
+    known = cls.__dataclass_fields__
+    return cls(**{name: value for name, value in {**COMMON, **settings}.items() if name in known})
 
 
 def engine_of(trainer: Any) -> Any:
