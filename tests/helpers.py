@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 from textwrap import dedent
 
+from trlpatch.rewrite.patch import Patch
 from trlpatch.rewrite.plan import Plan, Step
 from trlpatch.rewrite.registry import patches
 from trlpatch.rewrite.rewriter import Rewritten, apply_plan
@@ -15,25 +16,15 @@ from trlpatch.source.targets import TARGETS
 
 HEADER = "# trlpatch: hooks\nimport trlpatch.hooks as _trlpatch\n\n"
 
-# The tiny trainer of tests/runtime has no engine code and needs no repair; what remains are `configure` and
-# `sampling_config`.
-SKIP = (
-    "adapter_sync",
-    "engine_reuse",
-    "gold_length",
-    "guided_decoding",
-    "live_adapter",
-    "prompt_limit",
-    "rollout_func",
-    "rollout_func_server",
-    "sampling",
-    "sleep",
-    "tool_engine",
-    "top_k",
-    "trainer_parts",
-    "use_cache",
-    "warnings_issued",
-)
+TINY = frozenset({"configure", "sampling_config"})
+"""The patches of trainers that the tiny one of tests/runtime has code for: it has no engine and needs no repair."""
+
+
+def _of_trainers(patch: Patch) -> bool:
+    return any(TARGETS[target].kind != "support" for target in patch.targets)
+
+
+SKIP = tuple(sorted({patch.name for patch in patches() if _of_trainers(patch)} - TINY))
 
 
 def source(target: str, text: str) -> SourceFile:

@@ -140,13 +140,14 @@ def test_demo_extra_holds_the_newest_tested_trl() -> None:
 
 def test_every_patch_has_its_file_test_and_entry_in_the_docs() -> None:
     names = {patch.name for patch in patches()}
-    files = {path.stem for path in (ROOT / "trlpatch/rewrite/patches").glob("*.py")} - {"__init__"}
-    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests/patches").glob("test_*.py")}
+    package, mirror = ROOT / "trlpatch/rewrite/patches", ROOT / "tests/patches"
+    files = {path.relative_to(package) for path in package.glob("*/*.py") if path.stem != "__init__"}
+    tests = {path.relative_to(mirror) for path in mirror.rglob("test_*.py")}
     documented = set(
         re.findall(r"^#+ `?(\w+)`?$", (ROOT / "docs/patches.md").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    assert files == names
-    assert tests == names
+    assert {file.stem for file in files} == names
+    assert tests == {file.with_name(f"test_{file.name}") for file in files}
     assert documented >= names
 
 

@@ -1,4 +1,4 @@
-"""What would be patched in a TRL, without patching or importing it.
+"""Preview: what would be patched in a TRL, without patching or importing it.
 
 The command line and the golden files both read this model. It needs TRL's source only: an installation, a directory
 or a wheel; neither torch nor vLLM.
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.errors import CannotWrite, TrlNotFound, UnknownTarget
+from trlpatch.outcomes import WHOLE_FILE, Outcome
 from trlpatch.rewrite.plan import Plan, plan
 from trlpatch.rewrite.registry import patches
-from trlpatch.rewrite.rewriter import Outcome, Rewritten, rewrite
-from trlpatch.runtime.collect import WHOLE_FILE, Failure, describe, stock_targets
+from trlpatch.rewrite.rewriter import Rewritten, rewrite
+from trlpatch.runtime.failures import describe
+from trlpatch.source.coupling import stock_targets
 from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, missing, sources
 from trlpatch.source.releases import NEWEST_TESTED
 from trlpatch.source.targets import TARGETS
@@ -81,21 +83,17 @@ class Preview:
         return self.install.release > NEWEST_TESTED
 
     @property
-    def failures(self) -> tuple[Failure, ...]:
+    def failures(self) -> tuple[Outcome, ...]:
         """The patches that do not fit and the files that are not there."""
-        unfit = (
-            Failure(outcome.target, outcome.patch, outcome.reason, outcome.drift)
-            for file in self.files
-            for outcome in file.rewritten.failed
-        )
-        gone = (Failure(target, WHOLE_FILE, f"{path} is not there") for target, path in self.absent.items())
+        unfit = (outcome for file in self.files for outcome in file.rewritten.failed)
+        gone = (Outcome(target, WHOLE_FILE, "failed", f"{path} is not there") for target, path in self.absent.items())
         return (*unfit, *gone)
 
     @property
     def held_back(self) -> frozenset[str]:
         """Targets that fit but stay stock, because one that they share an engine with does not fit."""
         failed = {failure.target for failure in self.failures}
-        return stock_targets(self.failures, [file.source for file in self.files]) - failed if failed else frozenset()
+        return stock_targets(failed, [file.source.target.name for file in self.files]) - failed
 
     def drift(self) -> str:
         """Return what is known of every failure, for people; empty when all fits."""

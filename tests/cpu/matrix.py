@@ -76,7 +76,7 @@ def ordered(versions: list[str], cases: list[str]) -> Iterator[tuple[PinnedRelea
             continue
         for case in cases:
             target = TARGETS.get(case.rpartition("-")[0])
-            if target is None or target.home(parse_release(version)) is not None:
+            if target is None or target.location(parse_release(version)) is not None:
                 yield release, case
 
 

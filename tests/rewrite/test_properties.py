@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from tests.helpers import apply
 from trlpatch.rewrite.patch import Patch
-from trlpatch.rewrite.registry import patches
+from trlpatch.rewrite.registry import patches, repairs
 from trlpatch.source.releases import OLDEST_SUPPORTED, Release, parse_release
 from trlpatch.source.targets import TARGETS
 
 
 def around_boundaries() -> list[Release]:
     """Return every release at which some range starts or ends, with its neighbours on both sides."""
-    ranges = [entry.trl for patch in patches() for entry in (*patch.variants, *patch.holes)]
-    ranges += [home.trl for target in TARGETS.values() for home in target.homes]
+    ranges = [entry.trl for patch in patches() for entry in (*patch.variants, *patch.exemptions)]
+    ranges += [location.trl for target in TARGETS.values() for location in target.locations]
     starts = {parse_release(bound.strip("<>=")) for trl in ranges for bound in trl.text.split(",")}
     found = {neighbour for a, b, c in starts for neighbour in [(a, b, c), (a, b, c + 1), (a, max(b - 1, 0), 9)]}
     return sorted(release for release in found if release >= OLDEST_SUPPORTED)
@@ -34,19 +34,19 @@ releases = st.sampled_from(around_boundaries()) | st.tuples(
 @pytest.mark.parametrize("patch", patches(), ids=lambda patch: patch.name)
 @settings(max_examples=500, deadline=None)
 @given(release=releases)
-def test_variants_and_holes_cover_every_release_exactly_once(patch: Patch, release: Release):
+def test_variants_and_exemptions_cover_every_release_exactly_once(patch: Patch, release: Release):
     for name in patch.targets:
-        matching = [v for v in (*patch.variants, *patch.holes) if v.target == name and release in v.trl]
-        exists = TARGETS[name].home(release) is not None
+        matching = [v for v in (*patch.variants, *patch.exemptions) if v.target == name and release in v.trl]
+        exists = TARGETS[name].location(release) is not None
         # A repair ends with the release that needs it no more.
-        assert len(matching) == exists or (patch.repair and not matching), (name, release, matching)
+        assert len(matching) == exists or (patch in repairs() and not matching), (name, release, matching)
 
 
 @settings(deadline=None)
 @given(release=releases)
-def test_a_target_has_at_most_one_home(release: Release):
+def test_a_target_has_at_most_one_location(release: Release):
     for target in TARGETS.values():
-        assert sum(release in home.trl for home in target.homes) <= 1
+        assert sum(release in location.trl for location in target.locations) <= 1
 
 
 # Calls. Pieces are drawn separately so that separators, line breaks and comments meet every kind of argument.

@@ -7,8 +7,8 @@ import pytest
 from tests.helpers import apply, source
 from trlpatch.errors import UnknownPatch
 from trlpatch.rewrite import checks, rewriter
+from trlpatch.rewrite.outline import outline
 from trlpatch.rewrite.plan import plan
-from trlpatch.rewrite.regions import outline
 from trlpatch.rewrite.rewriter import rewrite
 from trlpatch.source.targets import TARGETS
 
@@ -91,6 +91,7 @@ def test_a_failed_output_check_keeps_upstreams_text(monkeypatch: pytest.MonkeyPa
     result = rewrite(source("grpo", GRPO), (1, 16, 0))
     assert [o.reason for o in result.failed] == ["broken on purpose"]
     assert result.text == GRPO
+    assert "_trlpatch.configure(self, model, args)" in result.rejected
 
 
 IMPORTS = """\

@@ -164,18 +164,31 @@ def test_every_part_decides_the_key():
 def test_rules_change_with_the_sources_of_the_rewriter(tmp_path, monkeypatch):
     for room in ("rewrite/patches", "source"):
         (tmp_path / room).mkdir(parents=True)
-    for file in ("rewrite/a.py", "rewrite/patches/b.py", "source/c.py"):
+    files = ("outcomes.py", "trl_names.py", "rewrite/a.py", "rewrite/patches/b.py", "source/c.py")
+    for file in files:
         (tmp_path / file).write_text("", encoding="utf-8")
     monkeypatch.setattr(caching, "_PACKAGE", tmp_path)
     seen = {rules_digest()}
-    for file in ("rewrite/a.py", "rewrite/patches/b.py", "source/c.py"):
+    for file in files:
         (tmp_path / file).write_text("changed", encoding="utf-8")
         seen.add(rules_digest())
     (tmp_path / "source/c.py").rename(tmp_path / "source/d.py")
     seen.add(rules_digest())
     monkeypatch.setattr(caching, "_version", lambda name: "2.0")
     seen.add(rules_digest())
-    assert len(seen) == 6
+    assert len(seen) == 8
+
+
+def test_rules_cover_all_that_the_rewriter_imports(fake_trl):
+    code = """
+        import sys
+        from trlpatch.rewrite.registry import patches
+        from trlpatch.rewrite.rewriter import rewrite
+        patches()
+        print(*(m.__file__ for n, m in sys.modules.items() if n.startswith("trlpatch.")), sep="\\n")
+    """
+    imported = set(fake_trl.python(code).stdout.split())
+    assert {Path(file).name for file in imported - set(map(str, caching._rules()))} == {"errors.py"}
 
 
 def test_warm_start_reads_and_does_not_rewrite(fake_trl, patch_grpo, monkeypatch):

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from trlpatch.errors import PatchError
-from trlpatch.runtime.assign import ABSENT, Assignment, Journal
-from trlpatch.runtime.live import functions
-from trlpatch.runtime.loader import Executable
-from trlpatch.runtime.rebind import Move, prepare
+from trlpatch.runtime.live_objects import functions
+from trlpatch.runtime.loader import ModuleSource
+from trlpatch.runtime.rebind import ModuleSwap, prepare_swaps
+from trlpatch.runtime.undo_journal import ABSENT, Assignment, UndoJournal
 
 NUMBERS = itertools.count()
 
@@ -29,7 +29,7 @@ class Site:
         self.directory = directory
         self.names: list[str] = []
 
-    def move(self, before: str, after: str, *touched: str, on_disk: bool = True, package: str = "") -> Move:
+    def swap(self, before: str, after: str, *touched: str, on_disk: bool = True, package: str = "") -> ModuleSwap:
         name = f"rebound{next(NUMBERS)}"
         if package:
             (self.directory / package).mkdir(exist_ok=True)
@@ -45,9 +45,9 @@ class Site:
         if on_disk:
             patched.write_text(after, encoding="utf-8")
         importlib.import_module(name)
-        return Move(
-            Executable(name, path, path.read_text(encoding="utf-8"), on_disk=True),
-            Executable(name, patched, after, on_disk),
+        return ModuleSwap(
+            ModuleSource(name, path, path.read_text(encoding="utf-8"), on_disk=True),
+            ModuleSource(name, patched, after, on_disk),
             touched,
         )
 
@@ -61,9 +61,9 @@ def site(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def commit(*moves: Move) -> Journal:
-    journal = Journal()
-    prepare(moves).commit(journal)
+def commit(*swaps: ModuleSwap) -> UndoJournal:
+    journal = UndoJournal()
+    prepare_swaps(swaps).commit(journal)
     return journal
 
 
@@ -153,15 +153,15 @@ TOUCHED = ["plain", "hello", "static", "klass", "prop", "cached", "wrapped", "hi
 
 def changed(text: str) -> str:
     head, tail = text.split("class Base:")
-    return head + "# a line that moves all others\nimport json as _added\n\nclass Base:" + tail.replace("old", "new")
+    return head + "# a line that swaps all others\nimport json as _added\n\nclass Base:" + tail.replace("old", "new")
 
 
 def test_every_kind_of_function_is_reached_and_keeps_its_identity(site):
-    move = site.move(METHODS, changed(METHODS), *(f"A.{name}" for name in TOUCHED), "free", "chosen")
-    module = move.module
+    swap = site.swap(METHODS, changed(METHODS), *(f"A.{name}" for name in TOUCHED), "free", "chosen")
+    module = swap.module
     cls, instance, bound = module.A, module.A(), module.A().plain
     before = dict(vars(cls))
-    commit(move)
+    commit(swap)
     lines = {"__firstlineno__"}  # Python 3.13: where inspect.getsource finds the class
     assert {name: vars(cls)[name] for name in vars(cls).keys() - lines} == {
         name: before[name] for name in before.keys() - lines
@@ -180,11 +180,11 @@ def test_every_kind_of_function_is_reached_and_keeps_its_identity(site):
 
 
 def test_undo_is_exact(site):
-    move = site.move(METHODS, changed(METHODS), *(f"A.{name}" for name in TOUCHED), "free")
-    module = move.module
+    swap = site.swap(METHODS, changed(METHODS), *(f"A.{name}" for name in TOUCHED), "free")
+    module = swap.module
     before, members = dict(vars(module)), dict(vars(module.A))
     code = module.A.plain.__code__
-    commit(move).undo()
+    commit(swap).undo()
     assert vars(module) == before
     assert vars(module.A) == members
     assert module.A.plain.__code__ is code
@@ -193,26 +193,26 @@ def test_undo_is_exact(site):
 
 def test_there_and_back_by_exchange(site):
     touched = [f"A.{name}" for name in TOUCHED]
-    move = site.move(METHODS, changed(METHODS), *touched)
-    commit(move)
-    commit(Move(move.after, move.before, move.touched))
-    assert move.module.A().plain() == ("old", 1, 2)
-    assert not hasattr(move.module, "_added")
-    assert inspect.getsource(move.module.A.plain) in METHODS
+    swap = site.swap(METHODS, changed(METHODS), *touched)
+    commit(swap)
+    commit(ModuleSwap(swap.after, swap.before, swap.touched))
+    assert swap.module.A().plain() == ("old", 1, 2)
+    assert not hasattr(swap.module, "_added")
+    assert inspect.getsource(swap.module.A.plain) in METHODS
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_getsource_shows_the_new_text(site, on_disk):
-    move = site.move(METHODS, changed(METHODS), "A.plain", on_disk=on_disk)
-    commit(move)
-    assert '"new", x, y' in inspect.getsource(move.module.A.plain)
-    assert "new base" not in inspect.getsource(move.module.Base)
-    assert inspect.getsource(move.module.A).startswith(
+    swap = site.swap(METHODS, changed(METHODS), "A.plain", on_disk=on_disk)
+    commit(swap)
+    assert '"new", x, y' in inspect.getsource(swap.module.A.plain)
+    assert "new base" not in inspect.getsource(swap.module.Base)
+    assert inspect.getsource(swap.module.A).startswith(
         'class A(Base):\n    def plain(self, x=1, *, y=2):\n        return ("new"'
     )
-    assert '"old"' in inspect.getsource(move.module.A.untouched)
-    assert move.module.__spec__.loader is move.module.__loader__
-    assert move.module.__file__ == str(move.after.path)
+    assert '"old"' in inspect.getsource(swap.module.A.untouched)
+    assert swap.module.__spec__.loader is swap.module.__loader__
+    assert swap.module.__file__ == str(swap.after.path)
 
 
 CASES = {
@@ -230,8 +230,8 @@ CASES = {
 
 @pytest.mark.parametrize(("before", "after", "message"), CASES.values(), ids=CASES.keys())
 def test_what_cannot_take_the_code_is_refused_before_anything_changes(site, before, after, message):
-    good = site.move("def f(): return 'old'\n", "def f(): return 'new'\n", "f")
-    bad = site.move(before, after, "A.f" if "class" in before else "f")
+    good = site.swap("def f(): return 'old'\n", "def f(): return 'new'\n", "f")
+    bad = site.swap(before, after, "A.f" if "class" in before else "f")
     with pytest.raises(PatchError, match=message) as raised:
         commit(good, bad)
     assert bad.after.module in str(raised.value)
@@ -240,18 +240,18 @@ def test_what_cannot_take_the_code_is_refused_before_anything_changes(site, befo
 
 def test_replaced_function_and_class_are_refused(site):
     text = "class A:\n    def f(self):\n        return 1\n"
-    move = site.move(text, text.replace("1", "2"), "A.f")
-    original = move.module.A.f
-    move.module.A.f = lambda self: 3
+    swap = site.swap(text, text.replace("1", "2"), "A.f")
+    original = swap.module.A.f
+    swap.module.A.f = lambda self: 3
     with pytest.raises(PatchError, match=r"A\.f cannot be patched .*replaced"):
-        commit(move)
-    move.module.A.f = original
-    move.module.A = type("B", (move.module.A,), {})
+        commit(swap)
+    swap.module.A.f = original
+    swap.module.A = type("B", (swap.module.A,), {})
     with pytest.raises(PatchError, match=r"found .*\.B, which another library"):
-        commit(move)
-    del move.module.A
+        commit(swap)
+    del swap.module.A
     with pytest.raises(PatchError, match="found None"):
-        commit(move)
+        commit(swap)
 
 
 def test_a_commit_that_fails_midway_is_undone():
@@ -265,7 +265,7 @@ def test_a_commit_that_fails_midway_is_undone():
         kept = "old"
         gone = "old"
 
-    journal = Journal()
+    journal = UndoJournal()
     with pytest.raises(RuntimeError, match="no"):
         journal.make(
             [
@@ -315,11 +315,11 @@ NEW_CONFIG = (
 
 
 def test_config_gets_the_field_in_place(site):
-    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
-    cls = move.module.Config
+    swap = site.swap(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
+    cls = swap.module.Config
     built = cls(a=2)
-    commit(move)
-    assert move.module.Config is cls
+    commit(swap)
+    assert swap.module.Config is cls
     config = cls(a=3, b={"c": 1})
     assert (config.a, config.b, config.post) == (3, {"c": 1}, "new")
     assert [field.name for field in dataclasses.fields(cls)] == ["a", "b"]
@@ -333,20 +333,20 @@ def test_config_gets_the_field_in_place(site):
 
 
 def test_config_undo_is_exact(site):
-    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
-    cls = move.module.Config
+    swap = site.swap(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
+    cls = swap.module.Config
     before = dict(vars(cls))
-    commit(move).undo()
+    commit(swap).undo()
     assert dict(vars(cls)) == before
     with pytest.raises(TypeError):
         cls(b=1)
 
 
 def test_config_there_and_back(site):
-    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
-    commit(move)
-    commit(Move(move.after, move.before, move.touched))
-    cls = move.module.Config
+    swap = site.swap(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__")
+    commit(swap)
+    commit(ModuleSwap(swap.after, swap.before, swap.touched))
+    cls = swap.module.Config
     assert not hasattr(cls, "b")
     assert cls(a=1).post == "old"
     assert list(cls.__annotations__) == ["a", "KIND"]
@@ -391,13 +391,13 @@ class Quiet(Sub):
 
 
 def test_upstreams_own_config_subclasses_get_the_field_too(site, monkeypatch):
-    move = site.move(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__", package="trl")
-    text = SUBCLASSES.format(home=move.after.module)
-    subs = site.move(text, text, package="trl").module
-    mine = site.move(text, text).module
+    swap = site.swap(CONFIG, NEW_CONFIG, "Config.<fields>", "Config.__post_init__", package="trl")
+    text = SUBCLASSES.format(home=swap.after.module)
+    subs = site.swap(text, text, package="trl").module
+    mine = site.swap(text, text).module
     before = {cls: dict(vars(cls)) for cls in (subs.Plain, subs.Sub, subs.WithInit, subs.Quiet, mine.Sub)}
-    prepared = prepare([move])
-    journal = Journal()
+    prepared = prepare_swaps([swap])
+    journal = UndoJournal()
     prepared.commit(journal)
     sub = subs.Sub(a=1, b={"x": 1}, c=[1])
     assert (sub.a, sub.b, sub.c, sub.d, sub.post, sub.sub) == (1, {"x": 1}, [1], 0.5, "new", True)
@@ -449,16 +449,16 @@ class Untouched(A):
 
 
 def test_overrides_that_do_not_call_the_touched_method_are_listed(site):
-    move = site.move(METHODS, changed(METHODS), "A.plain", package="trl")
-    text = OVERRIDES.format(home=move.after.module)
-    mine = site.move(text, text).module
-    site.move(text, text, package="trl")
-    (listed,) = prepare([move]).unfixable
+    swap = site.swap(METHODS, changed(METHODS), "A.plain", package="trl")
+    text = OVERRIDES.format(home=swap.after.module)
+    mine = site.swap(text, text).module
+    site.swap(text, text, package="trl")
+    (listed,) = prepare_swaps([swap]).unfixable
     assert listed.startswith(f"{mine.__name__}.Replacing.plain replaces A.plain without calling it")
 
 
 def test_only_dataclasses_without_slots_can_gain_a_field(site):
     slots = CONFIG.replace("@dataclass", "@dataclass(slots=True)").replace("KIND", "# KIND")
-    move = site.move(slots, slots.replace("a: int", "z: int = 1\n    a: int"), "Config.<fields>")
+    swap = site.swap(slots, slots.replace("a: int", "z: int = 1\n    a: int"), "Config.<fields>")
     with pytest.raises(PatchError, match="without __slots__"):
-        commit(move)
+        commit(swap)

@@ -4,7 +4,9 @@ import importlib
 import importlib.machinery
 import inspect
 import json
+import re
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
@@ -16,7 +18,9 @@ import trlpatch.hooks
 from tests.helpers import SKIP
 from trlpatch import errors
 from trlpatch.hooks import settings
+from trlpatch.rewrite import rewriter
 from trlpatch.runtime import session
+from trlpatch.runtime.cache import Cache
 from trlpatch.runtime.loader import PatchedFinder
 
 
@@ -109,7 +113,7 @@ def test_wider_second_call_patches_the_rest(fake_trl, patch_grpo):
     wide = session.PatchFastRL(skip=SKIP)
     assert set(wide.files) == {"grpo", "grpo_config", "gold", "gold_config"}
     assert {entry.target for entry in wide.entries} == set(wide.files)
-    assert set(finders()[0].executables) >= {"trl.trainer.grpo_trainer", "trl.experimental.gold.gold_trainer"}
+    assert set(finders()[0].sources) >= {"trl.trainer.grpo_trainer", "trl.experimental.gold.gold_trainer"}
     assert patch_grpo() is wide
 
 
@@ -166,6 +170,62 @@ def test_targets_that_are_not_coupled_are_patched_all_the_same(fake_trl):
         report = session.PatchFastRL(on_drift="stock", skip=SKIP)
     assert report.cache == {"grpo": "miss", "grpo_config": "miss", "online_dpo": "off", "online_dpo_config": "off"}
     assert {entry.target for entry in report.applied} == {"grpo", "grpo_config"}
+
+
+@pytest.fixture
+def failing_check(monkeypatch):
+    """Every output check fails, and the working directory is one in which nothing may appear."""
+    monkeypatch.setattr(rewriter, "problems", lambda *_: ["the signature changed"])
+    here = Path(tempfile.mkdtemp())
+    monkeypatch.chdir(here)
+    yield
+    assert list(here.iterdir()) == []
+    here.rmdir()
+
+
+def rejected_file(text: str) -> Path:
+    return Path(re.search(r"^  rejected (.+grpo_trainer\.py)$", text, re.MULTILINE)[1])
+
+
+def test_a_failed_output_check_names_the_file_with_the_rejected_text(fake_trl, patch_grpo, failing_check):
+    with pytest.raises(errors.OutputCheckError) as raised:
+        patch_grpo()
+    text = str(raised.value)
+    file = fake_trl.root / "trainer/grpo_trainer.py"
+    assert "output check on grpo of TRL 0.25.0" in text
+    assert "check    the signature changed" in text
+    assert "skip=" not in text
+    rejected = rejected_file(text)
+    assert f"diff -u {file} {rejected}" in text
+    assert fake_trl.cache in rejected.parents
+    assert "_trlpatch.configure(self, model, args)" in rejected.read_text()
+    with pytest.raises(errors.OutputCheckError) as again:
+        patch_grpo()
+    assert rejected_file(str(again.value)) == rejected
+    assert session.status() is None
+    assert Cache().clear() == 2
+    assert not rejected.exists()
+
+
+def test_rejected_text_is_kept_elsewhere_if_the_cache_cannot_be_written(
+    fake_trl, patch_grpo, failing_check, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TRLPATCH_CACHE_DIR", str(fake_trl.write("../blocked", "").resolve()))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.warns(errors.LeftStock) as caught:
+        report = patch_grpo(on_drift="stock")
+    rejected = rejected_file(str(caught[0].message))
+    assert tmp_path in rejected.parents
+    assert "_trlpatch.configure" in rejected.read_text()
+    assert [(entry.patch, entry.status) for entry in report.entries] == [("output check", "failed")] * 2
+
+
+def test_rejected_text_is_never_kept_in_the_working_directory(fake_trl, patch_grpo, failing_check, monkeypatch):
+    monkeypatch.setenv("TRLPATCH_CACHE_DIR", str(fake_trl.write("../blocked", "").resolve()))
+    monkeypatch.setattr(tempfile, "tempdir", str(Path.cwd()))
+    with pytest.raises(errors.OutputCheckError) as raised:
+        patch_grpo()
+    assert "  rejected " not in str(raised.value)
 
 
 def test_broken_python_is_one_clear_failure(fake_trl, patch_grpo):
@@ -246,6 +306,28 @@ def test_report_reads_well_and_is_json(patch_grpo):
     assert plain["trl"] == "0.25.0"
     assert plain["cache"] == {"grpo": "miss", "grpo_config": "miss"}
     assert plain["milliseconds"] > 0
+
+
+def test_report_says_which_trainers_are_left_alone(fake_trl):
+    for name in ("nash_md", "xpo"):
+        fake_trl.write(f"trainer/{name}_trainer.py", "")
+    config = (fake_trl.root / "trainer/grpo_config.py").read_text(encoding="utf-8")
+    trainer = (fake_trl.root / "trainer/grpo_trainer.py").read_text(encoding="utf-8")
+    fake_trl.write("trainer/online_dpo_config.py", config.replace("GRPO", "OnlineDPO"))
+    fake_trl.write("trainer/online_dpo_trainer.py", trainer.replace("GRPO", "OnlineDPO"))
+    note = "NashMDTrainer and XPOTrainer are left alone: TRL rolls them out with transformers"
+    assert note not in str(session.PatchFastRL("grpo", skip=SKIP))
+    assert note in str(session.PatchFastRL("online_dpo", skip=SKIP))
+    assert note in str(session.PatchFastRL(skip=SKIP, on_drift="stock"))
+
+
+def test_a_failure_of_the_report_says_where_as_json(fake_trl, patch_grpo):
+    fake_trl.drift()
+    with pytest.warns(errors.LeftStock):
+        report = patch_grpo(on_drift="stock")
+    (entry,) = json.loads(json.dumps(report.to_dict()))["entries"]
+    assert entry["drift"]["file"] == str(fake_trl.root / "trainer/grpo_trainer.py")
+    assert (entry["drift"]["expected"], entry["drift"]["found"]) == (1, 0)
 
 
 def test_report_tells_when_another_hook_came_first(patch_grpo):

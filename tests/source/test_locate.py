@@ -8,7 +8,7 @@ import pytest
 
 from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnparsableVersion, UnsupportedTrl
 from trlpatch.source import locate
-from trlpatch.source.locate import components, find_trl, missing, sources
+from trlpatch.source.locate import find_trl, left_alone, missing, sources
 from trlpatch.source.targets import ALGORITHMS, TARGETS
 
 
@@ -88,13 +88,18 @@ def test_an_algorithm_that_this_release_lacks(tmp_path: Path):
         sources(install, "rloo")
 
 
-def test_what_shares_an_engine_is_one_transaction():
-    assert components(["grpo", "rloo", "vllm_generation", "online_dpo", "online_dpo_config", "rloo_config"]) == [
-        frozenset({"grpo", "rloo", "vllm_generation", "rloo_config"}),
-        frozenset({"online_dpo", "online_dpo_config"}),
-    ]
+@pytest.mark.parametrize(
+    ("trl", "folder"), [("0.25.1", "trainer"), ("0.26.0", "experimental/{}"), ("1.13.0", "experimental/{}")]
+)
+def test_nash_md_and_xpo_are_left_alone_where_the_release_has_them(tmp_path: Path, trl: str, folder: str):
+    files = [f"{folder.format(name)}/{name}_trainer.py" for name in ("nash_md", "xpo")]
+    install = find_trl(make_trl(tmp_path, trl, *files))
+    assert left_alone(install, TARGETS) == ["NashMDTrainer", "XPOTrainer"]
+    assert left_alone(install, {"grpo", "grpo_config"}) == []
+    (install.root / files[0]).unlink()
+    assert left_alone(install, TARGETS) == ["XPOTrainer"]
 
 
 def test_tables_name_only_targets_that_exist():
     assert {name for names in ALGORITHMS.values() for name in names} == set(TARGETS)
-    assert {name for target in TARGETS.values() for name in target.couples} <= set(TARGETS)
+    assert {name for target in TARGETS.values() for name in target.coupled_with} <= set(TARGETS)

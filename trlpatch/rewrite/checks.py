@@ -1,12 +1,14 @@
-"""What must hold of patched text before it may run. Each check returns findings; none raises or prints."""
+"""Output checks: what must hold of patched text before it may run. Each returns findings; none raises or prints."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 
+from trlpatch.outcomes import MODULE
 from trlpatch.rewrite.edits import HOOKS, MARKER
-from trlpatch.rewrite.regions import MODULE, Outline
+from trlpatch.rewrite.outline import Outline
+from trlpatch.source.syntax import blocks, imported_names, loaded_names, stored_names
 
 _IMPORT_LINES = frozenset({f"{MARKER}hooks\n", f"import trlpatch.hooks as {HOOKS}\n"})
 
@@ -68,7 +70,7 @@ def _inside(upstream: Outline, patched: Outline, touched: frozenset[str]) -> Ite
             continue
         if _signature(original.node) != _signature(function.node):
             yield f"{function.qualname}: the signature changed"
-        unknown = _loaded(function.node) - _loaded(original.node) - _bound(function.node) - {HOOKS}
+        unknown = loaded_names(function.node) - loaded_names(original.node) - _bound(function.node) - {HOOKS}
         if unknown:
             yield f"{function.qualname}: {', '.join(sorted(unknown))} is not bound there"
         lost = _comments(upstream, original.first, original.last) - _comments(patched, function.first, function.last)
@@ -87,18 +89,16 @@ def _simple(body: list[ast.stmt]) -> list[ast.stmt]:
     """Return the statements of `body` and of the blocks in it that hold no statements themselves."""
     found: list[ast.stmt] = []
     for statement in body:
-        blocks = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
-        blocks += [handler.body for handler in getattr(statement, "handlers", [])]
-        inner = [child for block in blocks for child in block]
+        inner = [child for block in blocks(statement) for child in block]
         found += _simple(inner) if inner else [statement]
     return found
 
 
 def _at_module_level(upstream: Outline, patched: Outline, replaced: list[tuple[ast.stmt, ast.stmt]]) -> Iterator[str]:
     for old, new in replaced:
-        if HOOKS not in _loaded(new):
+        if HOOKS not in loaded_names(new):
             yield f"{MODULE}: line {new.lineno} changed and calls no hook"
-        if unknown := _loaded(new) - _loaded(old) - {HOOKS}:
+        if unknown := loaded_names(new) - loaded_names(old) - {HOOKS}:
             yield f"{MODULE}: {', '.join(sorted(unknown))} is not used there upstream"
     lost = _bound_by_imports(upstream) - _bound_by_imports(patched) if replaced else set()
     targets = [target for _, new in replaced for target in getattr(new, "targets", [])]
@@ -108,21 +108,15 @@ def _at_module_level(upstream: Outline, patched: Outline, replaced: list[tuple[a
 
 
 def _bound_by_imports(file: Outline) -> set[str]:
-    imports = [node for node in _simple(file.module.body) if isinstance(node, ast.Import | ast.ImportFrom)]
-    return {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
+    return {name for node in _simple(file.module.body) for name in imported_names(node)}
 
 
 def _signature(node: ast.FunctionDef) -> str:
     return f"{ast.dump(node.args)}{[ast.dump(decorator) for decorator in node.decorator_list]}"
 
 
-def _loaded(node: ast.stmt) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-
-
 def _bound(node: ast.FunctionDef) -> set[str]:
-    stored = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return stored | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    return stored_names(node) | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 
 def _comments(file: Outline, first: int, last: int) -> set[str]:

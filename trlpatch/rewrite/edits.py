@@ -1,4 +1,4 @@
-"""The edits that patches share: calls rewritten with libcst, statements inserted by line.
+"""Edit helpers that patches share: libcst transformers of calls, and insertion of statements by line.
 
 Transformers are plain `CSTTransformer`s that test the updated node by type: matcher decorators cost four times a walk
 (LibCST #880) and test the original node, not the updated one (LibCST #888).
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import libcst as cst
 
-from trlpatch.rewrite.patch import Anchor
-from trlpatch.rewrite.regions import Function, Outline, Region
+from trlpatch.rewrite.anchor import Anchor
+from trlpatch.rewrite.outline import Function, Outline, Region
+from trlpatch.trl_names import ENGINE_ATTRIBUTES
 
 HOOKS = "_trlpatch"
 """Name under which patched modules import `trlpatch.hooks`."""
@@ -22,7 +22,9 @@ HOOKS = "_trlpatch"
 MARKER = "# trlpatch: "
 """Every edited or inserted statement has this comment above it, with the patch's name."""
 
-_ENGINE_NAMES = frozenset({"llm", "vllm_engine"})
+
+ENGINE = rf"\b({'|'.join(ENGINE_ATTRIBUTES)})\."
+"""Regular expression for what precedes a method that is called on an engine."""
 
 
 class PatchTransformer(cst.CSTTransformer):
@@ -84,15 +86,6 @@ def after(file: Outline, function: Function, statement: ast.stmt, anchor: Anchor
     return Insertion(anchor, function.qualname, line, file.indent(statement.lineno), statements)
 
 
-def blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
-    """Yield every list of statements inside `node`, outer ones first."""
-    for child in ast.walk(node):
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(child, name, None)
-            if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
-                yield block
-
-
 def hook(name: str, *arguments: cst.BaseExpression) -> cst.Call:
     """Return the expression `_trlpatch.<name>(<arguments>)`."""
     return cst.Call(
@@ -122,7 +115,7 @@ def engine_method(node: cst.Call, *methods: str) -> tuple[cst.BaseExpression, cs
     if not isinstance(method, cst.Attribute) or method.attr.value not in methods:
         return None
     engine = method.value
-    if not isinstance(engine, cst.Attribute) or engine.attr.value not in _ENGINE_NAMES:
+    if not isinstance(engine, cst.Attribute) or engine.attr.value not in ENGINE_ATTRIBUTES:
         return None
     return engine.value, engine
 

@@ -1,38 +1,16 @@
-"""What a patch is: frozen data that a patch file fills in, and the base class of its transformer."""
+"""Patch, variant and exemption: the frozen declarations that a patch file consists of."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from trlpatch.rewrite.anchor import Anchor
+from trlpatch.rewrite.edits import Insertion, PatchTransformer
+from trlpatch.rewrite.outline import Outline
 from trlpatch.source.releases import Release, ReleaseRange
-
-if TYPE_CHECKING:
-    from trlpatch.rewrite.edits import Insertion, PatchTransformer
-    from trlpatch.rewrite.regions import Outline
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A place in TRL's source that a patch must find.
-
-    Attributes:
-        name: what it is called in reports and manifests.
-        triggers: texts of which every statement holding this anchor contains one. Other statements are not parsed.
-            Empty for the anchors of an inserter.
-        at_module_level: it stands outside every class and function, where it may only be replaced by one statement.
-        looks_like: regular expression for lines to show when the anchor is not where it was expected.
-        sign: a strict one for the anchor itself in one line. A target declared free of the patch must have no such
-            line; empty where the anchor is harmless elsewhere.
-    """
-
-    name: str
-    looks_like: str
-    sign: str = ""
-    triggers: tuple[str, ...] = ()
-    at_module_level: bool = False
 
 
 class Inserter(Protocol):
@@ -51,7 +29,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Hole:
+class Exemption:
     """Releases in which a target needs no such patch, and why. Reported as skipped."""
 
     target: str
@@ -70,9 +48,9 @@ class Patch:
         transformer: rewrites the statements that hold an anchor.
         inserter: says where statements are to be put in.
         requires: patches without which this one would be wrong; leaving one out leaves this one out too.
-        repair: it makes releases work together that do not; a release that no variant names needs no repair.
+        after: patches of the same folder that are applied, and reported, before this one.
         variants: what is expected where, per release range.
-        holes: where it does not apply, with the reason.
+        exemptions: where it does not apply, with the reason.
     """
 
     name: str
@@ -81,9 +59,9 @@ class Patch:
     transformer: type[PatchTransformer] | None = None
     inserter: Inserter | None = None
     requires: tuple[str, ...] = ()
-    repair: bool = False
+    after: tuple[str, ...] = ()
     variants: tuple[Variant, ...] = field(default=())
-    holes: tuple[Hole, ...] = field(default=())
+    exemptions: tuple[Exemption, ...] = field(default=())
 
     @cached_property
     def targets(self) -> frozenset[str]:
@@ -94,9 +72,9 @@ class Patch:
         """Return the variant for `target` in `release`, if there is one."""
         return next((v for v in self.variants if v.target == target and release in v.trl), None)
 
-    def hole(self, target: str, release: Release) -> Hole | None:
-        """Return the declared hole that covers `target` in `release`, if there is one."""
-        return next((h for h in self.holes if h.target == target and release in h.trl), None)
+    def exemption(self, target: str, release: Release) -> Exemption | None:
+        """Return the exemption that covers `target` in `release`, if there is one."""
+        return next((e for e in self.exemptions if e.target == target and release in e.trl), None)
 
 
 def variants(table: Mapping[str, Mapping[str, Mapping[Anchor, int]]]) -> tuple[Variant, ...]:
@@ -108,8 +86,10 @@ def variants(table: Mapping[str, Mapping[str, Mapping[Anchor, int]]]) -> tuple[V
     )
 
 
-def holes(table: Mapping[str, Mapping[str, str]]) -> tuple[Hole, ...]:
-    """Build holes from `{target: {range: reason}}`."""
+def exemptions(table: Mapping[str, Mapping[str, str]]) -> tuple[Exemption, ...]:
+    """Build exemptions from `{target: {range: reason}}`."""
     return tuple(
-        Hole(target, ReleaseRange(trl), reason) for target, ranges in table.items() for trl, reason in ranges.items()
+        Exemption(target, ReleaseRange(trl), reason)
+        for target, ranges in table.items()
+        for trl, reason in ranges.items()
     )

@@ -1,4 +1,4 @@
-"""Which patches apply to a source file, in which variant, and which do not and why: a pure function."""
+"""Patch plan of a source file: which patches apply, in which variant, and which do not and why. A pure function."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def plan(target: Target, release: Release, skip: frozenset[str] = frozenset()) -
     absent: list[Skip] = []
     for patch in patches():
         variant = patch.variant(target.name, release)
-        hole = patch.hole(target.name, release)
-        if variant is None and hole is not None:
-            skips.append(Skip(patch, hole.reason, forbids=True))
+        exemption = patch.exemption(target.name, release)
+        if variant is None and exemption is not None:
+            skips.append(Skip(patch, exemption.reason, forbids=True))
         elif variant is None and target.kind != "support":
             absent.append(Skip(patch, "this target has no such code", forbids=True))
         elif variant is not None and patch.name in excluded:

@@ -1,69 +1,63 @@
-"""All patches, in the order they are applied."""
+"""Patch registry: discovers the patch modules and sorts them topologically into the order of application."""
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from graphlib import TopologicalSorter
+from importlib import import_module
+
 from trlpatch.errors import UnknownPatch
 from trlpatch.rewrite.patch import Patch
-from trlpatch.rewrite.patches import (
-    adapter_sync,
-    configure,
-    default_kwargs,
-    engine_reuse,
-    gold_length,
-    guided_decoding,
-    live_adapter,
-    package_checks,
-    plain_prompts,
-    prompt_limit,
-    rollout_func,
-    rollout_func_server,
-    sampling,
-    sampling_config,
-    seed_worker,
-    sleep,
-    tool_engine,
-    top_k,
-    trainer_parts,
-    use_cache,
-    vllm_tokenizer,
-    warnings_issued,
-    weight_sender,
-    without_requests,
-)
 
-PATCHES: tuple[Patch, ...] = (
-    configure.PATCH,
-    engine_reuse.PATCH,
-    adapter_sync.PATCH,
-    live_adapter.PATCH,
-    rollout_func.PATCH,
-    sleep.PATCH,
-    sampling.PATCH,
-    sampling_config.PATCH,
-    # Repairs, each for combinations of releases that do not work together.
-    package_checks.PATCH,
-    vllm_tokenizer.PATCH,
-    without_requests.PATCH,
-    weight_sender.PATCH,
-    guided_decoding.PATCH,
-    warnings_issued.PATCH,
-    use_cache.PATCH,
-    seed_worker.PATCH,
-    default_kwargs.PATCH,
-    plain_prompts.PATCH,
-    gold_length.PATCH,
-    trainer_parts.PATCH,
-    tool_engine.PATCH,
-    prompt_limit.PATCH,
-    top_k.PATCH,
-    rollout_func_server.PATCH,
-)
-"""Explicit and ordered. `live_adapter` comes before `sleep`, which inserts statements after rollout calls."""
+_FOLDERS = ("trlpatch.rewrite.patches.rollout", "trlpatch.rewrite.patches.repairs")
 
 
+@cache
 def patches() -> tuple[Patch, ...]:
-    """Return every patch in order of application."""
-    return PATCHES
+    """Return every patch in order of application: the rollout patches, then the repairs."""
+    return (*rollout_patches(), *repairs())
+
+
+@cache
+def rollout_patches() -> tuple[Patch, ...]:
+    """Return the patches whose hooks decide where and how rollouts run."""
+    return ordered(_discovered(_FOLDERS[0]))
+
+
+@cache
+def repairs() -> tuple[Patch, ...]:
+    """Return the patches for combinations of releases that do not work together otherwise.
+
+    A release that none of a repair's variants names needs no repair.
+    """
+    return ordered(_discovered(_FOLDERS[1]))
+
+
+def _discovered(folder: str) -> list[Patch]:
+    names = (module.name for module in pkgutil.iter_modules(import_module(folder).__path__, f"{folder}."))
+    return [import_module(name).PATCH for name in names]
+
+
+def ordered(found: Iterable[Patch]) -> tuple[Patch, ...]:
+    """Sort patches so that each comes behind all that its `after` names; what is free is sorted by name.
+
+    Raises:
+        ValueError: an `after` names no patch of `found`, or the patches wait for each other.
+    """
+    by_name = {patch.name: patch for patch in found}
+    for patch in by_name.values():
+        if unknown := sorted(set(patch.after) - by_name.keys()):
+            raise ValueError(f"patch {patch.name}: after={unknown!r} names no patch of its folder")
+    sorter = TopologicalSorter({patch.name: patch.after for patch in by_name.values()})
+    sorter.prepare()  # CycleError is a ValueError
+    result: list[Patch] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        result += (by_name[name] for name in ready)
+        sorter.done(*ready)
+    return tuple(result)
 
 
 def left_out(skip: frozenset[str]) -> dict[str, str]:
@@ -72,14 +66,14 @@ def left_out(skip: frozenset[str]) -> dict[str, str]:
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.
     """
-    known = {patch.name for patch in PATCHES}
+    known = {patch.name for patch in patches()}
     if unknown := sorted(skip - known):
         raise UnknownPatch(f"skip={unknown!r} names no patch. Known: {', '.join(sorted(known))}. See: trlpatch list")
     reasons = dict.fromkeys(skip, "left out by skip")
     grown = True
     while grown:
         grown = False
-        for patch in PATCHES:
+        for patch in patches():
             needed = next((name for name in patch.requires if name in reasons), None)
             if patch.name not in reasons and needed is not None:
                 reasons[patch.name] = f"needs {needed}, which is left out"

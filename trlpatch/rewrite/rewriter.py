@@ -1,56 +1,22 @@
-"""Apply a plan to a source file: outline it, edit the statements that hold anchors, insert, splice, check."""
+"""Rewriter: apply a plan to a source file. Outline, edit the statements that hold anchors, insert, splice, check."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+from trlpatch.outcomes import OUTPUT_CHECK, Drift, Outcome
+from trlpatch.rewrite.anchor import Anchor
 from trlpatch.rewrite.checks import problems
 from trlpatch.rewrite.edits import HOOKS, MARKER
-from trlpatch.rewrite.patch import Anchor
+from trlpatch.rewrite.outline import Function, Outline, Region, outline
 from trlpatch.rewrite.plan import Plan, Skip, Step, plan
-from trlpatch.rewrite.regions import Function, Outline, Region, outline
 from trlpatch.source.locate import SourceFile
 from trlpatch.source.releases import Release
 
-Status = Literal["applied", "skipped", "failed"]
-
 _IMPORT = f"{MARKER}hooks\nimport trlpatch.hooks as {HOOKS}\n\n"
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Where upstream's text is not what a patch expects.
-
-    Attributes:
-        line: line of `qualname` in the upstream file, counted from 1.
-        anchor: name of the anchor, or of the failed check.
-        lookalike: the nearest line that looks like the anchor, as `<line>: <text>`, or empty.
-    """
-
-    file: str
-    line: int
-    qualname: str
-    anchor: str
-    expected: int
-    found: int
-    lookalike: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one patch on one target."""
-
-    target: str
-    patch: str
-    status: Status
-    reason: str = ""
-    variant: str = ""
-    anchors: dict[str, int] = field(default_factory=dict)
-    drift: Drift | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +25,14 @@ class Rewritten:
 
     Attributes:
         touched: qualified names of the functions and field lists that differ from upstream.
+        rejected: the patched text, if it failed an output check; empty otherwise.
     """
 
     source: SourceFile
     text: str
     outcomes: tuple[Outcome, ...]
     touched: tuple[str, ...]
+    rejected: str = ""
 
     @property
     def sha256(self) -> str:
@@ -73,7 +41,7 @@ class Rewritten:
 
     @property
     def failed(self) -> tuple[Outcome, ...]:
-        """The outcomes that make this target, and those it couples to, stay stock."""
+        """The outcomes that make this target, and those it coupled_with to, stay stock."""
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
 
@@ -96,11 +64,12 @@ def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:
     outcomes += [_skipped(source, upstream, skip) for skip in steps.skips]
     absent = (_skipped(source, upstream, skip) for skip in steps.absent)
     outcomes += [outcome for outcome in absent if outcome.status == "failed"]
-    text = edits.splice()
-    if not any(outcome.status == "failed" for outcome in outcomes):
-        outcomes += [_failed_check(source, problem) for problem in _check(source, upstream, edits, text)]
     if any(outcome.status == "failed" for outcome in outcomes):
         return Rewritten(source, source.text, tuple(outcomes), ())
+    text = edits.splice()
+    if problems_found := _check(source, upstream, edits, text):
+        outcomes += [_failed_check(source, problem) for problem in problems_found]
+        return Rewritten(source, source.text, tuple(outcomes), (), rejected=text)
     return Rewritten(source, text, tuple(outcomes), edits.touched)
 
 
@@ -158,15 +127,15 @@ class _Edits:
             self._count(step, insertion.anchor, insertion.function, insertion.line)
 
     def _transform(self, steps: list[Step]) -> None:
-        inside = [(step, _triggers(step, at_module_level=False)) for step in steps]
+        inside = [(step, _prefilter(step, at_module_level=False)) for step in steps]
         for function in self.file.functions:
             self._search(function, inside)
-        self._search(self.file.module, [(step, _triggers(step, at_module_level=True)) for step in steps])
+        self._search(self.file.module, [(step, _prefilter(step, at_module_level=True)) for step in steps])
 
     def _search(self, function: Function, wanted: list[tuple[Step, frozenset[str]]]) -> None:
-        every = frozenset(trigger for _, triggers in wanted for trigger in triggers)
-        for region in self.file.regions(function, lambda text: any(trigger in text for trigger in every)):
-            self._edit(region, [step for step, triggers in wanted if any(t in region.text for t in triggers)])
+        every = frozenset(text for _, prefilter in wanted for text in prefilter)
+        for region in self.file.regions(function, lambda lines: any(text in lines for text in every)):
+            self._edit(region, [step for step, prefilter in wanted if any(t in region.text for t in prefilter)])
 
     def _edit(self, region: Region, steps: list[Step]) -> None:
         module = region.parse()
@@ -183,9 +152,9 @@ class _Edits:
             self._replaced[region] = "".join(markers) + region.unparse(module)
 
 
-def _triggers(step: Step, *, at_module_level: bool) -> frozenset[str]:
+def _prefilter(step: Step, *, at_module_level: bool) -> frozenset[str]:
     anchors = {anchor for variant in step.patch.variants for anchor in variant.anchors}
-    return frozenset(t for anchor in anchors if anchor.at_module_level == at_module_level for t in anchor.triggers)
+    return frozenset(t for anchor in anchors if anchor.at_module_level == at_module_level for t in anchor.prefilter)
 
 
 def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Outcome:
@@ -203,8 +172,8 @@ def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Ou
 
 def _skipped(source: SourceFile, file: Outline, skip: Skip) -> Outcome:
     target, patch = source.target.name, skip.patch.name
-    for anchor in {a for variant in skip.patch.variants for a in variant.anchors if a.sign and skip.forbids}:
-        line = _first_line(file, anchor.sign)
+    for anchor in {a for variant in skip.patch.variants for a in variant.anchors if a.strict and skip.forbids}:
+        line = _first_line(file, anchor.strict)
         if line:
             reason = f"{anchor.name}: expected 0, because {skip.reason}, found one"
             return Outcome(target, patch, "failed", reason, drift=_drift(source, file, anchor, 0, 1, line))
@@ -221,7 +190,7 @@ def _first_line(file: Outline, pattern: str) -> int:
 
 
 def _drift(source: SourceFile, file: Outline, anchor: Anchor, expected: int, found: int, line: int) -> Drift:
-    alike = _lines_like(file, anchor.looks_like)
+    alike = _lines_like(file, anchor.hint)
     nearest = min(alike, key=lambda candidate: abs(candidate - line), default=0) if line else next(iter(alike), 0)
     around = line or nearest
     function = next((f for f in file.functions if f.first <= around <= f.last), None)
@@ -249,5 +218,5 @@ def _check(source: SourceFile, upstream: Outline, edits: _Edits, text: str) -> l
 
 
 def _failed_check(source: SourceFile, problem: str) -> Outcome:
-    drift = Drift(str(source.path), 1, ", ".join(source.target.classes), "output check", 0, 1, "")
-    return Outcome(source.target.name, "output check", "failed", problem, drift=drift)
+    drift = Drift(str(source.path), 1, ", ".join(source.target.classes), OUTPUT_CHECK, 0, 1, "")
+    return Outcome(source.target.name, OUTPUT_CHECK, "failed", problem, drift=drift)

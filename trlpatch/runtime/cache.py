@@ -1,4 +1,4 @@
-"""Patched files on disk, addressed by everything that decides their text.
+"""Cache of patched files on disk, addressed by everything that decides their text.
 
 Invariants:
 - The same key means the same bytes, so processes that race need no lock: the last rename wins with equal content.
@@ -24,6 +24,9 @@ FORMAT = "v1"
 """Name of the layout below the root. Change it when an older trlpatch could not read an entry, or the reverse."""
 
 MANIFEST = "manifest.json"
+
+REJECTED = "rejected"
+"""Name of the folder below the root for text that failed an output check. It is read by people and never run."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -97,14 +100,21 @@ def entry_key(*, target: str, release: Iterable[int], upstream_sha256: str, skip
 def rules_digest() -> str:
     """Return a digest of all that turns upstream text into patched text, computed without importing any of it.
 
-    Covers the sources of `trlpatch.rewrite` and `trlpatch.source`, the version of trlpatch and that of libcst.
+    Covers all that `trlpatch.rewrite` is made of and imports, the version of trlpatch and that of libcst.
     """
     digest = hashlib.sha256(f"{_version('trlpatch')}\0{_version('libcst')}".encode())
-    for room in ("rewrite", "source"):
-        for file in sorted((_PACKAGE / room).rglob("*.py")):
-            digest.update(f"\0{file.relative_to(_PACKAGE).as_posix()}\0".encode())
-            digest.update(file.read_bytes())
+    for file in _rules():
+        digest.update(f"\0{file.relative_to(_PACKAGE).as_posix()}\0".encode())
+        digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _rules() -> Iterator[Path]:
+    """Yield the sources that decide patched text; trlpatch.errors, the only other one imported, decides messages."""
+    for module in ("outcomes.py", "trl_names.py"):
+        yield _PACKAGE / module
+    for room in ("rewrite", "source"):
+        yield from sorted((_PACKAGE / room).rglob("*.py"))
 
 
 def _version(distribution: str) -> str:
@@ -156,10 +166,7 @@ class Cache:
             OSError: the directory is read-only, full or not safe to run code from; nothing half written is left.
         """
         directory = self.entry(key)
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for place in (self.root, directory.parent, directory):
-            place.mkdir(exist_ok=True, mode=0o700)
-            _refuse_unsafe(place)
+        self._make(directory)
         content = text.encode()
         described = {
             **manifest,
@@ -170,6 +177,26 @@ class Cache:
         publish(directory / basename, content)
         publish(directory / MANIFEST, json.dumps(described, indent=1, sort_keys=True).encode())
         return directory / basename
+
+    def keep_rejected(self, key: str, basename: str, text: str) -> Path | None:
+        """Keep text that failed an output check, for reading, and return its path.
+
+        Below the cache directory, else in a temporary one; None where neither can be written.
+        """
+        directory = self.root / REJECTED / key
+        try:
+            self._make(directory)
+            publish(directory / basename, text.encode())
+        except OSError:
+            debug("cannot write %s", directory, exc_info=True)
+            return _temporary(basename, text)
+        return directory / basename
+
+    def _make(self, directory: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for place in (self.root, directory.parent, directory):
+            place.mkdir(exist_ok=True, mode=0o700)
+            _refuse_unsafe(place)
 
     def clear(self) -> int:
         """Delete every entry and return how many there were. Touches nothing that is not an entry."""
@@ -186,7 +213,7 @@ class Cache:
         return sum(file.lstat().st_size for file in files if not file.is_dir())
 
     def _entries(self) -> Iterator[Path]:
-        versions = [place for place in (self.root / FORMAT,) if place.is_dir()]
+        versions = [place for place in (self.root / FORMAT, self.root / REJECTED) if place.is_dir()]
         for child in (child for place in versions for child in sorted(place.iterdir())):
             if _KEY.fullmatch(child.name) and child.is_dir() and not child.is_symlink():
                 yield child
@@ -208,6 +235,21 @@ def publish(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _temporary(basename: str, text: str) -> Path | None:
+    import tempfile
+
+    try:
+        # The last choice of tempfile, where no temporary directory can be written, is the working directory.
+        if Path(tempfile.gettempdir()) == Path.cwd():
+            return None
+        path = Path(tempfile.mkdtemp(prefix="trlpatch-rejected-")) / basename
+        publish(path, text.encode())
+    except OSError:
+        debug("cannot write a temporary file", exc_info=True)
+        return None
+    return path
 
 
 def _refuse_unsafe(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Give a live dataclass the members that `@dataclass` generates for other text, keeping the class object.
+"""Dataclass swap: give a live config the members that `@dataclass` generates for other text, keeping the class.
 
 A config class that was imported before patching is already the base of other configs, the type of live instances and
 the value of names in user modules, so it cannot be replaced by a new class. What `@dataclass` generated for it can be.
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
-from trlpatch.runtime.assign import ABSENT, Assignment
-from trlpatch.runtime.live import is_upstream, subclasses
+from trlpatch.runtime.live_objects import is_upstream, subclasses
+from trlpatch.runtime.undo_journal import ABSENT, Assignment
 
 _GENERATED = ("__init__", "__repr__", "__eq__", "__lt__", "__le__", "__gt__", "__ge__", "__match_args__")
 _FIELDS = "__dataclass_fields__"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Executable:
+class ModuleSource:
     """The text that runs as one module.
 
     Attributes:
@@ -48,20 +48,20 @@ class Executable:
 class PatchedLoader(SourceFileLoader):
     """Runs verified text from memory and uses the file beside it only for byte code."""
 
-    def __init__(self, executable: Executable) -> None:
-        super().__init__(executable.module, str(executable.path))
-        self.executable = executable
+    def __init__(self, source: ModuleSource) -> None:
+        super().__init__(source.module, str(source.path))
+        self.source = source
 
     def get_data(self, path: str) -> bytes:
         """Return the verified text for the file itself, bytes from disk for byte code."""
         # The file may be gone by now (`trlpatch cache clear` in another process); the text was verified when read.
         if path == self.path:
-            return self.executable.text.encode()
+            return self.source.text.encode()
         return super().get_data(path)
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Return the module's code, compiled anew if the byte code beside the file cannot be read."""
-        if self.executable.on_disk:
+        if self.source.on_disk:
             try:
                 return super().get_code(fullname)
             except (EOFError, ValueError, TypeError, ImportError):
@@ -70,7 +70,7 @@ class PatchedLoader(SourceFileLoader):
 
     def set_data(self, path: str, data: ReadableBuffer, *, _mode: int = 0o600) -> None:
         """Write byte code beside the file, if there is one."""
-        if self.executable.on_disk:
+        if self.source.on_disk:
             super().set_data(path, data, _mode=_mode)
 
     def get_resource_reader(self, name: str | None = None) -> FileReader:
@@ -78,13 +78,13 @@ class PatchedLoader(SourceFileLoader):
 
         TRL 0.26 reads the template of its model cards with `importlib.resources.files("trl")`, at every checkpoint.
         """
-        package = self.executable.package
-        beside = self if package is None else SourceFileLoader(self.executable.module, str(package))
+        package = self.source.package
+        beside = self if package is None else SourceFileLoader(self.source.module, str(package))
         return FileReader(beside)
 
     def exec_module(self, module: ModuleType) -> None:
         """Run the text as `module`."""
-        show_source(self.executable)
+        show_source(self.source)
         super().exec_module(module)
 
 
@@ -92,43 +92,43 @@ class PatchedFinder(MetaPathFinder):
     """Finds the modules of one session. Replaces its table instead of changing it: other threads may be importing."""
 
     def __init__(self) -> None:
-        self._executables: Mapping[str, Executable] = {}
+        self._sources: Mapping[str, ModuleSource] = {}
 
     @property
-    def executables(self) -> Mapping[str, Executable]:
+    def sources(self) -> Mapping[str, ModuleSource]:
         """The claimed modules by name."""
-        return self._executables
+        return self._sources
 
-    def claim(self, executables: Mapping[str, Executable]) -> None:
+    def claim(self, sources: Mapping[str, ModuleSource]) -> None:
         """Claim these modules too, and be the first finder that is asked."""
-        self._executables = {**self._executables, **executables}
+        self._sources = {**self._sources, **sources}
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
-    def restore(self, executables: Mapping[str, Executable]) -> None:
+    def restore(self, sources: Mapping[str, ModuleSource]) -> None:
         """Claim exactly these modules; without any, leave `sys.meta_path`."""
-        self._executables = dict(executables)
-        if not executables and self in sys.meta_path:
+        self._sources = dict(sources)
+        if not sources and self in sys.meta_path:
             sys.meta_path.remove(self)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec of a claimed module, None for every other."""
-        executable = self._executables.get(fullname)
-        return None if executable is None else spec_of(executable)
+        source = self._sources.get(fullname)
+        return None if source is None else spec_of(source)
 
 
-def spec_of(executable: Executable) -> ModuleSpec:
-    """Return the import spec that runs `executable`."""
-    if executable.package is not None:
-        own = ModuleSpec(executable.module, PatchedLoader(executable), origin=str(executable.package), is_package=True)
-        own.submodule_search_locations = [str(executable.package.parent)]
+def spec_of(source: ModuleSource) -> ModuleSpec:
+    """Return the import spec that runs `source`."""
+    if source.package is not None:
+        own = ModuleSpec(source.module, PatchedLoader(source), origin=str(source.package), is_package=True)
+        own.submodule_search_locations = [str(source.package.parent)]
         own.has_location = True
         return own
-    spec = importlib.util.spec_from_file_location(executable.module, executable.path, loader=PatchedLoader(executable))
+    spec = importlib.util.spec_from_file_location(source.module, source.path, loader=PatchedLoader(source))
     if spec is None:  # pragma: no cover - only without a loader
-        raise ImportError(f"no import spec for {executable.path}", name=executable.module)
+        raise ImportError(f"no import spec for {source.path}", name=source.module)
     return spec
 
 
@@ -138,12 +138,12 @@ def running_file(module: ModuleType) -> str | None:
     return loader.path if isinstance(loader, PatchedLoader) else getattr(module, "__file__", None)
 
 
-def show_source(executable: Executable) -> None:
-    """Make tracebacks show the text of an executable that is not on disk."""
-    if not executable.on_disk:
+def show_source(source: ModuleSource) -> None:
+    """Make tracebacks show the text of an source that is not on disk."""
+    if not source.on_disk:
         # A modification time of None tells linecache.checkcache to keep the entry.
-        lines = list(io.StringIO(executable.text))
-        linecache.cache[str(executable.path)] = (len(executable.text), None, lines, str(executable.path))
+        lines = list(io.StringIO(source.text))
+        linecache.cache[str(source.path)] = (len(source.text), None, lines, str(source.path))
 
 
 def finish_import(name: str) -> bool:

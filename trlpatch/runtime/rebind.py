@@ -1,4 +1,4 @@
-"""Turn a module that is already imported into what another text of it says, in place.
+"""In-place module swap: turn a module that is already imported into what another text of it says.
 
 Classes and functions keep their identity: every holder of `GRPOTrainer`, every subclass and every bound method sees
 the new code, because `__code__` of the same function objects is exchanged. Works in both directions, so the same code
@@ -17,8 +17,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from trlpatch.errors import PatchError
-from trlpatch.runtime.assign import ABSENT, Assignment, Journal
-from trlpatch.runtime.collect import MODULE
+from trlpatch.outcomes import FIELDS, MODULE
 from trlpatch.runtime.configs import (
     field_assignments,
     inheriting_assignments,
@@ -26,18 +25,17 @@ from trlpatch.runtime.configs import (
     new_fields,
     out_of_reach,
 )
-from trlpatch.runtime.live import functions, overriding
-from trlpatch.runtime.loader import Executable, show_source, spec_of
-
-FIELDS = ".<fields>"
-"""Suffix by which a list of touched names tells a class's field list from a function."""
+from trlpatch.runtime.live_objects import functions, overriding
+from trlpatch.runtime.loader import ModuleSource, show_source, spec_of
+from trlpatch.runtime.undo_journal import ABSENT, Assignment, UndoJournal
+from trlpatch.source.syntax import imported_names, loaded_names, stored_names
 
 _SHAPE_FLAGS = 0x20 | 0x80 | 0x100 | 0x200 | 0x04 | 0x08
 """Generator, coroutine, iterable coroutine, asynchronous generator, *args, **kwargs (`inspect.CO_*`)."""
 
 
 @dataclass(frozen=True)
-class Move:
+class ModuleSwap:
     """A module to take from one text to another.
 
     Attributes:
@@ -48,8 +46,8 @@ class Move:
         back: `after` is TRL's own text. Only messages depend on it.
     """
 
-    before: Executable
-    after: Executable
+    before: ModuleSource
+    after: ModuleSource
     touched: tuple[str, ...]
     spec: Any = None
     back: bool = False
@@ -71,22 +69,22 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that a commit will assign, and what the moves cannot reach."""
+class PreparedSwaps:
+    """Everything that a commit will assign, and what the swaps cannot reach."""
 
-    moves: tuple[Move, ...]
+    swaps: tuple[ModuleSwap, ...]
     assignments: tuple[Assignment, ...]
     unfixable: tuple[str, ...]
 
-    def commit(self, journal: Journal) -> None:
+    def commit(self, journal: UndoJournal) -> None:
         """Assign it all, or nothing if something raises."""
         journal.make(self.assignments)
-        for move in self.moves:
-            show_source(move.after)
+        for swap in self.swaps:
+            show_source(swap.after)
 
 
-def prepare(moves: Sequence[Move]) -> Prepared:
-    """Work out the assignments for all `moves` without changing a live object.
+def prepare_swaps(swaps: Sequence[ModuleSwap]) -> PreparedSwaps:
+    """Work out the assignments for all `swaps` without changing a live object.
 
     Raises:
         PatchError: a live class or function is not the one that `before` describes, or cannot take the new code.
@@ -94,8 +92,8 @@ def prepare(moves: Sequence[Move]) -> Prepared:
     assignments: list[Assignment] = []
     unfixable: list[str] = []
     scratches: dict[type, type] = {}
-    for move in moves:
-        one = _ModuleMove(move)
+    for swap in swaps:
+        one = _Swap(swap)
         assignments += one.function_assignments()
         scratches |= one.scratch_classes()
         assignments += one.module_assignments()
@@ -104,7 +102,7 @@ def prepare(moves: Sequence[Move]) -> Prepared:
         unfixable += out_of_reach(live, new_fields(live, scratch)) if new_fields(live, scratch) else []
         assignments += field_assignments(live, scratch)
     assignments += inheriting_assignments(scratches)
-    return Prepared(tuple(moves), tuple(assignments), tuple(unfixable))
+    return PreparedSwaps(tuple(swaps), tuple(assignments), tuple(unfixable))
 
 
 def touched_classes(module: ModuleType, touched: Iterable[str]) -> Iterator[tuple[type, tuple[str, ...]]]:
@@ -119,14 +117,14 @@ def touched_classes(module: ModuleType, touched: Iterable[str]) -> Iterator[tupl
             yield cls, tuple(names)
 
 
-class _ModuleMove:
-    def __init__(self, move: Move) -> None:
-        self.move = move
-        self.module = move.module
-        self.old = _Codes(move.before)
-        self.new = _Codes(move.after)
-        self.functions = [name for name in move.touched if not name.endswith(FIELDS) and name != MODULE]
-        self.configs = [name.removesuffix(FIELDS) for name in move.touched if name.endswith(FIELDS)]
+class _Swap:
+    def __init__(self, swap: ModuleSwap) -> None:
+        self.swap = swap
+        self.module = swap.module
+        self.old = _Codes(swap.before)
+        self.new = _Codes(swap.after)
+        self.functions = [name for name in swap.touched if not name.endswith(FIELDS) and name != MODULE]
+        self.configs = [name.removesuffix(FIELDS) for name in swap.touched if name.endswith(FIELDS)]
 
     def function_assignments(self) -> Iterator[Assignment]:
         for qualname in self.functions:
@@ -140,7 +138,7 @@ class _ModuleMove:
 
     def module_assignments(self) -> Iterator[Assignment]:
         yield from self._bindings()
-        spec = self.move.spec or spec_of(self.move.after)
+        spec = self.swap.spec or spec_of(self.swap.after)
         yield Assignment(self.module, "__spec__", spec)
         yield Assignment(self.module, "__loader__", spec.loader)
         yield Assignment(self.module, "__file__", spec.origin)
@@ -162,12 +160,12 @@ class _ModuleMove:
         gone = {name for text in old.keys() - new.keys() for name in _bound(old[text])}
         changed: set[str] = set()
         for text, statement in new.items():
-            if text in old and not changed & _used(statement):
+            if text in old and not changed & loaded_names(statement):
                 continue
             try:
-                exec(compile(statement, str(self.move.after.path), "exec"), namespace)
+                exec(compile(statement, str(self.swap.after.path), "exec"), namespace)
             except ImportError:
-                if not self.move.back:
+                if not self.swap.back:
                     raise
                 gone -= _bound(statement)  # what a repair put there stays: TRL's own statement cannot run here
                 continue
@@ -182,20 +180,20 @@ class _ModuleMove:
         namespace: dict[str, Any] = {
             name: vars(self.module)[name] for name in ("__name__", "__package__", "__spec__", "__loader__", "__doc__")
         }
-        namespace["__file__"] = str(self.move.after.path)
+        namespace["__file__"] = str(self.swap.after.path)
         exec(self.new.code, namespace)
         result = {}
         for name in self.configs:
             live = self._class(name)
             if not is_exchangeable(live):
-                raise self.move.refusal(name, "expected a dataclass without __slots__")
+                raise self.swap.refusal(name, "expected a dataclass without __slots__")
             result[live] = namespace[name]
         return result
 
     def overrides(self) -> list[str]:
         return [
             line
-            for cls, methods in touched_classes(self.module, self.move.touched)
+            for cls, methods in touched_classes(self.module, self.swap.touched)
             for line in overriding(cls, methods)
         ]
 
@@ -204,7 +202,7 @@ class _ModuleMove:
         holder = vars(self._class(owner)) if owner else vars(self.module)
         if name not in holder:
             return
-        files = {str(self.move.before.path), getattr(self.module, "__file__", None)}
+        files = {str(self.swap.before.path), getattr(self.module, "__file__", None)}
         for function in functions(holder[name]):
             code = function.__code__
             if code.co_qualname == qualname and code.co_filename in files:
@@ -213,13 +211,13 @@ class _ModuleMove:
     def _class(self, name: str) -> type:
         found = vars(self.module).get(name)
         if not isinstance(found, type):
-            raise self.move.refusal(
+            raise self.swap.refusal(
                 name,
                 f"expected TRL's class, found {found!r}; the import of this module is unfinished, or something "
                 "replaced the class",
             )
         if (found.__module__, found.__qualname__) != (self.module.__name__, name):
-            raise self.move.refusal(
+            raise self.swap.refusal(
                 name,
                 f"expected TRL's own class, found {found.__module__}.{found.__qualname__}, which another library put "
                 "in its place",
@@ -233,19 +231,19 @@ class _ModuleMove:
         # The same name several times (a property's getter and setter, definitions under if and else): by position.
         lines = [code.co_firstlineno for code in old]
         if len(old) != len(new) or function.__code__.co_firstlineno not in lines:
-            raise self.move.refusal(
+            raise self.swap.refusal(
                 qualname,
-                f"expected one definition, found {len(old)} in {self.move.before.path} and {len(new)} in "
-                f"{self.move.after.path}",
+                f"expected one definition, found {len(old)} in {self.swap.before.path} and {len(new)} in "
+                f"{self.swap.after.path}",
             )
         return new[lines.index(function.__code__.co_firstlineno)]
 
     def _missing(self, qualname: str) -> PatchError:
         owner, _, name = qualname.rpartition(".")
         holder = vars(self._class(owner)) if owner else vars(self.module)
-        return self.move.refusal(
+        return self.swap.refusal(
             qualname,
-            f"expected the function of {self.move.before.path}, found {holder.get(name)!r}; something replaced it, or "
+            f"expected the function of {self.swap.before.path}, found {holder.get(name)!r}; something replaced it, or "
             "that file changed since it was imported",
         )
 
@@ -253,13 +251,13 @@ class _ModuleMove:
         for fact, expected in _shape(old).items():
             found = _shape(new)[fact]
             if found != expected:
-                raise self.move.refusal(qualname, f"expected {fact} {expected!r}, the new text has {found!r}")
+                raise self.swap.refusal(qualname, f"expected {fact} {expected!r}, the new text has {found!r}")
 
 
 class _Codes:
     """The code objects of a text by qualified name, in source order; function bodies are not searched."""
 
-    def __init__(self, executable: Executable) -> None:
+    def __init__(self, executable: ModuleSource) -> None:
         self.text = executable.text
         self.code = compile(executable.text, str(executable.path), "exec", dont_inherit=True)
         self.functions: dict[str, list[CodeType]] = {}
@@ -284,15 +282,7 @@ class _Codes:
 
 
 def _bound(tree: ast.Module) -> set[str]:
-    statement = tree.body[0]
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
-    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-
-
-def _used(tree: ast.Module) -> set[str]:
-    statement = tree.body[0]
-    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    return imported_names(tree.body[0]) | stored_names(tree)
 
 
 def _shape(code: CodeType) -> dict[str, Any]:

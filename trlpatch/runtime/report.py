@@ -1,36 +1,18 @@
-"""What one `PatchFastRL` call did, for people and for machines."""
+"""Patch report: what `PatchFastRL` did in this process, for people and for machines."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal
 
+from trlpatch.outcomes import Outcome
 from trlpatch.runtime.loader import running_file
 
-Status = Literal["applied", "skipped", "failed"]
 CacheState = Literal["hit", "miss", "memory", "off"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What became of one patch on one target.
-
-    Attributes:
-        reason: why it was skipped or failed; empty when applied.
-        variant: the range of TRL releases whose shape matched; empty when none was tried.
-        anchors: how often each anchor was found.
-    """
-
-    target: str
-    patch: str
-    status: Status
-    reason: str = ""
-    variant: str = ""
-    anchors: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class PatchReport:
     """
 
     trl: str = ""
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[Outcome, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
     cache: Mapping[str, CacheState] = field(default_factory=dict)
@@ -62,7 +44,7 @@ class PatchReport:
     notes: tuple[str, ...] = ()
 
     @property
-    def applied(self) -> tuple[Entry, ...]:
+    def applied(self) -> tuple[Outcome, ...]:
         """The entries whose patch runs."""
         return tuple(entry for entry in self.entries if entry.status == "applied")
 
@@ -88,10 +70,23 @@ class PatchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
-        plain = asdict(self)
-        plain["bypassed"] = self.bypassed
-        plain["engines"] = self.engines
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+        plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines}
+        plain["entries"] = [entry.to_dict() for entry in self.entries]
+        return {name: _plain(value) for name, value in plain.items()}
+
+    def extended_by(self, now: PatchReport) -> PatchReport:
+        """Return the report of this call and the next one, which patched more targets or tried some again."""
+        return replace(
+            now,
+            entries=(*(entry for entry in self.entries if entry.target not in now.files), *now.entries),
+            files={**self.files, **now.files},
+            modules={**self.modules, **now.modules},
+            cache={**self.cache, **now.cache},
+            milliseconds=self.milliseconds + now.milliseconds,
+            rebound=(*self.rebound, *now.rebound),
+            unfixable=(*self.unfixable, *now.unfixable),
+            notes=tuple(dict.fromkeys((*self.notes, *now.notes))),
+        )
 
     def __str__(self) -> str:
         """Return the report as an aligned table."""
@@ -125,6 +120,12 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _listed(title: str, items: Iterable[str]) -> list[str]:
     found = list(items)
     return ["", f"{title}:", *(f"  {item}" for item in found)] if found else []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _same(found: str | None, expected: str) -> bool:

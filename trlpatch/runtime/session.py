@@ -1,4 +1,4 @@
-"""Apply, revert, status: the only module that wires finding, rewriting, caching, loading and in-place patching."""
+"""Patch session: apply, revert and status; the only module that wires finding, rewriting, caching and loading."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from trlpatch.errors import (
     UntestedRelease,
 )
 from trlpatch.options import Adapter, Colocate, OnDrift, Options, Sleep, activate
-from trlpatch.runtime import collect as collecting
-from trlpatch.runtime.collect import Collected, Patched
+from trlpatch.runtime.failures import describe, failure_error
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
-from trlpatch.runtime.report import PatchReport
-from trlpatch.source.locate import TrlInstall, find_trl, missing, sources, target_names
+from trlpatch.runtime.prepare import PatchedTarget, PreparedTargets, prepare_targets
+from trlpatch.runtime.report import CacheState, PatchReport
+from trlpatch.source.coupling import stock_targets
+from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, left_alone, missing, sources, target_names
 from trlpatch.source.releases import NEWEST_TESTED, format_release
+from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
-    from trlpatch.runtime.assign import Journal
+    from trlpatch.runtime.undo_journal import UndoJournal
 
 Warned = tuple[type[Warning], str]
 
@@ -49,9 +51,9 @@ class _Session:
     stock: frozenset[str] = frozenset()
     """Targets that `on_drift="stock"` left alone."""
     finder: PatchedFinder = field(default_factory=PatchedFinder)
-    journals: list[Journal] = field(default_factory=list)
+    journals: list[UndoJournal] = field(default_factory=list)
     """What was exchanged in modules that were imported before patching, oldest first."""
-    patched: dict[str, Patched] = field(default_factory=dict)
+    patched: dict[str, PatchedTarget] = field(default_factory=dict)
     """By module name."""
     warned: set[type[Warning]] = field(default_factory=set)
 
@@ -175,54 +177,88 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
 
 
 def _extend(session: _Session, options: Options, new: frozenset[str], pending: list[Warned]) -> None:
+    """Patch the targets `new` too. Nothing of the session changes if this raises."""
     start = time.perf_counter()
+    batch = _prepared(options, new)
+    rebound, unfixable = _put_in_place(session, batch.patched)
+    session.covered |= new
+    session.stock = (session.stock - new) | batch.stock
+    session.patched |= {one.source.module: one for one in batch.patched}
+    warned: list[Warned] = []
+    notes = _notes(batch, warned)
+    _warn_early(rebound, unfixable, warned)
+    milliseconds = (time.perf_counter() - start) * 1000
+    _dump(batch, warned)
+    pending += [warning for warning in warned if warning[0] not in session.warned]
+    session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
+    report = dataclasses.replace(
+        _report(batch), milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes
+    )
+    session.report = session.report.extended_by(report)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The targets of one call.
+
+    Attributes:
+        found: their sources.
+        patched: those that shall run patched.
+        stock: names of those that stay stock, because they or what they are coupled with failed.
+        left_alone: trainers of this release that no patch may reach.
+    """
+
+    install: TrlInstall
+    found: Sequence[SourceFile]
+    prepared: PreparedTargets
+    patched: Sequence[PatchedTarget]
+    stock: frozenset[str]
+    left_alone: Sequence[str]
+
+
+def _prepared(options: Options, new: frozenset[str]) -> _Batch:
+    """Find the targets `new` and get their patched text.
+
+    Raises:
+        AnchorDrift, OutputCheckError, PatchError: patches do not fit, and `on_drift` is "raise".
+    """
     install = find_trl()
     found = [source for source in sources(install, options.algorithm) if source.target.name in new]
     absent = [(target, path) for target, path in missing(install, options.algorithm) if target.name in new]
-    collected = collecting.collect(install, found, absent, options.skip)
-    if collected.failures and options.on_drift == "raise":
-        raise collecting.drift_error(install, collected.failures)
-    stock = collecting.stock_targets(collected.failures, found) if collected.failures else frozenset()
-    patched = [one for one in collected.patched if one.source.target.name not in stock]
-    early, unfixable = _put_in_place(session, patched)
-    session.covered |= new
-    session.stock = (session.stock - new) | stock
-    session.patched |= {one.source.module: one for one in patched}
-    warned: list[Warned] = []
-    notes = _notes(install, collected, stock, early, unfixable, warned)
-    stocked = [source for source in found if source.target.name in stock]
-    milliseconds = (time.perf_counter() - start) * 1000
-    _dump(install, patched, warned)
-    pending += [warning for warning in warned if warning[0] not in session.warned]
-    session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
-    session.report = _merged(
-        session.report,
-        PatchReport(
-            trl=install.version,
-            entries=(
-                *(entry for one in patched for entry in one.entries),
-                *(failure.entry for failure in collected.failures),
-            ),
-            files={one.source.target.name: str(one.runs.path) for one in patched}
-            | {source.target.name: str(source.path) for source in stocked},
-            modules={one.source.target.name: one.source.module for one in patched}
-            | {source.target.name: source.module for source in stocked},
-            cache={one.source.target.name: one.cache for one in patched}
-            | {source.target.name: "off" for source in stocked},
-            milliseconds=milliseconds,
-            rebound=early,
-            unfixable=unfixable,
-            notes=notes,
-        ),
+    prepared = prepare_targets(install, found, absent, options.skip)
+    if prepared.failures and options.on_drift == "raise":
+        raise failure_error(install, prepared.failures, prepared.rejected)
+    failed = {failure.target for failure in prepared.failures}
+    stock = stock_targets(failed, [source.target.name for source in found]) if failed else frozenset()
+    patched = [one for one in prepared.patched if one.source.target.name not in stock]
+    return _Batch(install, found, prepared, patched, stock, left_alone(install, new))
+
+
+def _report(batch: _Batch) -> PatchReport:
+    files = {one.source.target.name: str(one.runs.path) for one in batch.patched}
+    modules = {one.source.target.name: one.source.module for one in batch.patched}
+    states: dict[str, CacheState] = {one.source.target.name: one.cache for one in batch.patched}
+    for source in batch.found:
+        if source.target.name in batch.stock:
+            files[source.target.name] = str(source.path)
+            modules[source.target.name] = source.module
+            states[source.target.name] = "off"
+    entries = [outcome for one in batch.patched for outcome in one.outcomes]
+    return PatchReport(
+        trl=batch.install.version,
+        entries=(*entries, *batch.prepared.failures),
+        files=files,
+        modules=modules,
+        cache=states,
     )
 
 
-def _put_in_place(session: _Session, patched: Sequence[Patched]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _put_in_place(session: _Session, patched: Sequence[PatchedTarget]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Install the hook and patch what is imported already; all of it or nothing. Returns names and what is left."""
     changing = [one for one in patched if one.touched]
-    before = session.finder.executables
+    before = session.finder.sources
     # The hook first: a module that another thread imports from here on is patched already.
-    session.finder.claim({one.source.module: one.executable for one in changing})
+    session.finder.claim({one.source.module: one.module_source for one in changing})
     try:
         early = [one for one in changing if finish_import(one.source.module) and not _runs(one)]
         unfixable = _exchange(session, early) if early else ()
@@ -232,10 +268,10 @@ def _put_in_place(session: _Session, patched: Sequence[Patched]) -> tuple[tuple[
     return tuple(one.source.module for one in early if not one.repairs_imports_only), unfixable
 
 
-def _exchange(session: _Session, early: Sequence[Patched]) -> tuple[str, ...]:
+def _exchange(session: _Session, early: Sequence[PatchedTarget]) -> tuple[str, ...]:
     # Imported here and in _restore: a process that patches before importing TRL needs none of it.
-    from trlpatch.runtime.assign import Journal
-    from trlpatch.runtime.rebind import Move, prepare
+    from trlpatch.runtime.rebind import ModuleSwap, prepare_swaps
+    from trlpatch.runtime.undo_journal import UndoJournal
 
     built = _built(early)
     if built:
@@ -244,38 +280,40 @@ def _exchange(session: _Session, early: Sequence[Patched]) -> tuple[str, ...]:
             "patched. Nothing was changed. Call trlpatch.PatchFastRL() before building trainers, or delete them "
             "(`del trainer`) and call it again."
         )
-    prepared = prepare([Move(one.upstream, one.executable, one.touched) for one in early])
-    journal = Journal()
+    prepared = prepare_swaps([ModuleSwap(one.upstream, one.module_source, one.touched) for one in early])
+    journal = UndoJournal()
     prepared.commit(journal)
     session.journals.append(journal)
     return prepared.unfixable
 
 
-def _runs(one: Patched) -> bool:
-    return running_file(sys.modules[one.source.module]) == str(one.executable.path)
+def _runs(one: PatchedTarget) -> bool:
+    return running_file(sys.modules[one.source.module]) == str(one.module_source.path)
 
 
 def _restore(session: _Session) -> None:
-    from trlpatch.runtime.assign import Journal
-    from trlpatch.runtime.rebind import Move, prepare
+    from trlpatch.runtime.rebind import ModuleSwap, prepare_swaps
+    from trlpatch.runtime.undo_journal import UndoJournal
 
-    moves = [
-        Move(one.executable, one.upstream, one.touched, spec_from_file_location(name, one.source.path), back=True)
+    swaps = [
+        ModuleSwap(
+            one.module_source, one.upstream, one.touched, spec_from_file_location(name, one.source.path), back=True
+        )
         for name, one in session.patched.items()
         if one.touched and finish_import(name)
     ]
-    prepared = prepare(moves)
+    prepared = prepare_swaps(swaps)
     session.finder.restore({})
     # The exchange also reaches subclasses that were imported since; the journals then put back, for modules that were
     # patched in place, the very objects that were there.
-    prepared.commit(Journal())
+    prepared.commit(UndoJournal())
     for journal in reversed(session.journals):
         journal.undo()
 
 
-def _built(patched: Iterable[Patched]) -> dict[str, int]:
+def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
     """Count the live trainers and engines whose classes these targets touch."""
-    from trlpatch.runtime.live import instances
+    from trlpatch.runtime.live_objects import instances
     from trlpatch.runtime.rebind import touched_classes
 
     return instances(
@@ -286,60 +324,47 @@ def _built(patched: Iterable[Patched]) -> dict[str, int]:
     )
 
 
-def _notes(
-    install: TrlInstall,
-    collected: Collected,
-    stock: frozenset[str],
-    early: Sequence[str],
-    unfixable: Sequence[str],
-    pending: list[Warned],
-) -> tuple[str, ...]:
-    notes = list(collected.absent)
+def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
+    """Return the report's notes; what also has to be said at once goes to `pending`."""
+    install, prepared = batch.install, batch.prepared
+    notes = list(prepared.absent)
+    if batch.left_alone:
+        notes.append(f"{' and '.join(batch.left_alone)} are left alone: {LEFT_ALONE_REASON}")
     if install.release > NEWEST_TESTED:
         text = (
             f"untested release: TRL {install.version} is newer than {format_release(NEWEST_TESTED)}; every anchor "
-            "was found where it was expected" + (" except where this report says failed" if stock else "")
+            "was found where it was expected" + (" except where this report says failed" if batch.stock else "")
         )
         notes.append(text)
         pending.append((UntestedRelease, text))
-    if stock:
-        failed = "\n".join(collecting.describe(install, failure) for failure in collected.failures)
-        text = f"left as TRL wrote them because patches do not fit: {', '.join(sorted(stock))}"
+    if batch.stock:
+        failed = "\n".join(describe(install, failure, prepared.rejected) for failure in prepared.failures)
+        text = f"left as TRL wrote them because patches do not fit: {', '.join(sorted(batch.stock))}"
         notes.append(text)
         pending.append((LeftStock, f"{text}\n{failed}\n  more     trlpatch check"))
-    if collected.unwritable:
-        text = f"the patched text is kept in memory, the cache cannot be used: {collected.unwritable}"
+    if prepared.unwritable:
+        text = f"the patched text is kept in memory, the cache cannot be used: {prepared.unwritable}"
         notes.append(text)
         pending.append((CacheUnavailable, f"{text}. Set TRLPATCH_CACHE_DIR to a directory of your own."))
-    if early:
-        text = f"imported before PatchFastRL and patched in place: {', '.join(early)}. Call PatchFastRL() first."
-        pending.append((AlreadyImported, "\n".join([text, *(f"out of reach: {line}" for line in unfixable)])))
     return tuple(notes)
 
 
-def _dump(install: TrlInstall, patched: Sequence[Patched], pending: list[Warned]) -> None:
+def _warn_early(rebound: Sequence[str], unfixable: Sequence[str], pending: list[Warned]) -> None:
+    if rebound:
+        text = f"imported before PatchFastRL and patched in place: {', '.join(rebound)}. Call PatchFastRL() first."
+        pending.append((AlreadyImported, "\n".join([text, *(f"out of reach: {line}" for line in unfixable)])))
+
+
+def _dump(batch: _Batch, pending: list[Warned]) -> None:
     directory = os.environ.get("TRLPATCH_DUMP")
     if not directory:
         return
+    from trlpatch.runtime.dump import dump
+
     try:
-        collecting.dump(Path(directory), install.version, patched)
+        dump(Path(directory), batch.install.version, batch.patched)
     except OSError as error:
         pending.append((DumpUnavailable, f"TRLPATCH_DUMP={directory}: {error}"))
-
-
-def _merged(before: PatchReport, now: PatchReport) -> PatchReport:
-    again = set(now.files)
-    return dataclasses.replace(
-        now,
-        entries=(*(entry for entry in before.entries if entry.target not in again), *now.entries),
-        files={**before.files, **now.files},
-        modules={**before.modules, **now.modules},
-        cache={**before.cache, **now.cache},
-        milliseconds=before.milliseconds + now.milliseconds,
-        rebound=(*before.rebound, *now.rebound),
-        unfixable=(*before.unfixable, *now.unfixable),
-        notes=tuple(dict.fromkeys((*before.notes, *now.notes))),
-    )
 
 
 def _counted(counts: dict[str, int]) -> str:

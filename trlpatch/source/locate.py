@@ -1,10 +1,11 @@
-"""Find the installed TRL and read its trainer sources without importing it."""
+"""TRL installation: find it, its version and the sources of its targets, without importing it."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from trlpatch.source.releases import (
     format_release,
     parse_release,
 )
-from trlpatch.source.targets import ALGORITHMS, TARGETS, Target
+from trlpatch.source.targets import ALGORITHMS, LEFT_ALONE, TARGETS, Target
 
 _VERSION_LITERAL = re.compile(r"""^__version__\s*=\s*["']([^"']+)["']""", re.MULTILINE)
 
@@ -147,14 +148,14 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
     wanted = target_names(algorithm)
     found = []
     for target in TARGETS.values():
-        home = target.home(install.release)
-        if target.name not in wanted or home is None:
+        location = target.location(install.release)
+        if target.name not in wanted or location is None:
             continue
-        path = install.root / home.file
+        path = install.root / location.file
         if path.is_file():
-            found.append(SourceFile(target, path, home.qualified, path.read_text(encoding="utf-8")))
+            found.append(SourceFile(target, path, location.qualified, path.read_text(encoding="utf-8")))
     if algorithm is not None and not any(source.target.kind == "trainer" for source in found):
-        here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].home(install.release))
+        here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].location(install.release))
         raise UnknownAlgorithm(
             f"{algorithm!r} has no trainer with an in-process vLLM engine in TRL {install.version} at {install.root}. "
             f"This release has: {', '.join(here)}."
@@ -166,29 +167,20 @@ def missing(install: TrlInstall, algorithm: str | None = None) -> list[tuple[Tar
     """Return the targets whose file the table expects in this release but which are not there."""
     wanted = target_names(algorithm)
     return [
-        (target, install.root / home.file)
+        (target, install.root / location.file)
         for target in TARGETS.values()
         if target.name in wanted
-        and (home := target.home(install.release)) is not None
-        and not (install.root / home.file).is_file()
+        and (location := target.location(install.release)) is not None
+        and not (install.root / location.file).is_file()
     ]
 
 
-def components(names: list[str]) -> list[frozenset[str]]:
-    """Return the connected components of the targets' `couples` among `names`: each is one transaction."""
-    remaining = list(names)
-    result = []
-    while remaining:
-        component = {remaining.pop(0)}
-        grown = True
-        while grown:
-            linked = {
-                name
-                for name in remaining
-                if any(name in TARGETS[member].couples or member in TARGETS[name].couples for member in component)
-            }
-            remaining = [name for name in remaining if name not in linked]
-            component |= linked
-            grown = bool(linked)
-        result.append(frozenset(component))
-    return result
+def left_alone(install: TrlInstall, targets: Collection[str]) -> list[str]:
+    """Return the trainers of this TRL that inherit from `targets` and that no hook touches (NashMD and XPO)."""
+    if "online_dpo" not in targets:
+        return []
+    return [
+        name
+        for name, locations in LEFT_ALONE.items()
+        if any(install.release in location.trl and (install.root / location.file).is_file() for location in locations)
+    ]

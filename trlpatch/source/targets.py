@@ -1,6 +1,6 @@
-"""Table of the TRL files that trlpatch may rewrite, per release.
+"""Target table: the TRL files that trlpatch may rewrite, per release.
 
-Names, homes and lifetimes were read in the wheels of every release from 0.18.0 to 1.16.0.
+Names, locations and lifetimes were read in the wheels of every release from 0.18.0 to 1.16.0.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trlpatch.source.releases import Release, ReleaseRange
+from trlpatch.trl_names import LEFT_ALONE_TRAINERS
 
 Kind = Literal["trainer", "config", "engine", "helper", "support"]
 
 PACKAGE = "__init__"
-"""As the module of a home: the `trl` package's own file."""
+"""As the module of a location: the `trl` package's own file."""
 
 
 @dataclass(frozen=True)
-class Home:
+class ModuleLocation:
     """Where a target lives in some releases; `module` is relative to the `trl` package."""
 
     trl: ReleaseRange
@@ -42,34 +43,38 @@ class Target:
         name: key used by patches, the command line and the golden files.
         kind: "support" is a file that trainers import and that has nothing to do with an engine of this process.
         classes: the classes of that file that patches may touch; empty for a file of helper functions.
-        couples: targets that share one engine with this one. A target and everything it couples to, directly or
-            through others, is patched together or not at all.
+        coupled_with: targets that share one engine with this one. A target and all that it is coupled with, directly
+            or through others, are patched together or not at all.
     """
 
     name: str
     kind: Kind
-    homes: tuple[Home, ...]
+    locations: tuple[ModuleLocation, ...]
     classes: tuple[str, ...] = ()
-    couples: tuple[str, ...] = field(default=())
+    coupled_with: tuple[str, ...] = field(default=())
 
-    def home(self, release: Release) -> Home | None:
+    def location(self, release: Release) -> ModuleLocation | None:
         """Return where this target lives in `release`, or None if that release lacks it."""
-        return next((home for home in self.homes if release in home.trl), None)
+        return next((location for location in self.locations if release in location.trl), None)
+
+
+def _locations(modules: dict[str, str]) -> tuple[ModuleLocation, ...]:
+    return tuple(ModuleLocation(ReleaseRange(trl), module) for trl, module in modules.items())
 
 
 def _target(
     name: str,
     kind: Kind,
-    homes: dict[str, str],
+    locations: dict[str, str],
     classes: str = "",
-    couples: tuple[str, ...] = (),
+    coupled_with: tuple[str, ...] = (),
 ) -> Target:
     return Target(
         name,
         kind,
-        tuple(Home(ReleaseRange(trl), module) for trl, module in homes.items()),
+        _locations(locations),
         tuple(classes.split()),
-        couples,
+        coupled_with,
     )
 
 
@@ -167,7 +172,7 @@ _ALL = (
         ("iw_opd_config", "vllm_generation"),
     ),
     _target("iw_opd_config", "config", {">=1.9": "experimental.iw_opd.iw_opd_config"}, "IWOPDConfig"),
-    _target("openenv", "helper", {">=0.26,<1.9": "experimental.openenv.utils"}, couples=("grpo",)),
+    _target("openenv", "helper", {">=0.26,<1.9": "experimental.openenv.utils"}, coupled_with=("grpo",)),
     # Not about rollouts: what has to be repaired in them so that the trainers can be imported.
     _target("trl", "support", {">=0.26,<0.27": PACKAGE}),
     _target("import_utils", "support", {">=0.18,<0.29": "import_utils"}),
@@ -198,3 +203,11 @@ _TRAINERS: dict[str, tuple[str, ...]] = {
 
 ALGORITHMS = {name: (*needs, "trl", "import_utils", "vllm_client") for name, needs in _TRAINERS.items()}
 """Trainers that roll out on an in-process engine, and the targets each of them needs, its own file first."""
+
+LEFT_ALONE: dict[str, tuple[ModuleLocation, ...]] = {
+    name: _locations(
+        {">=0.18,<0.26": f"trainer.{module}_trainer", ">=0.26,<1.14": f"experimental.{module}.{module}_trainer"}
+    )
+    for name, module in zip(LEFT_ALONE_TRAINERS, ("nash_md", "xpo"), strict=True)
+}
+"""Trainers that subclass a target's class and that the hooks leave as TRL wrote them, see `LEFT_ALONE_REASON`."""

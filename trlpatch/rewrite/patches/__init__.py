@@ -1,1 +1,1 @@
-"""The patches, one file each. docs/writing-a-patch.md tells how to add one."""
+"""Patch modules, one file each, found by `trlpatch.rewrite.registry`. docs/writing-a-patch.md tells how to add one."""

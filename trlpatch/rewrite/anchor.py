@@ -1,0 +1,26 @@
+"""Anchor: a place in TRL's source that a patch must find, with the patterns by which it is searched and reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A place in TRL's source that a patch must find.
+
+    Attributes:
+        name: what it is called in reports and manifests.
+        hint: loose regular expression, for lines to show when the anchor is not where it was expected.
+        strict: strict regular expression for the anchor itself in one line. A target declared free of the patch must
+            have no such line; empty where the anchor is harmless elsewhere.
+        prefilter: texts of which every statement holding this anchor contains one. Other statements are not parsed.
+            Empty for the anchors of an inserter.
+        at_module_level: it stands outside every class and function, where it may only be replaced by one statement.
+    """
+
+    name: str
+    hint: str
+    strict: str = ""
+    prefilter: tuple[str, ...] = ()
+    at_module_level: bool = False

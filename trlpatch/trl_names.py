@@ -1,0 +1,12 @@
+"""Attribute and class names of TRL that patched text and hooks must agree on. Imports nothing."""
+
+ENGINE_ATTRIBUTES = ("llm", "vllm_engine")
+"""Attributes of trainers and of `VLLMGeneration` that hold an in-process engine; `vllm_engine` is GOLD's below 1.0."""
+
+SYNC_METHODS = ("sync_weights", "_move_model_to_vllm")
+"""Methods that push the policy's weights: of `VLLMGeneration` (TRL 0.28 and newer), of trainers below."""
+
+LEFT_ALONE_TRAINERS = ("NashMDTrainer", "XPOTrainer")
+"""Subclasses of OnlineDPOTrainer (up to TRL 1.13) that inherit its engine and do not roll out on it."""
+
+LEFT_ALONE_REASON = "TRL rolls them out with transformers, not on the engine that they inherit from OnlineDPO"
