@@ -141,7 +141,9 @@ def preview(
         skip: names of patches to leave out.
 
     Raises:
-        TrlNotFound, UnsupportedTrl, UnparsableVersion: no usable TRL at `trl_path`.
+        TrlNotFound: there is no TRL at `trl_path`.
+        UnsupportedTrl: it is older than 0.18.0.
+        UnparsableVersion: its version is not PEP 440.
         UnknownTarget: a name in `targets` is not in the table, or this release has no such file.
         UnknownPatch: a name in `skip` is no patch.
     """

@@ -68,7 +68,11 @@ class Region:
     text: str
 
     def parse(self) -> cst.Module:
-        """Parse the statement; an indented one inside a block of its own."""
+        """Parse the statement; an indented one inside a block of its own.
+
+        Raises:
+            libcst.ParserSyntaxError: `ast` can parse the statement and libcst cannot.
+        """
         return cst.parse_module(self._wrapper + self.text)
 
     def unparse(self, module: cst.Module) -> str:
@@ -144,7 +148,11 @@ class Outline:
 
 
 def outline(text: str, classes: tuple[str, ...]) -> Outline:
-    """Outline `text`: the methods and fields of `classes`, or the module's functions when there are none."""
+    """Outline `text`: the methods and fields of `classes`, or the module's functions when there are none.
+
+    Raises:
+        SyntaxError: `text` is not Python.
+    """
     tree = ast.parse(text)
     # str.splitlines also breaks at form feeds and the like, where Python's own line numbers do not.
     lines = tuple(io.StringIO(text, newline="\n"))

@@ -16,7 +16,11 @@ _FOLDERS = ("trlpatch.rewrite.patches.rollout", "trlpatch.rewrite.patches.repair
 
 @cache
 def patches() -> tuple[Patch, ...]:
-    """Return every patch in order of application: the rollout patches, then the repairs."""
+    """Return every patch in order of application: the rollout patches, then the repairs.
+
+    Raises:
+        ValueError: the `after` of the patches cannot be followed, see `ordered`.
+    """
     return (*rollout_patches(), *repairs())
 
 

@@ -52,12 +52,17 @@ def rewrite(source: SourceFile, release: Release, *, skip: frozenset[str] = froz
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.
+        SyntaxError: `source` is not Python.
     """
     return apply_plan(source, plan(source.target, release, skip))
 
 
 def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:
-    """Return `source` with `steps` applied, or its own text if one of them failed."""
+    """Return `source` with `steps` applied, or its own text if one of them failed.
+
+    Raises:
+        SyntaxError: `source` is not Python.
+    """
     upstream = outline(source.text, source.target.classes)
     edits = _Edits(upstream, steps)
     outcomes = [_applied(source, upstream, edits, step) for step in steps.steps]

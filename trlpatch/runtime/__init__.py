@@ -1,1 +1,1 @@
-"""Puts patched text in the place of TRL's: cache, import hook, in-place patching, report. Imports no TRL itself."""
+"""Patching at run time: cache, import hook, in-place module swap, session, report. Imports no TRL itself."""

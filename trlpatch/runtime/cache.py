@@ -82,7 +82,11 @@ def path() -> Path:
 
 
 def clear() -> int:
-    """Delete every entry of the cache directory and return how many there were."""
+    """Delete every entry of the cache directory and return how many there were.
+
+    Raises:
+        OSError: one of them cannot be deleted.
+    """
     return Cache().clear()
 
 
@@ -199,7 +203,11 @@ class Cache:
             _refuse_unsafe(place)
 
     def clear(self) -> int:
-        """Delete every entry and return how many there were. Touches nothing that is not an entry."""
+        """Delete every entry and return how many there were. Touches nothing that is not an entry.
+
+        Raises:
+            OSError: one of them cannot be deleted.
+        """
         import shutil  # here and in publish: 12 ms that a warm start does not need
 
         entries = list(self._entries())

@@ -120,7 +120,11 @@ class PatchedFinder(MetaPathFinder):
 
 
 def spec_of(source: ModuleSource) -> ModuleSpec:
-    """Return the import spec that runs `source`."""
+    """Return the import spec that runs `source`.
+
+    Raises:
+        ImportError: importlib makes no spec for its path.
+    """
     if source.package is not None:
         own = ModuleSpec(source.module, PatchedLoader(source), origin=str(source.package), is_package=True)
         own.submodule_search_locations = [str(source.package.parent)]

@@ -53,7 +53,7 @@ class ModuleSwap:
     back: bool = False
 
     def refusal(self, name: str, facts: str) -> PatchError:
-        """Return the error that `name` of this module cannot be exchanged."""
+        """Return, not raise, the error that `name` of this module cannot be exchanged."""
         what = "returned to TRL's own code" if self.back else "patched after its import"
         advice = (
             "Continue in a new process."
@@ -77,7 +77,11 @@ class PreparedSwaps:
     unfixable: tuple[str, ...]
 
     def commit(self, journal: UndoJournal) -> None:
-        """Assign it all, or nothing if something raises."""
+        """Assign it all, or nothing if something raises.
+
+        Raises:
+            Exception: what an assignment raised, after those before it were undone.
+        """
         journal.make(self.assignments)
         for swap in self.swaps:
             show_source(swap.after)
@@ -88,6 +92,7 @@ def prepare_swaps(swaps: Sequence[ModuleSwap]) -> PreparedSwaps:
 
     Raises:
         PatchError: a live class or function is not the one that `before` describes, or cannot take the new code.
+        ImportError: an import that a patch put at module level cannot run.
     """
     assignments: list[Assignment] = []
     unfixable: list[str] = []

@@ -1,4 +1,4 @@
-"""Run somebody's script or module as `__main__` in a patched process."""
+"""Script runner (`trlpatch run`): run somebody's script or module as `__main__` in a patched process."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def run_script(argv: Sequence[str], options: Options) -> None:
 
     Raises:
         InvalidOption: there is no script or module to run.
+        TrlpatchError: TRL cannot be patched, see `PatchFastRL`.
     """
     as_module = argv[:1] == ["-m"]
     words = list(argv[1:] if as_module else argv)

@@ -94,9 +94,15 @@ def PatchFastRL(
         What was done. The same call again does nothing and returns the same object.
 
     Raises:
-        TrlNotFound, UnsupportedTrl, UnparsableVersion: there is no TRL that can be patched.
-        UnknownAlgorithm, UnknownPatch, InvalidOption: an argument names nothing.
-        AnchorDrift, PatchError: patches do not fit; nothing was changed.
+        TrlNotFound: there is no TRL.
+        UnsupportedTrl: TRL is older than 0.18.0.
+        UnparsableVersion: TRL's version is not PEP 440.
+        UnknownAlgorithm: `algorithm` names no trainer that can use vLLM in this release.
+        UnknownPatch: `skip` names a patch that does not exist.
+        InvalidOption: another argument has a value outside its list.
+        AnchorDrift: anchors are not where a patch expects them; nothing was changed.
+        OutputCheckError: patched text failed a check, the message names the file with it; nothing was changed.
+        PatchError: a file is missing, or a module cannot be changed in place; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
         OptionsConflict: an earlier call used another `skip`.
     """
@@ -108,7 +114,11 @@ patch = PatchFastRL
 
 
 def apply(options: Options) -> PatchReport:
-    """Do what `PatchFastRL` says, with options already checked. Safe to call from several threads."""
+    """Do what `PatchFastRL` says, with options already checked. Safe to call from several threads.
+
+    Raises:
+        TrlpatchError: as `PatchFastRL` does.
+    """
     pending: list[Warned] = []
     with _lock:
         report = _apply(options, pending)
@@ -220,7 +230,7 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     """Find the targets `new` and get their patched text.
 
     Raises:
-        AnchorDrift, OutputCheckError, PatchError: patches do not fit, and `on_drift` is "raise".
+        PatchError: patches do not fit, and `on_drift` is "raise"; as AnchorDrift or OutputCheckError if it is one.
     """
     install = find_trl()
     found = [source for source in sources(install, options.algorithm) if source.target.name in new]

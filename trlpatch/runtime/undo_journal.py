@@ -45,7 +45,11 @@ class UndoJournal:
     _back: list[Assignment] = field(default_factory=list)
 
     def make(self, assignments: Iterable[Assignment]) -> None:
-        """Make all of them, or none if one raises."""
+        """Make all of them, or none if one raises.
+
+        Raises:
+            Exception: what an assignment raised, after those before it were undone.
+        """
         start = len(self._back)
         try:
             for assignment in assignments:

@@ -1,1 +1,1 @@
-"""Which TRL is installed, and which of its files holds which trainer, without importing TRL."""
+"""TRL's sources: which release is installed, and which of its files holds which trainer, without importing it."""

@@ -58,7 +58,11 @@ def format_release(release: Release) -> str:
 
 @dataclass(frozen=True)
 class ReleaseRange:
-    """A range such as `">=0.18,<0.25"`: PEP 440 text with `>=` and `<` only, tested against release tuples."""
+    """A range such as `">=0.18,<0.25"`: PEP 440 text with `>=` and `<` only, tested against release tuples.
+
+    Raises:
+        ValueError: at the first test, if the text has other bounds.
+    """
 
     text: str
 

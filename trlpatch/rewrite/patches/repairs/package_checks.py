@@ -1,4 +1,4 @@
-"""Do not take a package that is absent for one that is installed.
+"""Check with `_is_package_available` so that an absent package is not taken for installed.
 
 TRL up to 0.28 asks transformers' private `_is_package_available`, which returns a tuple, always true, from
 transformers 5.3 on. `from trl import GRPOTrainer` then fails with `No module named 'vllm_ascend'`, `'mergekit'` ...

@@ -1,4 +1,4 @@
-"""Hand the adapter over where TRL merges it and pushes every weight.
+"""Sync the adapter alone where TRL merges it and pushes every weight (`sync_weights`).
 
 The definition of the sync method is edited, not its callers: TRL 1.16 has eleven. The early return stands after a
 leading wake, because from TRL 1.10 on the only `wake_up(tags=["weights"])` is inside `sync_weights`. Where the hook

@@ -1,4 +1,4 @@
-"""Point the trainer at the engine that its model carries.
+"""Configure the trainer (`use_vllm`, `vllm_mode`) for the engine that its model carries.
 
 At the head of `__init__`, before TRL copies `args.use_vllm` and `args.vllm_mode` to the trainer. RLOO, OnlineDPO and
 GOLD default to `vllm_mode="server"` up to TRL 0.29.1 and would otherwise wait 240 s for a server.
