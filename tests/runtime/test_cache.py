@@ -188,7 +188,8 @@ def test_rules_cover_all_that_the_rewriter_imports(fake_trl):
         print(*(m.__file__ for n, m in sys.modules.items() if n.startswith("trlpatch.")), sep="\\n")
     """
     imported = set(fake_trl.python(code).stdout.split())
-    assert {Path(file).name for file in imported - set(map(str, caching._rules()))} == {"errors.py"}
+    rules = {str(caching._PACKAGE / name) for name in caching._rules()}
+    assert {Path(file).name for file in imported - rules} == {"errors.py"}
 
 
 def test_warm_start_reads_and_does_not_rewrite(fake_trl, patch_grpo, monkeypatch):

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected"
 """Name of the folder below the root for text that failed an output check. It is read by people and never run."""
 
-_KEY = re.compile(r"[0-9a-f]{64}")
+_KEY = r"[0-9a-f]{64}"
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -107,18 +107,29 @@ def rules_digest() -> str:
     Covers all that `trlpatch.rewrite` is made of and imports, the version of trlpatch and that of libcst.
     """
     digest = hashlib.sha256(f"{_version('trlpatch')}\0{_version('libcst')}".encode())
-    for file in _rules():
-        digest.update(f"\0{file.relative_to(_PACKAGE).as_posix()}\0".encode())
-        digest.update(file.read_bytes())
+    for name in _rules():
+        digest.update(f"\0{name}\0".encode())
+        with open(f"{_PACKAGE}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - pathlib doubles the time
+            digest.update(file.read())
     return digest.hexdigest()
 
 
-def _rules() -> Iterator[Path]:
-    """Yield the sources that decide patched text; trlpatch.errors, the only other one imported, decides messages."""
-    for module in ("outcomes.py", "trl_names.py"):
-        yield _PACKAGE / module
+def _rules() -> Iterator[str]:
+    """Yield the sources that decide patched text, relative to the package.
+
+    Of what the rewriter imports, `trlpatch.errors` alone is not among them: it decides messages.
+    """
+    yield from ("outcomes.py", "trl_names.py")
     for room in ("rewrite", "source"):
-        yield from sorted((_PACKAGE / room).rglob("*.py"))
+        yield from _modules_in(room)
+
+
+def _modules_in(folder: str) -> Iterator[str]:
+    for entry in sorted(os.scandir(_PACKAGE / folder), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _modules_in(f"{folder}/{entry.name}")
+        elif entry.name.endswith(".py"):
+            yield f"{folder}/{entry.name}"
 
 
 def _version(distribution: str) -> str:
@@ -223,7 +234,7 @@ class Cache:
     def _entries(self) -> Iterator[Path]:
         versions = [place for place in (self.root / FORMAT, self.root / REJECTED) if place.is_dir()]
         for child in (child for place in versions for child in sorted(place.iterdir())):
-            if _KEY.fullmatch(child.name) and child.is_dir() and not child.is_symlink():
+            if re.fullmatch(_KEY, child.name) and child.is_dir() and not child.is_symlink():
                 yield child
 
 
