@@ -107,6 +107,14 @@ def _refuse_protected(config_name: str, values: Mapping[str, Any]) -> None:
             raise ProtectedSamplingParam(
                 f"{config_name}.{FIELD} sets {name!r}, which belongs to TRL: {protected[name]}. Leave it out"
             )
+    if values.get("seed") is not None:
+        # TRL sends each prompt num_generations times, and vLLM seeds a generator per request.
+        raise ProtectedSamplingParam(
+            f"{config_name}.{FIELD} sets seed={values['seed']!r}: vLLM would seed every request with it, all "
+            "completions of a prompt would be the same one, every advantage zero, and nothing would be learned. Leave "
+            "it out; for repeatable runs seed the engine, once for all requests: LLM(seed=...) (FastLanguageModel's "
+            "has seed 0)"
+        )
 
 
 def sampling_params(owner: Any, build: Callable[..., Any]) -> Callable[..., Any]:
