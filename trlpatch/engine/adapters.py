@@ -7,6 +7,7 @@ import weakref
 from typing import Any, Protocol
 
 from trlpatch.engine import probes
+from trlpatch.engine.drain import drain
 from trlpatch.engine.fingerprint import fingerprint
 from trlpatch.engine.handover import registry
 from trlpatch.engine.handover.in_memory import InMemory
@@ -52,10 +53,11 @@ def choose_handover(engine: Any) -> AdapterHandover:
 
 
 def publish(view: LoraView, model: Any, engine: Any) -> Any:
-    """Hand the active adapter of `model` to the engine, whose weights must be awake; its request."""
+    """Hand the active adapter of `model` to the engine, drained first, whose weights must be awake; its request."""
     state = state_of(engine)
     if state.handover is None:
         state.handover = choose_handover(engine)
+    drain(engine)
     mark = fingerprint(view)  # before the copies are made: a later change must not look published
     request = state.handover.publish(view.weights(view.active[0]))
     if not registry.names_separate_prefixes() and engine.reset_prefix_cache() is False:

@@ -10,10 +10,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from trlpatch.engine import cumem, kv_sleep, probes
+from trlpatch.engine.drain import drain
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.state import EngineState
 from trlpatch.errors import EngineAsleep, SharedWeights
@@ -39,6 +41,7 @@ class Guards:
     """The guarded methods of one engine; instance attributes, so that other engines keep vLLM's own."""
 
     def __init__(self, engine: Any, state: EngineState) -> None:
+        self._engine = weakref.ref(engine)
         self._inner = engine.llm_engine
         self._executor = probes.executor(engine)
         self._state = state
@@ -100,6 +103,7 @@ class Guards:
             return original(level, *args, **kwargs)
         if sleeping == {KV_CACHE}:
             self._inner.wake_up([KV_CACHE])
+        drain(self._engine())
         result = original(level, *args, **kwargs)
         slept(self._state, level)
         return result

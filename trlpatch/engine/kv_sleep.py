@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from trlpatch.engine import cumem, probes
+from trlpatch.engine.drain import unfinished
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.state import EngineState
 from trlpatch.engine.worker_extension import DISCARD, WAKE, KvCacheSleep
@@ -90,8 +91,7 @@ def _extended(engine: Any) -> bool:
 
 
 def _require_idle(engine: Any) -> None:
-    unfinished = getattr(engine.llm_engine, "has_unfinished_requests", None)
-    if callable(unfinished) and unfinished():
+    if unfinished(engine):
         raise EngineBusy(
             "putting the engine to sleep: it has unfinished requests, whose KV cache would be unmapped under them; "
             "let generate() return, or abort them with llm.llm_engine.abort_request(...)"

@@ -12,6 +12,7 @@ from typing import Any
 
 from trlpatch.engine import cumem, device, guards, kv_sleep, probes
 from trlpatch.engine.device import GIB
+from trlpatch.engine.drain import drain
 from trlpatch.engine.kv_sleep import asleep
 from trlpatch.engine.notices import logger, once, warn_once
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
@@ -39,6 +40,7 @@ def wake(engine: Any, state: EngineState, tag: str) -> bool:
     if probes.executor(engine) is None or cumem.allocator() is None:
         # The workers cannot reach what torch caches here, on the same device.
         device.free_up(sys.maxsize)
+    drain(engine)
     engine.wake_up(tags=[tag])
     state.asleep.discard(tag)
     return True
@@ -61,6 +63,7 @@ def put_to_sleep(engine: Any, state: EngineState, level: int, *, model: Any = No
         warn_once(engine, f"the engine stays awake: its weights are the trainer's own, and {reason}")
         return False
     guards.install(engine, state)
+    drain(engine)
     if why is not None:
         if KV_CACHE in sleeping:
             return False
@@ -68,7 +71,6 @@ def put_to_sleep(engine: Any, state: EngineState, level: int, *, model: Any = No
         state.sleep_method = f"KV cache only ({why})"
     else:
         wake(engine, state, KV_CACHE)  # half asleep: vLLM counts it as sleeping and would ignore the call
-        device.synchronize()  # vLLM below 0.25.1 does not
         before = device.free_bytes()
         engine.sleep(level=level)
         guards.slept(state, level)

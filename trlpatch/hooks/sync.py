@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trlpatch.engine import adapters, expressible
+from trlpatch.engine.drain import drain
 from trlpatch.engine.lora_view import LoraView, lora_view
 from trlpatch.engine.notices import once
 from trlpatch.engine.probes import WEIGHTS
@@ -55,6 +56,7 @@ def hand_over(owner: Any) -> bool:
         return False
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
+    drain(engine)  # TRL's own push writes into the weights, too
     path = adapter_path(owner, engine)
     reason = path.reason
     if path.view is not None and reason is None:
