@@ -23,7 +23,6 @@ from tests.cpu.fast import PARAMS, SMALL, draw_seeds, random_state, rollout  # n
 from trlpatch import FastLanguageModel  # noqa: E402
 from trlpatch.engine import build, probes  # noqa: E402
 from trlpatch.engine.build import lora_arguments  # noqa: E402
-from trlpatch.engine.lora_view import lora_view  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import (  # noqa: E402
     AdapterNotExpressible,
@@ -38,6 +37,7 @@ from trlpatch.errors import (  # noqa: E402
     UnknownArgument,
     VllmStyleArguments,
 )
+from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 

@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trlpatch.engine import cumem, probes
-from trlpatch.engine.notices import logger
+from trlpatch.engine import probes
+from trlpatch.engine.memory import cumem
 from trlpatch.engine.state import forget
+from trlpatch.log import logger
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 

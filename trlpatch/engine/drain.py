@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import device, probes
+from trlpatch.engine import probes
+from trlpatch.engine.memory import device
 
 
 def drain(engine: Any) -> None:

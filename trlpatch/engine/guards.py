@@ -14,8 +14,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from trlpatch.engine import cumem, kv_sleep, probes
+from trlpatch.engine import probes
 from trlpatch.engine.drain import drain
+from trlpatch.engine.memory import cumem, kv_sleep
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.state import EngineState
 from trlpatch.errors import EngineAsleep, SharedWeights
@@ -96,7 +97,7 @@ class Guards:
             raise SharedWeights(
                 f"sleep(level={level}) of an engine whose weights are the trainer's own: it would unmap them under "
                 "the trainer. A patched trainer gives back the KV cache alone; by hand: "
-                "trlpatch.engine.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
+                "trlpatch.engine.memory.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
             )
         sleeping = self._asleep()
         if WEIGHTS in sleeping:  # vLLM ignores it, whatever the level

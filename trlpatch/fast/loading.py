@@ -18,7 +18,6 @@ from trlpatch.engine.build import (
     lora_arguments,
     shut_down,
 )
-from trlpatch.engine.notices import logger
 from trlpatch.engine.state import state_of
 from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch
 from trlpatch.fast import machine
@@ -29,6 +28,7 @@ from trlpatch.fast.memory import Need, Room, require_room, require_room_for_copy
 from trlpatch.fast.native import without_engine
 from trlpatch.fast.progress import Progress, memory_in_use
 from trlpatch.fast.request import Request
+from trlpatch.log import logger
 
 
 def load(asked: Request) -> tuple[Any, Any]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from trlpatch.engine.notices import logger
-from trlpatch.engine.sleep_mode import sleep_default, why_no_sleep_mode
+from trlpatch.engine.memory.sleep_mode import sleep_default, why_no_sleep_mode
 from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.fast.request import Request
+from trlpatch.log import logger
 
 GB10_SWITCH = "TRLPATCH_VLLM_ON_GB10"
 PDL_SWITCH = "TRITON_DISABLE_PDL"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from trlpatch.engine import cumem
-from trlpatch.engine.device import GIB
+from trlpatch.engine.memory import cumem
+from trlpatch.engine.memory.device import GIB
 from trlpatch.errors import InvalidOption
 
 _SWITCHES = ("TRLPATCH_SLEEP", "UNSLOTH_VLLM_STANDBY")

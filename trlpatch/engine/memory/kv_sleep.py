@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import cumem, probes
+from trlpatch.engine import probes
 from trlpatch.engine.drain import unfinished
+from trlpatch.engine.memory import cumem
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.state import EngineState
 from trlpatch.engine.worker_extension import DISCARD, WAKE, KvCacheSleep
