@@ -21,14 +21,21 @@ def fail_on(wrong: list[str]) -> None:
         pytest.fail("\n".join([*wrong, f"If this is what you intend: {store.UPDATE}"]), pytrace=False)
 
 
+def update(version: str, now: dict[str, Golden], updating: frozenset[str]) -> None:
+    refused = ""
+    try:
+        store.update(version, now, updating, pinned().keys())
+    except store.CannotUpdate as error:
+        refused = str(error)
+    if refused:  # Failed here, so that the report has the message once.
+        pytest.fail(refused, pytrace=False)
+
+
 def test_goldens(version: str, rendered: Callable[[str], dict[str, Golden]], updating: frozenset[str]) -> None:
     now = rendered(version)
     with store.exclusive():
         if updating:
-            try:
-                store.update(version, now, updating, pinned().keys())
-            except store.CannotUpdate as error:
-                pytest.fail(str(error), pytrace=False)
+            update(version, now, updating)
         fail_on(list(goldens.findings(version, now)))
 
 
