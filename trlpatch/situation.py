@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.compatibility.verdict import Verdict, installed, judge, version_of
+from trlpatch.options import DISABLE, read_switch
 from trlpatch.runtime.cache import Cache, entry_key, rules_digest
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED
@@ -71,7 +72,7 @@ def situation() -> Situation:
         trl=install.version,
         where=str(install.root),
         untested=install.release > NEWEST_TESTED,
-        disabled=os.environ.get("TRLPATCH_DISABLE", "").lower() not in ("", "0", "false", "no"),
+        disabled=bool(read_switch(DISABLE)),
         cached=cached,
         cache=str(cache.root),
         cache_bytes=cache.size(),

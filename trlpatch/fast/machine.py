@@ -15,8 +15,8 @@ from trlpatch.engine.notices import logger
 from trlpatch.engine.sleep_mode import sleep_default, why_no_sleep_mode
 from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.fast.request import Request
+from trlpatch.options import VLLM_ON_GB10, read_switch
 
-GB10_SWITCH = "TRLPATCH_VLLM_ON_GB10"
 PDL_SWITCH = "TRITON_DISABLE_PDL"
 PDL_HOME = "vllm.lora.ops.triton_ops"
 BLACKWELL = 10
@@ -67,19 +67,19 @@ def _native_on_gb10(asked: Request, names: list[str]) -> Request:
     """vLLM is broken on DGX Spark as of January 2026: generate with transformers there."""
     if not any("GB10" in name.upper() for name in names):
         return asked
-    if os.environ.get(GB10_SWITCH, "").lower() in ("1", "true", "on", "yes"):
-        logger.warning("DGX Spark (GB10): vLLM is used because %s is set", GB10_SWITCH)
+    if read_switch(VLLM_ON_GB10):
+        logger.warning("DGX Spark (GB10): vLLM is used because %s is set", VLLM_ON_GB10)
         return asked
     if asked.share_weights or asked.load_in_fp8:
         flag = "share_weights=True" if asked.share_weights else "load_in_fp8=True"
         raise ConflictingArguments(
             f"trlpatch: {flag} needs a vLLM engine, which is not built on DGX Spark (GB10), where vLLM is known to be "
-            f"broken; leave it out, or set {GB10_SWITCH}=1 to use vLLM all the same"
+            f"broken; leave it out, or set {VLLM_ON_GB10}=1 to use vLLM all the same"
         )
     logger.warning(
         "trlpatch: DGX Spark (GB10) found, where vLLM is known to be broken (January 2026): falling back to native "
         "inference with transformers, as fast_inference=False does. Set %s=1 to use vLLM all the same",
-        GB10_SWITCH,
+        VLLM_ON_GB10,
     )
     return dataclasses.replace(
         asked, fast_inference=False, engine={}, without_effect=tuple(sorted(asked.engine)), enable_sleep_mode=None
