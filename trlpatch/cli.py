@@ -1,4 +1,4 @@
-"""The command line: parses and prints. What it shows is computed in preview, situation, runtime and demo.
+"""The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
 Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given, 3 the
 installed versions are known not to work together.
@@ -144,9 +144,9 @@ def status(as_json: bool) -> None:
 
     What the engines of a running process do is in that process: print(trlpatch.status()).
     """
-    from trlpatch.situation import situation
+    from trlpatch.environment import inspect_environment
 
-    now = situation()
+    now = inspect_environment()
     if as_json:
         _print_json(now.to_dict())
         return

@@ -13,7 +13,7 @@ from trlpatch.engine.lora_view import base_of, lora_view
 from trlpatch.engine.notices import logger
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
-from trlpatch.fast.request import check_gradient_checkpointing, nearest
+from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
 
 
 def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool | str, random_state: int) -> Any:
