@@ -142,6 +142,13 @@ def test_versions_on_which_every_run_failed_are_known_bad() -> None:
     assert [finding.source for finding in found.findings] == ["docs/matrix.md"]
 
 
+def test_the_names_in_json_are_kept() -> None:
+    bad, good = verdict("1.16.0", "0.24.0", "4.57.6").to_dict(), verdict("0.23.1", "0.23.0", "4.57.6").to_dict()
+    assert list(bad) == ["state", "versions", "findings", "ran", "notes", "instead"]
+    assert [list(finding) for finding in bad["findings"]] == [["because", "source"]]
+    assert list(good["ran"][0]) == ["trl", "vllm", "transformers", "device", "passed", "failed", "date"]
+
+
 def test_a_failure_beside_what_passed_is_a_note() -> None:
     found = verdict("0.23.1", "0.26.0", "5.17.0")
     assert found.state == "tested"

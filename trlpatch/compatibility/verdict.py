@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,18 +103,12 @@ def judge(
     known = tested.load() if runs is None else tuple(runs)
     here = tuple(run for run in known if _on_these(run, versions))
     passed, failed = _cases(here, "passed"), _cases(here, "failed")
-    findings = _findings(place, versions)
-    if failed and not passed:
-        findings.append(Finding(f"{', '.join(failed)} failed on these versions.", "docs/matrix.md"))
+    findings = tuple(_findings(place, versions, failed=() if passed else failed))
+    notes = tuple(_notes(place, versions, failed=failed if passed else ()))
     state = _state(versions, known_bad=bool(findings), passed=bool(passed))
-    return Verdict(
-        state,
-        versions,
-        tuple(findings),
-        runs=tuple(run for run in here if run.passed) if state == "tested" else (),
-        notes=tuple(_notes(place, versions, failed if passed else [])),
-        suggestion="" if state == "tested" else _suggestion(install, versions, known),
-    )
+    if state == "tested":
+        return Verdict(state, versions, findings, tuple(run for run in here if run.passed), notes, suggestion="")
+    return Verdict(state, versions, findings, (), notes, _suggestion(install, versions, known))
 
 
 def _on_these(run: TestedRun, versions: Mapping[str, str | None]) -> bool:
@@ -128,14 +122,15 @@ def _cases(runs: Iterable[TestedRun], outcome: Literal["passed", "failed"]) -> l
     return sorted({case for run in runs for case in getattr(run, outcome)})
 
 
-def _findings(trl: Path, versions: Mapping[str, str | None]) -> list[Finding]:
+def _findings(trl: Path, versions: Mapping[str, str | None], failed: Sequence[str]) -> Iterator[Finding]:
+    """Yield why the versions cannot work: known rules, requirements, and `failed` cases where none passed."""
     rules = [rule for rule in RULES if rule.holds(versions)]
     explained = {name for rule in rules for name in rule.versions}
     unmet = [requirement for requirement in unmet_requirements(trl, versions) if requirement.about not in explained]
-    return [
-        *(Finding(rule.reason, rule.source) for rule in rules),
-        *(Finding(requirement.text, f"metadata of {requirement.owner}") for requirement in unmet),
-    ]
+    yield from (Finding(rule.reason, rule.source) for rule in rules)
+    yield from (Finding(requirement.text, f"metadata of {requirement.owner}") for requirement in unmet)
+    if failed:
+        yield Finding(f"{', '.join(failed)} failed on these versions.", "docs/matrix.md")
 
 
 def _state(versions: Mapping[str, str | None], *, known_bad: bool, passed: bool) -> State:
@@ -146,15 +141,13 @@ def _state(versions: Mapping[str, str | None], *, known_bad: bool, passed: bool)
     return "tested" if passed else "untested"
 
 
-def _notes(trl: Path, versions: Mapping[str, str | None], failed: Iterable[str]) -> list[str]:
-    """Return what does not decide the state: cases that `failed` where others passed, and TRL's range of vLLM."""
-    notes = []
-    if cases := ", ".join(failed):
-        notes.append(f"{cases} failed on these versions: docs/matrix.md says why.")
+def _notes(trl: Path, versions: Mapping[str, str | None], failed: Sequence[str]) -> Iterator[str]:
+    """Yield what does not decide the state: `failed` cases where others passed, and TRL's range of vLLM."""
+    if failed:
+        yield f"{', '.join(failed)} failed on these versions: docs/matrix.md says why."
     declared = vllm_range(trl)
     if declared and versions.get("vllm") and not within(versions["vllm"], declared):
-        notes.append(f"TRL {versions['trl']} declares vllm{declared} and warns outside of it, which changes nothing.")
-    return notes
+        yield f"TRL {versions['trl']} declares vllm{declared} and warns outside of it, which changes nothing."
 
 
 def _suggestion(install: TrlInstall, versions: Mapping[str, str | None], runs: Iterable[TestedRun]) -> str:
