@@ -9,11 +9,11 @@ from typing import Any
 from trlpatch.engine import expressible, probes
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.build import random_state_kept
-from trlpatch.engine.lora_view import base_of, lora_view
-from trlpatch.engine.notices import logger
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
 from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
+from trlpatch.log import logger
+from trlpatch.policy.adapter import base_of, lora_view
 
 
 def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool | str, random_state: int) -> Any:

@@ -18,7 +18,6 @@ from trlpatch.engine.build import (
     lora_arguments,
     shut_down,
 )
-from trlpatch.engine.notices import logger
 from trlpatch.engine.state import state_of
 from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch
 from trlpatch.loading import platform_checks
@@ -29,6 +28,7 @@ from trlpatch.loading.load_config import LoadConfig
 from trlpatch.loading.memory import DeviceMemory, MemoryRequirement, require_memory, require_memory_for_copy
 from trlpatch.loading.progress import Progress, memory_in_use
 from trlpatch.loading.transformers_backend import without_engine
+from trlpatch.log import logger
 from trlpatch.versions import installed_version
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine.device import GIB
+from trlpatch.engine.memory.device import GIB
 from trlpatch.errors import NotEnoughMemory
 
 SPARE = 0.01

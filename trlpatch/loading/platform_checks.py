@@ -10,10 +10,10 @@ from typing import Any
 
 from packaging.version import Version
 
-from trlpatch.engine.notices import logger
-from trlpatch.engine.sleep_mode import sleep_default, why_no_sleep_mode
+from trlpatch.engine.memory.sleep_mode import sleep_default, why_no_sleep_mode
 from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.loading.load_config import LoadConfig
+from trlpatch.log import logger
 from trlpatch.options import VLLM_ON_GB10, read_switch
 from trlpatch.versions import installed_release
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from trlpatch.engine.attach import save_lora
-from trlpatch.engine.lora_view import base_of
 from trlpatch.errors import EngineError, VllmStyleArguments
+from trlpatch.policy.adapter import base_of
 
 _HOW = (
     "inputs = tokenizer(texts, return_tensors='pt', padding=True).to(model.device); "

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
-from trlpatch.engine.fingerprint import fingerprint  # noqa: E402
-from trlpatch.engine.lora_view import adapter_tensors, base_of, lora_view, unwrap  # noqa: E402
+from trlpatch.policy.adapter import adapter_tensors, base_of, lora_view, unwrap  # noqa: E402
+from trlpatch.policy.change_detection import fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -282,7 +282,7 @@ def test_moves_that_cancel_out_are_seen(dtype: Any) -> None:
 
 def test_large_adapters_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces share one buffer, and weights of two dtypes and one larger than a piece are among them."""
-    from trlpatch.engine import fingerprint as module
+    from trlpatch.policy import change_detection as module
 
     monkeypatch.setattr(module, "_COLUMNS", 8)
     monkeypatch.setattr(module, "_CHUNK", 40)

@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from trlpatch.engine import device
-from trlpatch.engine.device import GIB
+from trlpatch.engine.memory import device
+from trlpatch.engine.memory.device import GIB
 from trlpatch.engine.probes import KV_CACHE
 from trlpatch.errors import EngineWithoutSleep, NotEnoughMemory
 

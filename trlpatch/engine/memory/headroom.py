@@ -10,8 +10,8 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine import device
-from trlpatch.engine.device import GIB
+from trlpatch.engine.memory import device
+from trlpatch.engine.memory.device import GIB
 
 MARGIN = 2 * GIB
 """Bytes that must stay free beside the weights, or as much again as the phase took, whichever is more: completions
@@ -32,7 +32,7 @@ class _Phase:
     content: tuple[Any, ...]
 
 
-class TrainingRoom:
+class HeadroomMonitor:
     """The measurements of one engine. `suffices` is True while its weights may stay mapped during training."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ def _reference(model: Any) -> weakref.ref[Any] | None:
 def sample(model: Any) -> tuple[float, ...]:
     """Some of the model's trainable weights, a sum a parameter: another after an optimizer step.
 
-    By content, for the reason that `trlpatch.engine.fingerprint` gives: fused AdamW moves no version counter.
+    By content, for the reason that `trlpatch.policy.change_detection` gives: fused AdamW moves no version counter.
     """
     if model is None:
         return ()

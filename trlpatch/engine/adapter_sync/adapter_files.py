@@ -10,14 +10,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from trlpatch.engine.handover import registry
-from trlpatch.engine.lora_view import LoraWeights, adapter_tensors
+from trlpatch.engine.adapter_sync import registry
 from trlpatch.errors import AdapterNotExpressible
+from trlpatch.policy.adapter import LoraWeights, adapter_tensors
 
 _MEMORY = Path("/dev/shm")
 
 
-class OnDisk:
+class AdapterFiles:
     """Writes the adapter to a private directory, in memory where there is /dev/shm, for the engine to load."""
 
     def __init__(self, engine: Any) -> None:
@@ -33,7 +33,7 @@ class OnDisk:
         return f"through files in {self._directory.parent}"
 
     def publish(self, weights: LoraWeights) -> Any:
-        """Write the tensors and have the engine read them at once; see AdapterHandover."""
+        """Write the tensors and have the engine read them at once; see AdapterSync."""
         from safetensors.torch import save_file
 
         engine = self._engine()

@@ -14,12 +14,12 @@ from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
 from tests.engine.stub import RecordingEngineStub, RecordingHandover  # noqa: E402
 from tests.hooks.owners import Since110, WithoutSync  # noqa: E402
 from trlpatch import hooks  # noqa: E402
+from trlpatch.engine.adapter_sync import registry  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
-from trlpatch.engine.handover import registry  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter  # noqa: E402
+from trlpatch.hooks.adapter_sync import resync  # noqa: E402
 from trlpatch.hooks.settings import set_options  # noqa: E402
-from trlpatch.hooks.sync import resync  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 
 pytestmark = pytest.mark.cpu

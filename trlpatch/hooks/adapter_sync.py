@@ -6,15 +6,17 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine import adapters, expressible
-from trlpatch.engine.lora_view import LoraView, lora_view
-from trlpatch.engine.notices import once
+from trlpatch.engine import expressible
+from trlpatch.engine.adapter_sync import publisher
+from trlpatch.engine.drain import drain
+from trlpatch.engine.memory.sleep import wake
 from trlpatch.engine.probes import WEIGHTS
-from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, state_of
 from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
-from trlpatch.hooks.owner import engine_of, model_of, own_sync, serves_remotely
 from trlpatch.hooks.settings import options
+from trlpatch.hooks.trainers import engine_of, model_of, own_sync, serves_remotely
+from trlpatch.log import log_once
+from trlpatch.policy.adapter import LoraView, lora_view
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ def hand_over(owner: Any) -> bool:
         return False
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
+    drain(engine)  # TRL's own push writes into the weights, too
     path = adapter_path(owner, engine)
     reason = path.reason
     if path.view is not None and reason is None:
         try:
-            adapters.publish(path.view, path.view.base, engine)
+            publisher.publish(path.view, path.view.base, engine)
             return True
         except AdapterNotExpressible as error:
             reason = str(error)
@@ -71,10 +74,10 @@ def hand_over(owner: Any) -> bool:
         )
     _refuse_to_push(owner, state, str(reason))
     if path.view is None:
-        once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
+        log_once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
     else:
         level = logging.INFO if options().adapter == "off" else logging.WARNING
-        once(
+        log_once(
             owner,
             f"{type(owner).__name__}: TRL's own full-weight sync runs instead of LoRA requests: {reason}",
             level=level,
@@ -105,7 +108,7 @@ def resync(owner: Any, engine: Any, state: EngineState, why: str) -> None:
             f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and it has no weight sync "
             "to run; expected an attached engine (it keeps its weights) or a trainer with its own sync"
         )
-    once(
+    log_once(
         owner,
         f"{type(owner).__name__}: weights are synchronised again before this rollout: {why}",
         level=logging.DEBUG,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from trlpatch.engine import cumem
-from trlpatch.engine.device import GIB
+from trlpatch.engine.memory import cumem
+from trlpatch.engine.memory.device import GIB
 from trlpatch.options import SLEEP, SLEEP_ALIAS, read_switch
 
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")

@@ -12,7 +12,7 @@ _said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _said_to_nobody: set[str] = set()
 
 
-def once(about: object, message: str, *, level: int = logging.INFO) -> bool:
+def log_once(about: object, message: str, *, level: int = logging.INFO) -> bool:
     """Log `message` the first time it concerns `about` (a trainer, an engine); True when logged."""
     try:
         said = _said.setdefault(about, set())
@@ -26,5 +26,5 @@ def once(about: object, message: str, *, level: int = logging.INFO) -> bool:
 
 
 def warn_once(about: object, message: str) -> bool:
-    """Like `once`, as a warning."""
-    return once(about, message, level=logging.WARNING)
+    """Like `log_once`, as a warning."""
+    return log_once(about, message, level=logging.WARNING)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from trlpatch.engine import device
-from trlpatch.engine.device import GIB
-from trlpatch.engine.training_room import TrainingRoom
+from trlpatch.engine.memory import device
+from trlpatch.engine.memory.device import GIB
+from trlpatch.engine.memory.headroom import HeadroomMonitor
 
 pytestmark = pytest.mark.cpu
 
@@ -26,7 +26,7 @@ def policy() -> Any:
 def room_after(policy: Any, step: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(device, "free_bytes", lambda where=None: 50 * GIB)
     monkeypatch.setattr(device, "reserved_bytes", lambda where=None: (5 * GIB, 5 * GIB))
-    room = TrainingRoom()
+    room = HeadroomMonitor()
     room.begin(weights=4 * GIB, weights_unmapped=True, model=policy)
     step()
     room.end()

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from trlpatch.engine import probes
-from trlpatch.engine.lora_view import base_of
+from trlpatch.engine.sharing.eligibility import engine_reason
 from trlpatch.engine.sharing.names import held_parameters
-from trlpatch.engine.sharing.refusals import engine_reason
 from trlpatch.errors import CannotShare
+from trlpatch.policy.adapter import base_of
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT calls the layer inside its own: of tuners, and of `modules_to_save` and trainable tokens."""

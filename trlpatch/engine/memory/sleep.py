@@ -10,13 +10,15 @@ import logging
 import sys
 from typing import Any
 
-from trlpatch.engine import cumem, device, guards, kv_sleep, probes
-from trlpatch.engine.device import GIB
-from trlpatch.engine.kv_sleep import asleep
-from trlpatch.engine.notices import logger, once, warn_once
+from trlpatch.engine import guards, probes
+from trlpatch.engine.drain import drain
+from trlpatch.engine.memory import cumem, device, kv_sleep
+from trlpatch.engine.memory.device import GIB
+from trlpatch.engine.memory.kv_sleep import asleep
+from trlpatch.engine.memory.sleep_mode import sleep_default, why_no_sleep_mode
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
-from trlpatch.engine.sleep_mode import sleep_default, why_no_sleep_mode
 from trlpatch.engine.state import EngineState
+from trlpatch.log import log_once, logger, warn_once
 from trlpatch.options import active
 
 __all__ = ["asleep", "put_to_sleep", "sleep_default", "wake", "why_no_sleep_mode"]
@@ -33,12 +35,13 @@ def wake(engine: Any, state: EngineState, tag: str) -> bool:
         state.asleep.discard(tag)
         return False
     guards.install(engine, state)
-    concluded = state.training_room.end()
+    concluded = state.headroom.end()
     if concluded:
-        once(engine, concluded)
+        log_once(engine, concluded)
     if probes.executor(engine) is None or cumem.allocator() is None:
         # The workers cannot reach what torch caches here, on the same device.
         device.free_up(sys.maxsize)
+    drain(engine)
     engine.wake_up(tags=[tag])
     state.asleep.discard(tag)
     return True
@@ -61,6 +64,7 @@ def put_to_sleep(engine: Any, state: EngineState, level: int, *, model: Any = No
         warn_once(engine, f"the engine stays awake: its weights are the trainer's own, and {reason}")
         return False
     guards.install(engine, state)
+    drain(engine)
     if why is not None:
         if KV_CACHE in sleeping:
             return False
@@ -68,17 +72,16 @@ def put_to_sleep(engine: Any, state: EngineState, level: int, *, model: Any = No
         state.sleep_method = f"KV cache only ({why})"
     else:
         wake(engine, state, KV_CACHE)  # half asleep: vLLM counts it as sleeping and would ignore the call
-        device.synchronize()  # vLLM below 0.25.1 does not
         before = device.free_bytes()
         engine.sleep(level=level)
         guards.slept(state, level)
         freed = (device.free_bytes() or 0) - (before or 0)
         state.sleep_method = _LEVELS.get(level, f"level {level}")
-    first = once(engine, f"the engine sleeps while training: {state.sleep_method}")
+    first = log_once(engine, f"the engine sleeps while training: {state.sleep_method}")
     logger.log(logging.INFO if first else logging.DEBUG, "sleep freed %.2f GiB", freed / GIB)
     if not state.shared_weights and active().sleep != "kv":
         weights = kv_sleep.weights_bytes(engine)
-        state.training_room.begin(weights=weights, weights_unmapped=why is None, model=model)
+        state.headroom.begin(weights=weights, weights_unmapped=why is None, model=model)
     return True
 
 
@@ -88,7 +91,7 @@ def _kv_only(engine: Any, state: EngineState) -> str | None:
         why = "the weights are the trainer's own"
     elif active().sleep == "kv":
         why = 'sleep="kv"'
-    elif state.training_room.suffices:
+    elif state.headroom.suffices:
         why = "training leaves room for the weights"
     else:
         return None
@@ -96,5 +99,5 @@ def _kv_only(engine: Any, state: EngineState) -> str | None:
     if reason is None:
         return why
     if not state.shared_weights:
-        once(engine, f"the KV cache cannot sleep alone: {reason}", level=logging.WARNING)
+        log_once(engine, f"the KV cache cannot sleep alone: {reason}", level=logging.WARNING)
     return None

@@ -7,13 +7,13 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine.handover import registry
-from trlpatch.engine.handover.in_memory import InMemory
-from trlpatch.engine.handover.slots import Slots, Unexpected, find_slots
-from trlpatch.engine.handover.staging import Staging
-from trlpatch.engine.lora_view import LoraWeights
-from trlpatch.engine.notices import once
+from trlpatch.engine.adapter_sync import registry
+from trlpatch.engine.adapter_sync.registration import Registration
+from trlpatch.engine.adapter_sync.slots import Slots, Unexpected, find_slots
+from trlpatch.engine.adapter_sync.staging import Staging
 from trlpatch.engine.state import state_of
+from trlpatch.log import log_once
+from trlpatch.policy.adapter import LoraWeights
 
 
 @dataclass
@@ -30,7 +30,7 @@ class _Registered:
     """The parts of the buffers that `sources` are copied into."""
 
 
-class InPlace:
+class BufferCopy:
     """Registers the adapter once, under one id, and overwrites the engine's LoRA buffers on every later publish.
 
     vLLM allocates these buffers once and swaps adapters by copying into them, also under captured CUDA graphs; this is
@@ -38,14 +38,14 @@ class InPlace:
     registered again, which zeroes what is no longer adapted. The engine must be idle; device work is queued on the
     current stream, which in-process vLLM computes on.
 
-    Where the buffers are not as expected every version is registered anew (`InMemory`); `description` says why.
+    Where the buffers are not as expected every version is registered anew (`Registration`); `description` says why.
     """
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
         self._current: _Registered | None = None
         self._request: Any = None
-        self._fallback: InMemory | None = None
+        self._fallback: Registration | None = None
 
     @property
     def description(self) -> str:
@@ -53,7 +53,7 @@ class InPlace:
         return "in place" if self._fallback is None else self._fallback.description
 
     def publish(self, weights: LoraWeights) -> Any:
-        """Write the adapter into the engine's buffers; see AdapterHandover."""
+        """Write the adapter into the engine's buffers; see AdapterSync."""
         import torch
 
         if self._fallback is not None:
@@ -130,11 +130,11 @@ class InPlace:
             raise Unexpected("vLLM changes the adapter's tensors while it copies them")
         return _Registered(lora, staging, sources, slots, slot, targets)
 
-    def _fall_back(self, worker: Any, reason: str) -> InMemory:
+    def _fall_back(self, worker: Any, reason: str) -> Registration:
         worker._adapter_manager.remove_adapter(registry.LIVE_ID)
         engine = self._engine()
-        self._fallback = InMemory(engine, reason)
-        once(
+        self._fallback = Registration(engine, reason)
+        log_once(
             engine,
             f"adapters are registered anew at every hand-over instead of updated in place: {reason}",
             level=logging.INFO,

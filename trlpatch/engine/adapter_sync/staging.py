@@ -10,7 +10,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine.lora_view import LoraWeights, tensor_names
+from trlpatch.policy.adapter import LoraWeights, tensor_names
 
 _CHUNK = 2**23  # elements scaled at a time: 32 MiB of float32
 

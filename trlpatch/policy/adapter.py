@@ -14,7 +14,7 @@ from functools import cached_property
 from operator import attrgetter, is_
 from typing import Any
 
-from trlpatch.engine.registrations import registrations
+from trlpatch.policy.registrations import registrations
 
 # Containers that DDP, torch.compile, FSDP1 and activation checkpointing put around modules, inside a dotted
 # path.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import adapters, expressible
-from trlpatch.engine.lora_view import lora_view
-from trlpatch.engine.sleep import wake
+from trlpatch.engine import expressible
+from trlpatch.engine.adapter_sync import publisher
+from trlpatch.engine.memory.sleep import wake
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
+from trlpatch.policy.adapter import lora_view
 
 
 def require_request(model: Any, engine: Any) -> Any:
@@ -33,10 +34,10 @@ def require_request(model: Any, engine: Any) -> Any:
         )
     if view.disabled:
         return None
-    request = adapters.current_request(view, view.base, state)
+    request = publisher.current_request(view, view.base, state)
     if request is None:
-        adapters.publish(view, view.base, engine)
-        request = adapters.current_request(view, view.base, state)  # waits until it has arrived
+        publisher.publish(view, view.base, engine)
+        request = publisher.current_request(view, view.base, state)  # waits until it has arrived
     if request is None:
         raise StaleAdapter(
             f"a live adapter request was asked for {type(model).__name__}, but the adapter changed, or was evicted, "

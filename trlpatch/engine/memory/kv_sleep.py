@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import cumem, probes
+from trlpatch.engine import probes
+from trlpatch.engine.drain import unfinished
+from trlpatch.engine.memory import cumem
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.state import EngineState
 from trlpatch.engine.worker_extension import DISCARD, WAKE, KvCacheSleep
@@ -90,8 +92,7 @@ def _extended(engine: Any) -> bool:
 
 
 def _require_idle(engine: Any) -> None:
-    unfinished = getattr(engine.llm_engine, "has_unfinished_requests", None)
-    if callable(unfinished) and unfinished():
+    if unfinished(engine):
         raise EngineBusy(
             "putting the engine to sleep: it has unfinished requests, whose KV cache would be unmapped under them; "
             "let generate() return, or abort them with llm.llm_engine.abort_request(...)"

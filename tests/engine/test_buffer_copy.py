@@ -19,11 +19,10 @@ pytest.importorskip("vllm")
 
 from tests.engine.models import lora_model, randomize  # noqa: E402
 from tests.engine.stub import RecordingEngineStub  # noqa: E402
-from trlpatch.engine import adapters  # noqa: E402
-from trlpatch.engine.handover import registry  # noqa: E402
-from trlpatch.engine.lora_view import lora_view  # noqa: E402
+from trlpatch.engine.adapter_sync import publisher, registry  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible  # noqa: E402
+from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -177,7 +176,7 @@ def engine_with(output: type[Layer] = Layer, *, outs: int = 1, **config: Any) ->
 def publish(model: Any, engine: Any) -> Any:
     view = lora_view(model)
     assert view is not None
-    return adapters.publish(view, view.base, engine)
+    return publisher.publish(view, view.base, engine)
 
 
 def expected(model: Any, path: str) -> tuple[Any, Any]:
@@ -385,7 +384,7 @@ def test_a_refused_adapter_leaves_the_standing_one() -> None:
 
 
 def test_large_layers_are_scaled_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    from trlpatch.engine.handover import staging
+    from trlpatch.engine.adapter_sync import staging
 
     monkeypatch.setattr(staging, "_CHUNK", 1)
     engine, model = engine_with(), lora_model()

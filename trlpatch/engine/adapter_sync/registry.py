@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from trlpatch.engine import probes
-from trlpatch.engine.handover.fit import misfit
-from trlpatch.engine.lora_view import LoraWeights
+from trlpatch.engine.adapter_sync.shape_check import misfit
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, StaleAdapter
+from trlpatch.policy.adapter import LoraWeights
 
 # Far above what people number their own adapters with, far below 2**31 (vLLM keeps ids in int32 tensors).
 LIVE_ID = 1_700_000_000

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trlpatch.hooks import compat
+from trlpatch.hooks import repairs
 
 
 @pytest.fixture
@@ -49,28 +49,28 @@ def test_a_tuple_of_an_absent_package_is_false(installed: Any) -> None:
             found[name] if return_version else (found[name][0], None)
         ),
     )
-    assert compat.is_package_available("weave") is False
-    assert compat.is_package_available("torch") is True
-    assert compat.is_package_available("weave", return_version=True) == (False, "N/A")
-    assert compat.is_package_available("torch", return_version=True) == (True, "2.11")
+    assert repairs.is_package_available("weave") is False
+    assert repairs.is_package_available("torch") is True
+    assert repairs.is_package_available("weave", return_version=True) == (False, "N/A")
+    assert repairs.is_package_available("torch", return_version=True) == (True, "2.11")
 
 
 def test_a_bool_of_older_transformers_stays(installed: Any) -> None:
     installed(
         "transformers.utils.import_utils", _is_package_available=lambda name, return_version=False: name == "torch"
     )
-    assert compat.is_package_available("torch") is True
-    assert compat.is_package_available("weave") is False
+    assert repairs.is_package_available("torch") is True
+    assert repairs.is_package_available("weave") is False
 
 
 def test_vllms_tokenizer_module_is_used_where_it_is(installed: Any) -> None:
     own = installed("vllm.transformers_utils.tokenizer")
-    assert compat.vllm_tokenizer() is own
+    assert repairs.vllm_tokenizer() is own
 
 
 def test_without_the_module_the_assignment_goes_nowhere(installed: Any) -> None:
     parent = installed("vllm.transformers_utils")
-    compat.vllm_tokenizer().get_cached_tokenizer = len
+    repairs.vllm_tokenizer().get_cached_tokenizer = len
     assert not hasattr(parent, "tokenizer")
 
 
@@ -78,51 +78,51 @@ def absent(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: str) -> ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(compat.importlib, "import_module", fails)
+    monkeypatch.setattr(repairs.importlib, "import_module", fails)
 
 
 def test_the_adapter_of_requests_or_none(installed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     installed("requests.adapters", HTTPAdapter=Structured)
-    assert compat.http_adapter() is Structured
+    assert repairs.http_adapter() is Structured
     absent("requests", monkeypatch)
-    assert compat.http_adapter() is None
+    assert repairs.http_adapter() is None
 
 
 def test_the_weight_sender_with_and_without_the_class_that_vllm_0_28_took_out(installed: Any) -> None:
     installed("vllm.distributed.weight_transfer.nccl_engine", NCCLWeightTransferEngine=Structured)
-    assert compat.weight_sender() == (None, Structured)
+    assert repairs.weight_sender() == (None, Structured)
     installed(
         "vllm.distributed.weight_transfer.nccl_engine",
         NCCLWeightTransferEngine=Structured,
         NCCLTrainerSendWeightsArgs=Guided,
     )
-    assert compat.weight_sender() == (Guided, Structured)
+    assert repairs.weight_sender() == (Guided, Structured)
 
 
 def test_another_absent_module_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     absent("torch", monkeypatch)
-    for hook in (compat.vllm_tokenizer, compat.http_adapter):
+    for hook in (repairs.vllm_tokenizer, repairs.http_adapter):
         with pytest.raises(ModuleNotFoundError, match="torch"):
             hook()
 
 
 def test_old_vllm_keeps_its_guided_decoding(installed: Any) -> None:
     installed("vllm.sampling_params", GuidedDecodingParams=Guided, StructuredOutputsParams=Structured)
-    assert compat.guided_decoding_params() is Guided
-    assert compat.guided_decoding_field() == "guided_decoding"
+    assert repairs.guided_decoding_params() is Guided
+    assert repairs.guided_decoding_field() == "guided_decoding"
 
 
 @pytest.mark.parametrize("given", [{"regex": "a+"}, {"backend": "outlines", "regex": "a+"}])
 def test_new_vllm_gets_structured_outputs(installed: Any, given: dict[str, str]) -> None:
     installed("vllm.sampling_params", StructuredOutputsParams=Structured)
-    assert compat.guided_decoding_params()(**given) == Structured(regex="a+")
-    assert compat.guided_decoding_field() == "structured_outputs"
+    assert repairs.guided_decoding_params()(**given) == Structured(regex="a+")
+    assert repairs.guided_decoding_field() == "structured_outputs"
 
 
 def test_warnings_go_to_the_model_or_nowhere() -> None:
     old, new = SimpleNamespace(warnings_issued={}), SimpleNamespace()
     for model in (old, new):
-        compat.warnings_issued(model)["estimate_tokens"] = True
+        repairs.warnings_issued(model)["estimate_tokens"] = True
     assert old.warnings_issued == {"estimate_tokens": True}
     assert not hasattr(new, "warnings_issued")
 
@@ -131,21 +131,21 @@ def test_warnings_go_to_the_model_or_nowhere() -> None:
 def test_use_cache_is_what_was_given_or_what_configs_take(installed: Any, checked: bool, unset: bool | None) -> None:
     config = type("PretrainedConfig", (), {})
     installed("transformers", PretrainedConfig=dataclasses.dataclass(config) if checked else config)
-    assert compat.use_cache({}) is unset
-    assert compat.use_cache({"use_cache": False}) is False
+    assert repairs.use_cache({}) is unset
+    assert repairs.use_cache({"use_cache": False}) is False
 
 
 def test_a_trainer_without_apex_does_not_use_it() -> None:
-    assert compat.use_apex(SimpleNamespace(use_apex=True))
-    assert not compat.use_apex(SimpleNamespace())
+    assert repairs.use_apex(SimpleNamespace(use_apex=True))
+    assert not repairs.use_apex(SimpleNamespace())
 
 
 def test_values_are_gathered_by_the_trainer_or_by_the_function_that_it_called(installed: Any) -> None:
     own = SimpleNamespace(_nested_gather=lambda tensors: ("own", tensors), args=None)
-    assert compat.nested_gather(own)(1) == ("own", 1)
+    assert repairs.nested_gather(own)(1) == ("own", 1)
     installed("transformers.trainer_pt_utils", nested_gather=lambda tensors, mode: (tensors, mode))
     bare = SimpleNamespace(args=SimpleNamespace(parallel_mode="none"))
-    assert compat.nested_gather(bare)(1) == (1, "none")
+    assert repairs.nested_gather(bare)(1) == (1, "none")
 
 
 def test_seed_worker_gets_what_its_signature_asks_for() -> None:
@@ -158,26 +158,26 @@ def test_seed_worker_gets_what_its_signature_asks_for() -> None:
     def new(worker_id: int, num_workers: int, rank: int) -> None:
         calls.append((worker_id, num_workers, rank))
 
-    assert compat.seed_worker(trainer, old) is old
-    compat.seed_worker(trainer, new)(7)
+    assert repairs.seed_worker(trainer, old) is old
+    repairs.seed_worker(trainer, new)(7)
     assert calls == [(7, 3, 1)]
 
 
 def test_an_option_that_is_none_gives_no_values() -> None:
     values = {"n": 1}
-    assert compat.given(values) is values
-    assert compat.given(None) == {}
+    assert repairs.given(values) is values
+    assert repairs.given(None) == {}
 
 
 def test_text_is_not_prepared_as_messages() -> None:
-    prepare = compat.messages_only(lambda messages: [*messages, "prepared"])
+    prepare = repairs.messages_only(lambda messages: [*messages, "prepared"])
     assert prepare("text") == "text"
     assert prepare([{"role": "user"}]) == [{"role": "user"}, "prepared"]
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, -1), (0, -1), (-1, -1), (1, 1), (50, 50)])
 def test_no_limit_of_top_k_is_minus_one(value: int | None, expected: int) -> None:
-    assert compat.top_k(value) == expected
+    assert repairs.top_k(value) == expected
 
 
 class OldSamplingParams:
@@ -195,19 +195,19 @@ def engine(max_model_len: int) -> Any:
 
 def test_old_sampling_params_take_the_prompt_limit(installed: Any) -> None:
     installed("vllm", SamplingParams=OldSamplingParams)
-    assert compat.sampling_limit(8) == {"truncate_prompt_tokens": 8}
-    assert compat.sampling_limit(None) == {"truncate_prompt_tokens": None}
-    assert compat.prompt_limit(engine(64), 8) == {}
+    assert repairs.sampling_limit(8) == {"truncate_prompt_tokens": 8}
+    assert repairs.sampling_limit(None) == {"truncate_prompt_tokens": None}
+    assert repairs.prompt_limit(engine(64), 8) == {}
 
 
 def test_with_new_ones_the_rollout_takes_it(installed: Any) -> None:
     installed("vllm", SamplingParams=NewSamplingParams)
-    assert compat.sampling_limit(8) == {}
-    assert compat.prompt_limit(engine(64), 8) == {"tokenization_kwargs": {"truncate_prompt_tokens": 8}}
-    assert compat.prompt_limit(engine(64), None) == {}
+    assert repairs.sampling_limit(8) == {}
+    assert repairs.prompt_limit(engine(64), 8) == {"tokenization_kwargs": {"truncate_prompt_tokens": 8}}
+    assert repairs.prompt_limit(engine(64), None) == {}
 
 
 def test_a_limit_that_the_engine_cannot_reach_is_left_out(installed: Any) -> None:
     installed("vllm", SamplingParams=NewSamplingParams)
-    assert compat.prompt_limit(engine(64), 64) == {}
-    assert compat.prompt_limit(engine(64), 512) == {}
+    assert repairs.prompt_limit(engine(64), 64) == {}
+    assert repairs.prompt_limit(engine(64), 512) == {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from trlpatch.engine.handover import registry
-from trlpatch.engine.lora_view import LoraWeights, adapter_tensors
+from trlpatch.engine.adapter_sync import registry
+from trlpatch.policy.adapter import LoraWeights, adapter_tensors
 
 
-class InMemory:
+class Registration:
     """Registers every version with the worker's LoRA manager, which lives in this process, under a new id."""
 
     def __init__(self, engine: Any, reason: str | None = None) -> None:
@@ -23,7 +23,7 @@ class InMemory:
         return "registered anew each time" + (f" ({self._reason})" if self._reason else "")
 
     def publish(self, weights: LoraWeights) -> Any:
-        """Register copies with the worker; see AdapterHandover."""
+        """Register copies with the worker; see AdapterSync."""
         worker = registry.worker_of(self._engine())
         request = registry.fresh_request(registry.NOWHERE)
         lora = registry.lora_model(worker, adapter_tensors(weights).tensors, weights, request.lora_int_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine.lora_view import LoraView, LoraWeights
+from trlpatch.policy.adapter import LoraView, LoraWeights
 
 _COLUMNS = 4096
 _CHUNK = 2048 * _COLUMNS  # elements gathered at a time: 32 MiB of float32

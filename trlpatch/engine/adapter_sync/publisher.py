@@ -7,20 +7,29 @@ import weakref
 from typing import Any, Protocol
 
 from trlpatch.engine import probes
-from trlpatch.engine.fingerprint import fingerprint
-from trlpatch.engine.handover import registry
-from trlpatch.engine.handover.in_memory import InMemory
-from trlpatch.engine.handover.in_place import InPlace
-from trlpatch.engine.handover.on_disk import OnDisk
-from trlpatch.engine.lora_view import LoraView, LoraWeights
-from trlpatch.engine.notices import once
+from trlpatch.engine.adapter_sync import registry
+from trlpatch.engine.adapter_sync.adapter_files import AdapterFiles
+from trlpatch.engine.adapter_sync.buffer_copy import BufferCopy
+from trlpatch.engine.adapter_sync.registration import Registration
+from trlpatch.engine.drain import drain
 from trlpatch.engine.state import EngineState, Published, state_of
 from trlpatch.errors import StaleAdapter
+from trlpatch.log import log_once
+from trlpatch.policy.adapter import LoraView, LoraWeights
+from trlpatch.policy.change_detection import fingerprint
 
-__all__ = ["AdapterHandover", "InMemory", "InPlace", "OnDisk", "choose_handover", "current_request", "publish"]
+__all__ = [
+    "AdapterFiles",
+    "AdapterSync",
+    "BufferCopy",
+    "Registration",
+    "choose_adapter_sync",
+    "current_request",
+    "publish",
+]
 
 
-class AdapterHandover(Protocol):
+class AdapterSync(Protocol):
     """One way of getting an adapter into an engine."""
 
     @property
@@ -39,23 +48,24 @@ class AdapterHandover(Protocol):
         """Is the adapter of this request still servable? vLLM may have evicted it for another one."""
 
 
-def choose_handover(engine: Any) -> AdapterHandover:
+def choose_adapter_sync(engine: Any) -> AdapterSync:
     """In place when the engine's worker is in this process, else through files."""
     if probes.worker_lora_manager(engine) is not None:
-        return InPlace(engine)
-    once(
+        return BufferCopy(engine)
+    log_once(
         engine,
         "the engine's worker runs in another process: adapters are handed over through files in a private directory",
         level=logging.INFO,
     )
-    return OnDisk(engine)
+    return AdapterFiles(engine)
 
 
 def publish(view: LoraView, model: Any, engine: Any) -> Any:
-    """Hand the active adapter of `model` to the engine, whose weights must be awake; its request."""
+    """Hand the active adapter of `model` to the engine, drained first, whose weights must be awake; its request."""
     state = state_of(engine)
     if state.handover is None:
-        state.handover = choose_handover(engine)
+        state.handover = choose_adapter_sync(engine)
+    drain(engine)
     mark = fingerprint(view)  # before the copies are made: a later change must not look published
     request = state.handover.publish(view.weights(view.active[0]))
     if not registry.names_separate_prefixes() and engine.reset_prefix_cache() is False:
