@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from trlpatch.situation import _loading
+from trlpatch.environment import _loading
 
 
 @pytest.mark.parametrize(

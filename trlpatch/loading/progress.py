@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from trlpatch.fast.memory import gib
+from trlpatch.loading.memory import gib
 
 
 class Progress:

@@ -1,4 +1,4 @@
-"""The same methods on a model without an engine: transformers generates, and says so."""
+"""Generation with transformers: the methods of a model with an engine, on a model without one."""
 
 from __future__ import annotations
 

@@ -6,17 +6,17 @@ import dataclasses
 
 import pytest
 
-from tests.fast.test_machine import ASKED
+from tests.loading.test_platform_checks import CONFIG
 from trlpatch.errors import EngineBuildFailed, EngineError, LoraNotSupported, NotEnoughMemory
 from trlpatch.errors import NotEnoughMemory as Ours
-from trlpatch.fast import advice
+from trlpatch.loading import engine_errors
 
-ASKED = dataclasses.replace(ASKED, max_seq_length=4096)
+CONFIG = dataclasses.replace(CONFIG, max_seq_length=4096)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "why_no_sleep_mode", lambda: None)
+    monkeypatch.setattr(engine_errors, "why_no_sleep_mode", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_known_failures_say_what_to_set(message: str, kind: type[EngineError], says: str) -> None:
-    made = advice.explained(RuntimeError(message), ASKED)
+    made = engine_errors.translate(RuntimeError(message), CONFIG)
     assert type(made) is kind
     with pytest.raises(kind, match=says):
         raise made
@@ -54,14 +54,14 @@ def test_known_failures_say_what_to_set(message: str, kind: type[EngineError], s
 def test_the_cause_is_looked_at_too() -> None:
     outer = RuntimeError("Engine core initialization failed")
     outer.__cause__ = ValueError("CUDA out of memory")
-    assert isinstance(advice.explained(outer, ASKED), MemoryError)
+    assert isinstance(engine_errors.translate(outer, CONFIG), MemoryError)
 
 
 def test_our_own_errors_stay_as_they_are() -> None:
     own = Ours("too little")
-    assert advice.explained(own, ASKED) is own
+    assert engine_errors.translate(own, CONFIG) is own
 
 
 def test_it_says_when_a_second_try_needs_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advice, "why_no_sleep_mode", lambda: "another engine with sleep mode is alive")
-    assert "a new process is clean" in str(advice.explained(RuntimeError("x"), ASKED))
+    monkeypatch.setattr(engine_errors, "why_no_sleep_mode", lambda: "another engine with sleep mode is alive")
+    assert "a new process is clean" in str(engine_errors.translate(RuntimeError("x"), CONFIG))

@@ -15,8 +15,8 @@ import pytest
 from trlpatch import FastLanguageModel
 from trlpatch.engine import build
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
-from trlpatch.fast import request as requesting
-from trlpatch.fast.request import OWN, request
+from trlpatch.loading import load_config
+from trlpatch.loading.load_config import OWN, parse_arguments
 
 ENGINE = frozenset({"enforce_eager", "max_num_seqs", "quantization", "revision", "kv_cache_memory_bytes"})
 
@@ -33,18 +33,18 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         return real(name, package)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    monkeypatch.setattr(requesting, "engine_argument_names", lambda: ENGINE)
+    monkeypatch.setattr(load_config, "engine_argument_names", lambda: ENGINE)
     return there
 
 
-def ask(**changes: Any) -> requesting.Request:
+def ask(**changes: Any) -> load_config.LoadConfig:
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(FastLanguageModel.from_pretrained).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
     named = {name: changes.pop(name, value) for name, value in defaults.items()}
-    return request(named, changes)
+    return parse_arguments(named, changes)
 
 
 def test_the_signature_is_the_documented_one() -> None:
@@ -67,7 +67,7 @@ def test_the_signature_is_the_documented_one() -> None:
 
 
 def test_arguments_go_to_whom_they_concern() -> None:
-    asked = ask(
+    config = ask(
         load_in_4bit=False,
         revision="v1",
         trust_remote_code=True,
@@ -77,17 +77,17 @@ def test_arguments_go_to_whom_they_concern() -> None:
         cache_dir="/models",
         local_files_only=True,
     )
-    assert dict(asked.engine) == {"enforce_eager": True}
-    assert dict(asked.model) == {"attn_implementation": "sdpa", "cache_dir": "/models", "local_files_only": True}
-    assert asked.of_tokenizer == {
+    assert dict(config.engine) == {"enforce_eager": True}
+    assert dict(config.model) == {"attn_implementation": "sdpa", "cache_dir": "/models", "local_files_only": True}
+    assert config.of_tokenizer == {
         "revision": "v1",
         "token": None,
         "trust_remote_code": True,
         "cache_dir": "/models",
         "local_files_only": True,
     }
-    assert asked.use_gradient_checkpointing is True
-    assert asked.why_separate is None
+    assert config.use_gradient_checkpointing is True
+    assert config.why_separate is None
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_a_missing_package_is_named_with_the_command(
 def test_without_an_engine_no_vllm_is_needed(installed: set[str]) -> None:
     installed.discard("vllm")
     installed.discard("bitsandbytes")
-    asked = ask(load_in_4bit=False, fast_inference=False, enforce_eager=True)
-    assert dict(asked.engine) == {}
-    assert asked.without_effect == ("enforce_eager",)
+    config = ask(load_in_4bit=False, fast_inference=False, enforce_eager=True)
+    assert dict(config.engine) == {}
+    assert config.without_effect == ("enforce_eager",)
 
 
 def test_engine_arguments_are_read_from_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trlpatch.errors import VllmStyleArguments
-from trlpatch.fast.native import explain_vllm_arguments
+from trlpatch.loading.transformers_backend import explain_vllm_arguments
 
 
 class SamplingParams:

@@ -1,4 +1,4 @@
-"""What ran: a summary of docs/matrix.json, written by `python -m tests.matrix`."""
+"""Tested combinations of versions: a summary of docs/matrix.json, written by `python -m tests.matrix`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 
-FILE = "ran.json"
+FILE = "tested.json"
 
 
 @dataclass(frozen=True)
-class Ran:
+class TestedRun:
     """Runs of one TRL release on one stack.
 
     Attributes:
@@ -29,9 +29,9 @@ class Ran:
     date: str
 
 
-def everything() -> tuple[Ran, ...]:
-    """Return all that ran."""
+def load() -> tuple[TestedRun, ...]:
+    """Return every tested run."""
     entries = json.loads((files(__package__) / FILE).read_text(encoding="utf-8"))
     return tuple(
-        Ran(**{**entry, "passed": tuple(entry["passed"]), "failed": tuple(entry["failed"])}) for entry in entries
+        TestedRun(**{**entry, "passed": tuple(entry["passed"]), "failed": tuple(entry["failed"])}) for entry in entries
     )

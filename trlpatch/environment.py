@@ -1,4 +1,4 @@
-"""Where this environment stands: which TRL, which of its targets are in the cache, what is installed beside it."""
+"""Report on the environment: which TRL, which of its targets are in the cache, what is installed beside it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trlpatch.compatibility.verdict import Verdict, installed, judge, version_of
+from trlpatch.compatibility.verdict import Verdict, installed, judge
+from trlpatch.options import DISABLE, read_switch
 from trlpatch.runtime.cache import Cache, entry_key, rules_digest
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED
+from trlpatch.versions import installed_version
 
 COMPANIONS = ("trlpatch", "trl", "vllm", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "libcst")
 
 
 @dataclass(frozen=True)
-class Situation:
+class EnvironmentReport:
     """What the next `PatchFastRL()` of this environment will meet. Nothing is imported, written or patched.
 
     Attributes:
@@ -41,15 +43,16 @@ class Situation:
     verdict: Verdict
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the situation as JSON-able values."""
-        return asdict(self)
+        """Return the report as JSON-able values."""
+        return {**asdict(self), "verdict": self.verdict.to_dict()}
 
 
-def situation() -> Situation:
+def inspect_environment() -> EnvironmentReport:
     """Look at the installed TRL and at the cache.
 
     Raises:
         TrlNotFound, UnsupportedTrl, UnparsableVersion: there is no TRL that can be patched.
+        InvalidOption: TRLPATCH_DISABLE is neither yes nor no.
     """
     install = find_trl()
     cache, rules = Cache(), rules_digest()
@@ -67,16 +70,16 @@ def situation() -> Situation:
         is not None
         for source in sources(install)
     }
-    return Situation(
+    return EnvironmentReport(
         trl=install.version,
         where=str(install.root),
         untested=install.release > NEWEST_TESTED,
-        disabled=os.environ.get("TRLPATCH_DISABLE", "").lower() not in ("", "0", "false", "no"),
+        disabled=bool(read_switch(DISABLE)),
         cached=cached,
         cache=str(cache.root),
         cache_bytes=cache.size(),
         cache_writable=_writable(cache.root),
-        packages={name: version_of(name) for name in COMPANIONS},
+        packages={name: installed_version(name) for name in COMPANIONS},
         loading=_loading(),
         verdict=judge(install, installed()),
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trlpatch.fast.memory import GIB
-from trlpatch.fast.progress import Progress
+from trlpatch.loading.memory import GIB
+from trlpatch.loading.progress import Progress
 
 
 def test_a_file_gets_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:

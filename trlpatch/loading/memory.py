@@ -1,4 +1,4 @@
-"""Does it fit? Arithmetic on bytes, before anything is built."""
+"""Memory requirement of a load against what the device has: arithmetic on bytes, before anything is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPARE = 0.01
 
 
 @dataclass(frozen=True)
-class Room:
+class DeviceMemory:
     """What a device has, in bytes."""
 
     name: str
@@ -23,8 +23,8 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a request takes, in bytes.
+class MemoryRequirement:
+    """What a load takes, in bytes.
 
     Attributes:
         utilization: `gpu_memory_utilization`; None when the size of the KV cache was given instead.
@@ -41,41 +41,43 @@ class Need:
     why_copy: str = ""
 
 
-def require_room(model: str, room: Room, need: Need) -> None:
-    """Raise NotEnoughMemory, with what was free, what is asked and what to set, when `need` is above `room`."""
-    asked = need.weights + need.kv_cache if need.utilization is None else int(need.utilization * room.total)
+def require_memory(model: str, device: DeviceMemory, need: MemoryRequirement) -> None:
+    """Raise NotEnoughMemory, with what was free, what is asked for and what to set, when `need` does not fit."""
+    requested = need.weights + need.kv_cache if need.utilization is None else int(need.utilization * device.total)
     wish = (
-        f"weights and kv_cache_memory_bytes take {gib(asked)}"
+        f"weights and kv_cache_memory_bytes take {gib(requested)}"
         if need.utilization is None
-        else f"gpu_memory_utilization={need.utilization:g} asks for {gib(asked)} of its {gib(room.total)}"
+        else f"gpu_memory_utilization={need.utilization:g} asks for {gib(requested)} of its {gib(device.total)}"
     )
-    where = f"trlpatch: loading {model} on {room.name}: {wish}"
-    if need.utilization is not None and need.weights >= asked:
+    where = f"trlpatch: loading {model} on {device.name}: {wish}"
+    if need.utilization is not None and need.weights >= requested:
         raise NotEnoughMemory(
             f"{where}, but the engine's weights alone take {gib(need.weights)}, and the KV cache comes on top; "
-            f"{_more(room, need)}"
+            f"{_more(device, need)}"
         )
-    if asked > room.free:
-        raise NotEnoughMemory(f"{where}, and {gib(room.free)} are free; {_less(room, need)}")
-    if need.copy and asked + need.copy > room.free:
+    if requested > device.free:
+        raise NotEnoughMemory(f"{where}, and {gib(device.free)} are free; {_less(device, need)}")
+    if need.copy and requested + need.copy > device.free:
         raise NotEnoughMemory(
             f"{where}, and transformers' own copy of the weights takes {gib(need.copy)} more ({need.why_copy}), but "
-            f"{gib(room.free)} are free; {_less(room, need)}"
+            f"{gib(device.free)} are free; {_less(device, need)}"
         )
 
 
-def require_room_for_copy(model: str, room: Room, need: Need) -> None:
+def require_memory_for_copy(model: str, device: DeviceMemory, need: MemoryRequirement) -> None:
     """Raise NotEnoughMemory when the engine left too little for the copy that nobody knew would be needed."""
-    if need.copy > room.free:
-        used = room.total - room.free
+    if need.copy > device.free:
+        used = device.total - device.free
         setting = ""
         if need.utilization is not None:
-            lower = _share(room, int(need.utilization * room.total) - (need.copy - room.free))
-            setting = f"set gpu_memory_utilization={lower:g} or less, or " if lower * room.total > need.weights else ""
+            lower = _share(device, int(need.utilization * device.total) - (need.copy - device.free))
+            setting = (
+                f"set gpu_memory_utilization={lower:g} or less, or " if lower * device.total > need.weights else ""
+            )
         raise NotEnoughMemory(
-            f"trlpatch: loading {model} on {room.name}: the weights cannot be shared ({need.why_copy}), so "
-            f"transformers needs a copy of {gib(need.copy)}; with the engine, {gib(used)} of {gib(room.total)} are in "
-            f"use and {gib(room.free)} free; {setting}load a smaller model"
+            f"trlpatch: loading {model} on {device.name}: the weights cannot be shared ({need.why_copy}), so "
+            f"transformers needs a copy of {gib(need.copy)}; with the engine, {gib(used)} of {gib(device.total)} are "
+            f"in use and {gib(device.free)} free; {setting}load a smaller model"
         )
 
 
@@ -103,23 +105,23 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def _share(room: Room, size: float) -> float:
+def _share(device: DeviceMemory, size: float) -> float:
     """The utilization that asks for at most `size` bytes, in hundredths."""
-    return max(0.0, math.floor(100 * (size / room.total - SPARE)) / 100)
+    return max(0.0, math.floor(100 * (size / device.total - SPARE)) / 100)
 
 
-def _less(room: Room, need: Need) -> str:
+def _less(device: DeviceMemory, need: MemoryRequirement) -> str:
     smaller = "load a smaller model, or one in fewer bits, or free memory that other processes hold (nvidia-smi)"
     if need.utilization is None:
         return f"set a smaller kv_cache_memory_bytes, or {smaller}"
-    share = _share(room, room.free - need.copy)
-    if share * room.total <= need.weights:
+    share = _share(device, device.free - need.copy)
+    if share * device.total <= need.weights:
         return f"the engine's weights take {gib(need.weights)} of that: {smaller}"
     return f"set gpu_memory_utilization={share:g} or less, or free memory that other processes hold (nvidia-smi)"
 
 
-def _more(room: Room, need: Need) -> str:
-    share = math.ceil(100 * (need.weights * 1.1 + GIB) / room.total) / 100
-    if share > 1 or share * room.total > room.free - need.copy:
-        return f"with {gib(room.free)} free, load a smaller model or one in fewer bits"
+def _more(device: DeviceMemory, need: MemoryRequirement) -> str:
+    share = math.ceil(100 * (need.weights * 1.1 + GIB) / device.total) / 100
+    if share > 1 or share * device.total > device.free - need.copy:
+        return f"with {gib(device.free)} free, load a smaller model or one in fewer bits"
     return f"set gpu_memory_utilization={share:g} or more"

@@ -1,4 +1,4 @@
-"""What `from_pretrained` was asked for: every argument named, in range, and given to whom it concerns."""
+"""The load configuration: the arguments of `from_pretrained`, named, in range, and given to whom they concern."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
+from trlpatch.versions import installed_version
 
 OWN = frozenset(
     {
@@ -77,7 +78,7 @@ TO_THE_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "proxies"
 
 
 @dataclass(frozen=True)
-class Request:
+class LoadConfig:
     """The checked arguments of one `from_pretrained` call.
 
     Attributes:
@@ -132,7 +133,7 @@ class Request:
         return None
 
 
-def request(values: Mapping[str, Any], further: Mapping[str, Any]) -> Request:
+def parse_arguments(values: Mapping[str, Any], further: Mapping[str, Any]) -> LoadConfig:
     """Check the arguments of a `from_pretrained` call without importing torch, transformers or vLLM.
 
     Args:
@@ -155,7 +156,7 @@ def request(values: Mapping[str, Any], further: Mapping[str, Any]) -> Request:
     known = engine_argument_names()
     _refuse_unknown(extra, known)
     fast = bool(named["fast_inference"])
-    made = Request(
+    made = LoadConfig(
         **{
             **named,
             "model_name": os.fspath(named["model_name"]),
@@ -172,7 +173,7 @@ def request(values: Mapping[str, Any], further: Mapping[str, Any]) -> Request:
 
 
 def check_values(named: Mapping[str, Any]) -> None:
-    """Each value on its own."""
+    """Raise ConflictingArguments for a value that is out of range on its own."""
     name = named["model_name"]
     if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
         raise ConflictingArguments(
@@ -198,38 +199,38 @@ def check_values(named: Mapping[str, Any]) -> None:
 
 
 def check_gradient_checkpointing(value: object) -> None:
-    """True, False, or "unsloth", which scripts written for Unsloth say and which means True."""
+    """Raise unless `value` is True, False, or "unsloth", which scripts written for Unsloth say; it means True."""
     if not isinstance(value, bool) and value != "unsloth":
         raise ConflictingArguments(
             f"use_gradient_checkpointing={value!r}: expected True, False, or 'unsloth', which means True here"
         )
 
 
-def check_combination(asked: Request) -> None:
-    """The values together."""
-    if asked.load_in_fp8 and asked.load_in_4bit:
+def check_combination(config: LoadConfig) -> None:
+    """Raise ConflictingArguments or Fp8NeedsEngine for values that exclude each other."""
+    if config.load_in_fp8 and config.load_in_4bit:
         raise ConflictingArguments(
             "load_in_fp8=True and load_in_4bit=True (the default): the weights can have one of the two; set "
             "load_in_4bit=False"
         )
-    if asked.load_in_fp8 and not asked.fast_inference:
+    if config.load_in_fp8 and not config.fast_inference:
         raise Fp8NeedsEngine(
             "trlpatch: load_in_fp8=True quantizes the weights of the vLLM engine, and fast_inference=False builds "
             "none; set fast_inference=True, or load_in_fp8=False"
         )
-    if asked.engine.get("quantization") is not None and (asked.load_in_4bit or asked.load_in_fp8):
-        flag = "load_in_4bit" if asked.load_in_4bit else "load_in_fp8"
+    if config.engine.get("quantization") is not None and (config.load_in_4bit or config.load_in_fp8):
+        flag = "load_in_4bit" if config.load_in_4bit else "load_in_fp8"
         raise ConflictingArguments(
-            f"quantization={asked.engine['quantization']!r} and {flag}=True both say how the engine's weights are "
+            f"quantization={config.engine['quantization']!r} and {flag}=True both say how the engine's weights are "
             f"quantized; set {flag}=False"
         )
-    if asked.model.get("quantization_config") is not None and asked.load_in_4bit:
+    if config.model.get("quantization_config") is not None and config.load_in_4bit:
         raise ConflictingArguments(
             "quantization_config=... and load_in_4bit=True (the default) both say how the weights are quantized; set "
             "load_in_4bit=False"
         )
-    if asked.share_weights:
-        reason = asked.why_separate or (None if asked.fast_inference else "fast_inference=False builds no engine")
+    if config.share_weights:
+        reason = config.why_separate or (None if config.fast_inference else "fast_inference=False builds no engine")
         if reason is not None:
             raise ConflictingArguments(
                 f"share_weights=True, but {reason}; leave share_weights out, or load with fast_inference=True, "
@@ -237,19 +238,19 @@ def check_combination(asked: Request) -> None:
             )
 
 
-def check_packages(asked: Request) -> None:
-    """The packages that the request needs, looked for without importing them."""
+def check_packages(config: LoadConfig) -> None:
+    """Raise MissingPackage for a package that the configuration needs; none is imported."""
     for name in ("torch", "transformers", "peft"):
         if importlib.util.find_spec(name) is None:
             raise MissingPackage(
                 f"trlpatch: FastLanguageModel needs {name}, which is not installed. Run: pip install {name}"
             )
-    if asked.fast_inference and importlib.util.find_spec("vllm") is None:
+    if config.fast_inference and importlib.util.find_spec("vllm") is None:
         raise MissingPackage(
             "trlpatch: fast_inference=True needs vLLM, which is not installed. Run: pip install vllm, or set "
             "fast_inference=False to generate with transformers"
         )
-    if asked.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage(
             "trlpatch: load_in_4bit=True (the default) needs bitsandbytes, which is not installed. Run: "
             'pip install "trlpatch[4bit]", or set load_in_4bit=False to load the weights in 16 bits'
@@ -262,7 +263,7 @@ def _refuse_unknown(extra: Mapping[str, Any], of_engine: frozenset[str]) -> None
             raise UnknownArgument(f"FastLanguageModel.from_pretrained: use {INSTEAD[name]}= instead of {name}=")
         if name not in of_engine:
             raise UnknownArgument(
-                f"FastLanguageModel.from_pretrained: {name}= is not an argument of it, of {_vllm()}, or of "
+                f"FastLanguageModel.from_pretrained: {name}= is not an argument of it, of {_engine_in_words()}, or of "
                 f"transformers' from_pretrained{nearest(name, OWN | OF_THE_MODEL | of_engine)}"
             )
 
@@ -273,10 +274,6 @@ def nearest(name: str, known: frozenset[str]) -> str:
     return f"; did you mean {found[0]}=?" if found else ""
 
 
-def _vllm() -> str:
-    import importlib.metadata
-
-    try:
-        return f"the installed vLLM's engine ({importlib.metadata.version('vllm')})"
-    except importlib.metadata.PackageNotFoundError:
-        return "vLLM's engine (vLLM is not installed)"
+def _engine_in_words() -> str:
+    version = installed_version("vllm")
+    return f"the installed vLLM's engine ({version})" if version else "vLLM's engine (vLLM is not installed)"

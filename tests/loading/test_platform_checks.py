@@ -7,16 +7,16 @@ import importlib.metadata
 import logging
 import os
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trlpatch.errors import ConflictingArguments, EngineBuildFailed, EngineWithoutSleep
-from trlpatch.fast import machine
-from trlpatch.fast.request import Request
+from trlpatch.loading import platform_checks
+from trlpatch.loading.load_config import LoadConfig
 
-ASKED = Request(
+CONFIG = LoadConfig(
     model_name="m",
     max_seq_length=256,
     dtype=None,
@@ -39,21 +39,21 @@ ASKED = Request(
 
 
 def vllm_is(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: SimpleNamespace(version=version))
 
 
 def test_an_engine_for_each_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EngineBuildFailed, match=r"a launcher started 2 ranks .*docs/limits.md"):
-        machine.require_one_rank(ASKED)
-    machine.require_one_rank(dataclasses.replace(ASKED, fast_inference=False))
+        platform_checks.require_one_rank(CONFIG)
+    platform_checks.require_one_rank(dataclasses.replace(CONFIG, fast_inference=False))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    machine.require_one_rank(ASKED)
+    platform_checks.require_one_rank(CONFIG)
 
 
 def test_dgx_spark_generates_natively_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="trlpatch"):
-        settled = machine._native_on_gb10(ASKED, ["NVIDIA GB10"])
+        settled = platform_checks._native_on_gb10(CONFIG, ["NVIDIA GB10"])
     assert (settled.fast_inference, dict(settled.engine), settled.without_effect) == (False, {}, ("enforce_eager",))
     assert "DGX Spark (GB10) found" in caplog.text
     assert "TRLPATCH_VLLM_ON_GB10=1" in caplog.text
@@ -61,17 +61,17 @@ def test_dgx_spark_generates_natively_and_says_so(caplog: pytest.LogCaptureFixtu
 
 def test_dgx_spark_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRLPATCH_VLLM_ON_GB10", "1")
-    assert machine._native_on_gb10(ASKED, ["NVIDIA GB10"]) is ASKED
+    assert platform_checks._native_on_gb10(CONFIG, ["NVIDIA GB10"]) is CONFIG
 
 
 def test_other_gpus_are_left_alone() -> None:
-    assert machine._native_on_gb10(ASKED, ["NVIDIA H200", "NVIDIA GB200"]) is ASKED
+    assert platform_checks._native_on_gb10(CONFIG, ["NVIDIA H200", "NVIDIA GB200"]) is CONFIG
 
 
 @pytest.mark.parametrize("change", [{"share_weights": True}, {"load_in_fp8": True}])
 def test_what_needs_an_engine_is_refused_on_dgx_spark(change: dict[str, Any]) -> None:
     with pytest.raises(ConflictingArguments, match="TRLPATCH_VLLM_ON_GB10=1"):
-        machine._native_on_gb10(dataclasses.replace(ASKED, **change), ["NVIDIA GB10"])
+        platform_checks._native_on_gb10(dataclasses.replace(CONFIG, **change), ["NVIDIA GB10"])
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_pdl_is_off_on_blackwell_with_an_older_vllm(
     monkeypatch.setenv("TRITON_DISABLE_PDL", given or "")
     if given is None:
         monkeypatch.delenv("TRITON_DISABLE_PDL")
-    machine.disable_pdl(majors)
+    platform_checks.disable_pdl(majors)
     assert os.environ.get("TRITON_DISABLE_PDL") == expected
 
 
@@ -106,7 +106,7 @@ def test_vllm_is_told_about_pdl(monkeypatch: pytest.MonkeyPatch, version: str, l
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     utilities: Any = sys.modules[names[-1]]
     utilities.supports_pdl = lambda device=None: True
-    machine.without_pdl()
+    platform_checks.without_pdl()
     assert utilities.supports_pdl("cuda") is launches
 
 
@@ -124,11 +124,11 @@ def test_sleep_mode_is_what_was_asked_for_where_it_can_be(
     monkeypatch: pytest.MonkeyPatch, asked: bool | None, switch: str, reason: str | None, expected: bool
 ) -> None:
     monkeypatch.setenv("TRLPATCH_SLEEP", switch)
-    monkeypatch.setattr(machine, "why_no_sleep_mode", lambda: reason)
-    assert machine.sleep_mode(dataclasses.replace(ASKED, enable_sleep_mode=asked)) is expected
+    monkeypatch.setattr(platform_checks, "why_no_sleep_mode", lambda: reason)
+    assert platform_checks.sleep_mode(dataclasses.replace(CONFIG, enable_sleep_mode=asked)) is expected
 
 
 def test_sleep_mode_that_cannot_be_had_is_an_error_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "why_no_sleep_mode", lambda: "expandable_segments")
+    monkeypatch.setattr(platform_checks, "why_no_sleep_mode", lambda: "expandable_segments")
     with pytest.raises(EngineWithoutSleep, match="enable_sleep_mode=True: expandable_segments"):
-        machine.sleep_mode(dataclasses.replace(ASKED, enable_sleep_mode=True))
+        platform_checks.sleep_mode(dataclasses.replace(CONFIG, enable_sleep_mode=True))

@@ -11,7 +11,7 @@ from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.build import random_state_kept
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
-from trlpatch.fast.request import check_gradient_checkpointing, nearest
+from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
 from trlpatch.log import logger
 from trlpatch.policy.adapter import base_of, lora_view
 

@@ -73,9 +73,9 @@ class FastLanguageModel:
             CannotShare: share_weights=True, and they cannot be.
             EngineMismatch: engine and model do not compute the same.
         """
-        from trlpatch.fast.request import request
+        from trlpatch.loading.load_config import parse_arguments
 
-        asked = request(
+        config = parse_arguments(
             {
                 "model_name": model_name,
                 "max_seq_length": max_seq_length,
@@ -95,9 +95,9 @@ class FastLanguageModel:
         from trlpatch.engine.build import random_state_kept
 
         with random_state_kept():  # around the import, too: rich draws a random number when it is imported
-            from trlpatch.fast.loading import load
+            from trlpatch.loading.loading import load
 
-            return load(asked)
+            return load(config)
 
     @staticmethod
     def get_peft_model(
@@ -118,7 +118,7 @@ class FastLanguageModel:
         Raises RankAboveEngine for an `r` above the engine's `max_lora_rank`, AdapterNotExpressible for an adapter that
         cannot reach an engine with shared weights, UnknownArgument and ConflictingArguments.
         """
-        from trlpatch.fast.adapter import with_adapter
+        from trlpatch.loading.adapter import with_adapter
 
         targets = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
         settings = {

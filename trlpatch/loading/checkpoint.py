@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.errors import ConflictingArguments, LoraNotSupported, ModelNotFound
-from trlpatch.fast.memory import weight_bytes
-from trlpatch.fast.request import Request
+from trlpatch.loading.load_config import LoadConfig
+from trlpatch.loading.memory import weight_bytes
 
 
-def read_config(asked: Request) -> Any:
+def read_hf_config(config: LoadConfig) -> Any:
     """The checkpoint's transformers config.
 
     Raises:
@@ -22,18 +22,18 @@ def read_config(asked: Request) -> Any:
     """
     from transformers import AutoConfig
 
-    given = asked.model.get("config")
+    given = config.model.get("config")
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
-    _require_directory(asked.model_name)
+    _require_directory(config.model_name)
     try:
-        config = AutoConfig.from_pretrained(given or asked.model_name, **asked.of_tokenizer)
+        hf_config = AutoConfig.from_pretrained(given or config.model_name, **config.of_tokenizer)
     except OSError as error:
-        raise ModelNotFound(_not_found(asked, error)) from error
-    _require_one_quantization(asked, config)
-    if "attn_implementation" in asked.model:  # a model over the engine's weights is built from the config alone
-        config._attn_implementation = asked.model["attn_implementation"]
-    return config
+        raise ModelNotFound(_not_found(config, error)) from error
+    _require_one_quantization(config, hf_config)
+    if "attn_implementation" in config.model:  # a model over the engine's weights is built from the config alone
+        hf_config._attn_implementation = config.model["attn_implementation"]
+    return hf_config
 
 
 def _require_directory(name: str) -> None:
@@ -56,11 +56,11 @@ def _require_directory(name: str) -> None:
         raise ModelNotFound(f"model_name={name!r}: expected a directory with config.json, found {found} there")
 
 
-def _not_found(asked: Request, error: OSError) -> str:
+def _not_found(config: LoadConfig, error: OSError) -> str:
     from huggingface_hub import constants, errors
 
-    name, cause = asked.model_name, error.__cause__
-    where = f"model_name={name!r}" + (f", revision={asked.revision!r}" if asked.revision else "")
+    name, cause = config.model_name, error.__cause__
+    where = f"model_name={name!r}" + (f", revision={config.revision!r}" if config.revision else "")
     if isinstance(cause, errors.GatedRepoError):
         return f"{where}: the model is gated; accept its terms on the hub, and pass token= or run `hf auth login`"
     if isinstance(cause, errors.RepositoryNotFoundError):
@@ -83,25 +83,25 @@ def _not_found(asked: Request, error: OSError) -> str:
     return f"{where}: {error}"
 
 
-def _require_one_quantization(asked: Request, config: Any) -> None:
-    method = quantization_of(config)
-    if asked.load_in_4bit and method not in (None, "bitsandbytes"):
+def _require_one_quantization(config: LoadConfig, hf_config: Any) -> None:
+    method = quantization_of(hf_config)
+    if config.load_in_4bit and method not in (None, "bitsandbytes"):
         raise ConflictingArguments(
-            f"model_name={asked.model_name!r} is quantized already ({method}), and load_in_4bit=True (the default) "
+            f"model_name={config.model_name!r} is quantized already ({method}), and load_in_4bit=True (the default) "
             "would quantize it again; set load_in_4bit=False"
         )
 
 
-def quantization_of(config: Any) -> str | None:
+def quantization_of(hf_config: Any) -> str | None:
     """How the checkpoint is quantized ("bitsandbytes", "gptq", ...), None when it is not."""
-    found = getattr(config, "quantization_config", None)
+    found = getattr(hf_config, "quantization_config", None)
     if found is None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return str(getattr(method, "value", method))
 
 
-def sizes(asked: Request, config: Any, dtype: Any) -> tuple[int, int]:
+def sizes(config: LoadConfig, hf_config: Any, dtype: Any) -> tuple[int, int]:
     """(bytes of the engine's weights, bytes of transformers' copy), from the shapes alone.
 
     Raises ConflictingArguments when transformers has no causal language model for the config.
@@ -111,19 +111,19 @@ def sizes(asked: Request, config: Any, dtype: Any) -> tuple[int, int]:
 
     try:
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=asked.trust_remote_code)
+            shapes = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
     except ValueError as error:
         raise ConflictingArguments(
-            f"model_name={asked.model_name!r}: transformers has no causal language model for "
-            f"{type(config).__name__}: {error}"
+            f"model_name={config.model_name!r}: transformers has no causal language model for "
+            f"{type(hf_config).__name__}: {error}"
         ) from error
-    bits = 4 if asked.load_in_4bit or quantization_of(config) == "bitsandbytes" else None
+    bits = 4 if config.load_in_4bit or quantization_of(hf_config) == "bitsandbytes" else None
     of_trainer = weight_bytes(shapes, dtype.itemsize, bits=bits)
-    of_engine = weight_bytes(shapes, dtype.itemsize, bits=8 if asked.load_in_fp8 else bits)
+    of_engine = weight_bytes(shapes, dtype.itemsize, bits=8 if config.load_in_fp8 else bits)
     return of_engine, of_trainer
 
 
-def require_lora(config: Any) -> None:
+def require_lora(hf_config: Any) -> None:
     """Raise LoraNotSupported when vLLM's own model of this architecture takes no LoRA. Imports vLLM's model.
 
     Architectures that vLLM does not know by name run on its transformers backend, which decides for itself.
@@ -131,7 +131,7 @@ def require_lora(config: Any) -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
 
-    for name in getattr(config, "architectures", None) or ():
+    for name in getattr(hf_config, "architectures", None) or ():
         registered = getattr(ModelRegistry, "models", {}).get(name)
         load = getattr(registered, "load_model_cls", None)
         if callable(load):

@@ -1,4 +1,4 @@
-"""What a failure of vLLM means for who called `from_pretrained`, and what to set."""
+"""Translation of vLLM's errors while an engine is built: what they mean for the caller of `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from trlpatch.engine.memory.sleep_mode import why_no_sleep_mode
 from trlpatch.errors import EngineBuildFailed, EngineError, LoraNotSupported, NotEnoughMemory, TrlpatchError
-from trlpatch.fast.request import Request
+from trlpatch.exception_chain import exception_chain
+from trlpatch.loading.load_config import LoadConfig
 
 
 @dataclass(frozen=True)
@@ -66,40 +67,29 @@ _ELSE = (
 )
 
 
-def explained(error: Exception, asked: Request) -> TrlpatchError:
-    """Our error for one that building the engine raised; ours are returned as they are."""
+def translate(error: Exception, config: LoadConfig) -> TrlpatchError:
+    """Return our error for one that building the engine raised; ours are returned as they are."""
     if isinstance(error, TrlpatchError):
         return error
-    text = _text(error)
+    text = "\n".join(f"{type(one).__name__}: {one}" for one in exception_chain(error))
     known = next((one for one in _KNOWN if re.search(one.says, text)), None)
-    values = {"gpu_memory_utilization": asked.gpu_memory_utilization, "max_seq_length": asked.max_seq_length}
+    values = {"gpu_memory_utilization": config.gpu_memory_utilization, "max_seq_length": config.max_seq_length}
     advice = _ELSE if known is None else known.advice.format(**values)
     made = EngineBuildFailed if known is None else known.error
     return made(
-        f"trlpatch: building the vLLM engine for {asked.model_name} failed: {type(error).__name__}: "
-        f"{_line(str(error), known)}\n{advice}. {_after()}"
+        f"trlpatch: building the vLLM engine for {config.model_name} failed: {type(error).__name__}: "
+        f"{_telling_line(str(error), known)}\n{advice}. {_retry_advice()}"
     )
 
 
-def _text(error: BaseException) -> str:
-    """The messages of an error and of what it was raised from."""
-    texts, one = [], error
-    while True:
-        texts.append(f"{type(one).__name__}: {one}")
-        inner = one.__cause__ or one.__context__
-        if inner is None or len(texts) > 10:
-            return "\n".join(texts)
-        one = inner
-
-
-def _line(message: str, known: _Known | None) -> str:
-    """The line of a long message that says it."""
+def _telling_line(message: str, known: _Known | None) -> str:
+    """Return the line of a long message that says what is known."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [""]
     return next((line for line in lines if known is not None and re.search(known.says, line)), lines[0])[:500]
 
 
-def _after() -> str:
-    """Whether it can be tried again, asked after everything was taken down."""
+def _retry_advice() -> str:
+    """Return whether it can be tried again; ask after everything was taken down."""
     reason = why_no_sleep_mode()
     if reason is not None and "another engine" in reason:
         return (
