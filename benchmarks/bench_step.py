@@ -19,7 +19,7 @@ the ratios refer to.
 
 How it is timed. A timer that waits for the device changes what it measures, so there are two sets of steps in one
 process. Whole steps come first, with no method wrapped: after `--warmup` steps, `--steps` are timed, each from the end
-of the one before to its own end, and the device is waited for at these ends only (TRL waits there by itself, to log the
+of the one before to its own end, and the device is waited for at these ends only (TRL waits there anyway, to log its
 loss). Then `--parts` steps run with every part wrapped and the device waited for at each boundary; step_timers.py says
 what the parts are. Their sum is a little more than a whole step. Medians; the JSON file has every value.
 
