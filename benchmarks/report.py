@@ -3,7 +3,7 @@
     python benchmarks/report.py add docs/performance.json STEP.json ...   # what bench_step.py wrote
     python benchmarks/report.py render                                    # needs matplotlib for the pictures
 
-A document with the same shape, settings and device replaces the older one; `render` fills the lines between the two
+A document with the same command, settings and device replaces the older one; `render` fills the lines between the two
 markers in docs/performance.md and leaves the rest of the page alone.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.step_summary import table
+from benchmarks.step_summary import labels, table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- bench_step: begin, written by benchmarks/report.py -->", "<!-- bench_step: end -->"
@@ -70,11 +70,11 @@ def render(docs: Path, *, pictures: bool) -> None:
         raise ValueError(f"{page}: expected one line {BEGIN!r} and one {END!r} after it; put them back")
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
-    sections = []
-    for document in documents:
+    sections: list[str] = []
+    for number, document in enumerate(documents, 1):
         lines = [f"### {title(document)}", "", "```", document["command"], "```", "", table(document)]
         if pictures:
-            name = f"performance-{slug(document)}.svg"
+            name = f"performance-{number}-{slug(document)}.svg"
             draw(document, docs / name)
             lines += ["", f"![time and memory by way, {title(document)}]({name})"]
         sections.append("\n".join(lines))
@@ -104,8 +104,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     matplotlib.rcParams.update({"svg.hashsalt": "trlpatch", "svg.fonttype": "none", "font.size": 9})
     results = [result for result in reversed(document["results"]) if "step_s" in result]
-    names = [result["way"] for result in results]
-    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.45 * len(names)), sharey=True)
+    names = [name.replace("+", "\n+") for name in labels(results)[0]]
+    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.55 * len(names)), sharey=True)
     left = [0.0] * len(names)
     for label, widths in bars(results).items():
         times.barh(names, widths, left=left, label=label)
@@ -145,7 +145,7 @@ def _device(document: dict[str, Any]) -> str:
 
 
 def _key(document: dict[str, Any]) -> str:
-    return json.dumps([document["shape"], document["settings"], _device(document)], sort_keys=True)
+    return json.dumps([document["command"], document["settings"], _device(document)], sort_keys=True)
 
 
 if __name__ == "__main__":
