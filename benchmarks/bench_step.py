@@ -113,7 +113,7 @@ def main() -> int:
     if given.completions % per_device or given.completions % given.generations:
         parser.error("--completions: expected a multiple of --per-device and of --generations")
     order = Order(
-        model=str(random_model(given.shape, given.models, cuda=given.device == "cuda")), tokens=given.tokens,
+        model=str(random_model(given.shape, given.models.resolve(), cuda=given.device == "cuda")), tokens=given.tokens,
         completions=given.completions, per_device=per_device, generations=given.generations, rank=given.rank,
         sleep=given.sleep == "on", utilization=given.utilization, warmup=given.warmup, steps=given.steps,
         parts=given.parts, learning_rate=given.learning_rate, cuda=given.device == "cuda",
@@ -196,11 +196,11 @@ def measure(
     """Run one way in a process of its own; what it reported before it failed is kept, with the error."""
     if way.name == "unsloth":
         order = Order(**{**as_json(way, order)["order"], "warmup": max(order.warmup, COMPILING)})
-    python_path = [paths.get(way.spec, paths.get(way.name, "")), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    places = ":".join([paths.get(way.spec, paths.get(way.name, "")), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environ = {
         **os.environ,
         **environment(way, order),
-        "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
+        "PYTHONPATH": ":".join(str(Path(place).resolve()) for place in places.split(":") if place),
         "MASTER_PORT": str(free_port()),
     }
     with tempfile.TemporaryDirectory() as scratch:
