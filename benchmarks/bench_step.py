@@ -19,7 +19,7 @@ the ratios refer to.
 
 How it is timed. A timer that waits for the device changes what it measures, so there are two sets of steps in one
 process. Whole steps come first, with no method wrapped: after `--warmup` steps, `--steps` are timed, each from the end
-of the one before to its own end, and the device is waited for at these ends only (TRL waits there by itself, to log the
+of the one before to its own end, and the device is waited for at these ends only (TRL waits there anyway, to log its
 loss). Then `--parts` steps run with every part wrapped and the device waited for at each boundary; step_timers.py says
 what the parts are. Their sum is a little more than a whole step. Medians; the JSON file has every value.
 
@@ -37,6 +37,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -45,6 +46,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -100,6 +102,7 @@ def main() -> int:
     parser.add_argument("--path", action="append", default=[], help="WAY=DIR[:DIR]: in front of its PYTHONPATH")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "trlpatch-bench-models")
     parser.add_argument("--out", type=Path, help="JSON")
+    parser.add_argument("--logs", type=Path, help="a directory for what each way printed")
     given = parser.parse_args()
     try:
         ways = [Way.parse(spec) for spec in given.ways.split(",")]
@@ -110,7 +113,7 @@ def main() -> int:
     if given.completions % per_device or given.completions % given.generations:
         parser.error("--completions: expected a multiple of --per-device and of --generations")
     order = Order(
-        model=str(random_model(given.shape, given.models, cuda=given.device == "cuda")), tokens=given.tokens,
+        model=str(random_model(given.shape, given.models.resolve(), cuda=given.device == "cuda")), tokens=given.tokens,
         completions=given.completions, per_device=per_device, generations=given.generations, rank=given.rank,
         sleep=given.sleep == "on", utilization=given.utilization, warmup=given.warmup, steps=given.steps,
         parts=given.parts, learning_rate=given.learning_rate, cuda=given.device == "cuda",
@@ -118,7 +121,8 @@ def main() -> int:
     paths = dict(text.split("=", 1) for text in given.path)
     document: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", "benchmarks/bench_step.py", *sys.argv[1:]]),
+        "command": command_line(sys.argv[1:]),
+        "gpus": given.gpus,
         "shape": given.shape,
         "settings": {**as_json(ways[0], order)["order"], "model": given.shape},
         "results": [],
@@ -127,15 +131,19 @@ def main() -> int:
     for card in range(given.gpus):
         cards.put(card)
 
-    def one(way: Way) -> dict[str, Any]:
+    if given.logs:
+        given.logs.mkdir(parents=True, exist_ok=True)
+    child = partial(measure, order=order, several=given.gpus > 1, timeout=given.timeout, paths=paths)
+
+    def one(number: int, way: Way) -> dict[str, Any]:
         card = cards.get()
         try:
-            return measure(way, order, card=card, several=given.gpus > 1, timeout=given.timeout, paths=paths)
+            return child(way, card=card, log=given.logs and (given.logs / f"{number}-{way.name}.log").resolve())
         finally:
             cards.put(card)
 
     with ThreadPoolExecutor(given.gpus) as pool:
-        for result in pool.map(one, ways):
+        for result in pool.map(one, range(len(ways)), ways):
             document["results"].append(result)
             brief = {key: value for key, value in result.items() if key not in ("steps", "versions")}
             print("RESULT", json.dumps(brief), flush=True)
@@ -144,6 +152,12 @@ def main() -> int:
                 given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(document), flush=True)
     return int(any("error" in result for result in document["results"]))
+
+
+def command_line(arguments: list[str]) -> str:
+    """Write the command down, files by their names: where they lie on this machine is nobody's matter."""
+    names = [re.sub(r"(^|[=:])(?:~|\.{1,2})?/(?:[^/\s:=]+/)*", r"\1", word) for word in arguments]
+    return shlex.join(["python", "benchmarks/bench_step.py", *names])
 
 
 def random_model(shape: str, root: Path, *, cuda: bool) -> Path:
@@ -177,23 +191,23 @@ def save_random_model(shape: str, directory: Path, *, cuda: bool) -> None:
 
 
 def measure(
-    way: Way, order: Order, *, card: int, several: bool, timeout: int, paths: dict[str, str]
+    way: Way, *, order: Order, card: int, several: bool, timeout: int, paths: dict[str, str], log: Path | None
 ) -> dict[str, Any]:
     """Run one way in a process of its own; what it reported before it failed is kept, with the error."""
     if way.name == "unsloth":
         order = Order(**{**as_json(way, order)["order"], "warmup": max(order.warmup, COMPILING)})
-    python_path = [paths.get(way.spec, paths.get(way.name, "")), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    places = ":".join([paths.get(way.spec, paths.get(way.name, "")), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environ = {
         **os.environ,
         **environment(way, order),
-        "PYTHONPATH": os.pathsep.join(filter(None, python_path)),
+        "PYTHONPATH": ":".join(str(Path(place).resolve()) for place in places.split(":") if place),
         "MASTER_PORT": str(free_port()),
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if several:  # two processes that fill one cache of compiled graphs wait for each other
             environ |= {"CUDA_VISIBLE_DEVICES": str(card), "VLLM_CACHE_ROOT": str(folder / "vllm-cache")}
-        events, log = folder / "events.jsonl", folder / "log"
+        events, log = folder / "events.jsonl", log or folder / "log"
         command = [
             sys.executable,
             str(Path(__file__).resolve()),

@@ -69,14 +69,26 @@ def table(document: dict[str, Any]) -> str:
         f"completions x {settings['tokens']} tokens, per device {settings['per_device']}, sleep "
         f"{'on' if settings['sleep'] else 'off'}, utilization {settings['utilization']}; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + (f"; {document['gpus']} ways at once, a device each" if document.get("gpus", 1) > 1 else "")
     )
     columns = (
         "way", "step s", "generation s", "sync ms", "check ms", "sleep ms", "old logps s", "training s",
         "allocated GiB", "device GiB", "load s", "length", "logp difference",
     )  # fmt: skip
-    rows = [columns, tuple("---" for _ in columns), *(_row(result) for result in results)]
+    names, shared = labels(results)
+    rows = [columns, tuple("---" for _ in columns)]
+    rows += [(name, *_row(result)) for name, result in zip(names, results, strict=True)]
     errors = [f"{result['way']}: {result['error']}" for result in results if "error" in result]
+    if shared:
+        about += f"; all with {' '.join(shared)}"
     return "\n".join([about, "", *(f"| {' | '.join(row)} |" for row in rows), *errors])
+
+
+def labels(results: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Name the ways without the options that all of them have, and return these."""
+    specs = [result["way"].split("+") for result in results]
+    shared = [option for option in specs[0][1:] if all(option in spec for spec in specs)] if len(specs) > 1 else []
+    return ["+".join(word for word in spec if word not in shared) for spec in specs], shared
 
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
@@ -84,10 +96,12 @@ def _row(result: dict[str, Any]) -> tuple[str, ...]:
         if name not in result:
             return ""
         ratio = result.get("ratios", {}).get(name)
-        return f"{result[name] * scale:{form}}" + (f" ({ratio:.2f}x)" if ratio is not None else "")
+        low, high = result.get(f"{name.removesuffix('_s')}_range_s", (None, None))
+        spread = f" [{low:.2f}, {high:.2f}]" if low is not None else ""
+        return f"{result[name] * scale:{form}}{spread}" + (f" ({ratio:.2f}x)" if ratio is not None else "")
 
     return (
-        result["way"], figure("step_s", ".3f"), figure("generation_s", ".3f"), figure("sync_s", ".1f", 1e3),
+        figure("step_s", ".3f"), figure("generation_s", ".3f"), figure("sync_s", ".1f", 1e3),
         figure("check_s", ".1f", 1e3), figure("sleep_s", ".1f", 1e3), figure("old_logps_s", ".3f"),
         figure("training_s", ".3f"), figure("allocated_gib", ".1f"), figure("device_gib", ".1f"),
         " + ".join(f"{seconds:.0f}" for seconds in result.get("load_s", {}).values()),
