@@ -9,11 +9,14 @@ from typing import Any
 from trlpatch.engine import expressible, probes
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.build import random_state_kept
+from trlpatch.engine.memory import kv_sleep
+from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
 from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
 from trlpatch.log import logger
 from trlpatch.policy.adapter import base_of, lora_view
+from trlpatch.policy.checkpointing import auto_checkpointing, set_auto_checkpointing
 
 
 def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool | str, random_state: int) -> Any:
@@ -38,7 +41,7 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
     from peft import get_peft_model
 
     # PEFT puts a hook of its own on the embeddings of a model that has checkpointing on.
-    set_gradient_checkpointing(model, on=False)
+    set_gradient_checkpointing(model, on=False, auto=auto_checkpointing(base_of(model)) is not None)
     with random_state_kept():
         torch.manual_seed(random_state)
         adapted = get_peft_model(model, config)
@@ -47,13 +50,19 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
     except AdapterNotExpressible:
         adapted.unload()
         raise
-    set_gradient_checkpointing(adapted, on=bool(checkpointing))
+    if checkpointing == "unsloth" and auto_checkpointing(base_of(adapted)) is not None:
+        checkpointing = "auto"  # as the model was loaded
+    set_gradient_checkpointing(adapted, on=bool(checkpointing), auto=checkpointing == "auto")
     return adapted
 
 
-def set_gradient_checkpointing(model: Any, *, on: bool) -> None:
-    """Switch recomputation of activations on or off, non-reentrant, with gradients at the input embeddings."""
+def set_gradient_checkpointing(model: Any, *, on: bool, auto: bool = False) -> None:
+    """Switch recomputation of activations on or off, non-reentrant, with gradients at the input embeddings.
+
+    With `auto` as many layers are recomputed as memory needs, also when TRL switches it on itself.
+    """
     base = base_of(model)
+    set_auto_checkpointing(base, on=auto, reserved=lambda: _weights_asleep(base))
     # Later releases of transformers (5.23 for one) call it activation checkpointing and warn about the older name.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
     if on == getattr(base, f"is_{name}_checkpointing"):
@@ -67,6 +76,14 @@ def set_gradient_checkpointing(model: Any, *, on: bool) -> None:
         getattr(base, f"{name}_checkpointing_disable")()
         if _inputs_require_grads(base):
             base.disable_input_require_grads()
+
+
+def _weights_asleep(base: Any) -> int:
+    """Bytes of the engine's weights that are unmapped now: device memory that it needs back."""
+    engine = attached_engine(base)
+    if engine is None or WEIGHTS not in kv_sleep.asleep(engine, state_of(engine)):
+        return 0
+    return kv_sleep.weights_bytes(engine) or 0
 
 
 def _inputs_require_grads(base: Any) -> bool:

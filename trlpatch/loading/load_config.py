@@ -97,7 +97,7 @@ class LoadConfig:
     float8_kv_cache: bool
     disable_log_stats: bool
     token: str | None
-    use_gradient_checkpointing: bool
+    use_gradient_checkpointing: bool | str
     load_in_fp8: bool
     revision: str | None
     trust_remote_code: bool
@@ -161,7 +161,7 @@ def parse_arguments(values: Mapping[str, Any], further: Mapping[str, Any]) -> Lo
             **named,
             "model_name": os.fspath(named["model_name"]),
             "gpu_memory_utilization": float(named["gpu_memory_utilization"]),
-            "use_gradient_checkpointing": bool(named["use_gradient_checkpointing"]),
+            "use_gradient_checkpointing": _checkpointing(named["use_gradient_checkpointing"]),
         },
         engine=extra if fast else {},
         model=of_model,
@@ -199,11 +199,16 @@ def check_values(named: Mapping[str, Any]) -> None:
 
 
 def check_gradient_checkpointing(value: object) -> None:
-    """Raise unless `value` is True, False, or "unsloth", which scripts written for Unsloth say; it means True."""
-    if not isinstance(value, bool) and value != "unsloth":
+    """Raise unless `value` is True, False, "auto" or "unsloth", which scripts written for Unsloth say (True)."""
+    if not isinstance(value, bool) and value not in ("auto", "unsloth"):
         raise ConflictingArguments(
-            f"use_gradient_checkpointing={value!r}: expected True, False, or 'unsloth', which means True here"
+            f"use_gradient_checkpointing={value!r}: expected True, False, 'auto' (as many layers as memory "
+            "needs), or 'unsloth', which means True here"
         )
+
+
+def _checkpointing(value: bool | str) -> bool | str:
+    return value if value == "auto" else bool(value)
 
 
 def check_combination(config: LoadConfig) -> None:

@@ -18,6 +18,7 @@ from trlpatch.engine.build import (
     lora_arguments,
     shut_down,
 )
+from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.state import state_of
 from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch
 from trlpatch.loading import platform_checks
@@ -165,6 +166,11 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
     if config.float8_kv_cache:
         arguments["kv_cache_dtype"] = "fp8"
     arguments |= config.engine
+    if graphs := compilation_config(arguments):
+        arguments["compilation_config"] = graphs
+    # TRL's own engines have this (grpo_trainer.py, 0.20 and newer); vLLM's default is 16384 on a large device, whose
+    # activations cost a gibibyte at 7B.
+    arguments.setdefault("max_num_batched_tokens", max(4096, config.max_seq_length))
     if arguments["enable_sleep_mode"] and not _in_process(arguments):
         arguments.setdefault("worker_extension_cls", "trlpatch.engine.worker_extension.KvCacheSleep")
     return arguments
@@ -212,7 +218,7 @@ def _finish(model: Any, tokenizer: Any, config: LoadConfig) -> None:
         if settings is not None and getattr(settings, "pad_token_id", None) is None:
             settings.pad_token_id = tokenizer.pad_token_id
     if config.use_gradient_checkpointing:
-        set_gradient_checkpointing(model, on=True)
+        set_gradient_checkpointing(model, on=True, auto=config.use_gradient_checkpointing == "auto")
 
 
 def _memory_requirement(config: LoadConfig, hf_config: Any, dtype: Any) -> tuple[MemoryRequirement, int]:

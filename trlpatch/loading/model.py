@@ -59,7 +59,8 @@ class FastLanguageModel:
             float8_kv_cache: KV cache in fp8.
             disable_log_stats: vLLM's statistics, not its log.
             token: for private and gated models on the hub.
-            use_gradient_checkpointing: True, False, or "unsloth", which means True.
+            use_gradient_checkpointing: True, False, "unsloth", which means True, or "auto": as many layers are
+                checkpointed as the memory left free demands, measured in the first training step; same losses.
             load_in_fp8: the engine's weights in fp8, the trainer's in 16 bits.
             **kwargs: `revision`; `trust_remote_code`; `enable_sleep_mode` (None: TRLPATCH_SLEEP, else on where it can
                 be); `share_weights` (None: where it can be; True: or an error; False: never); any argument of the
