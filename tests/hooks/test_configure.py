@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from tests.fakes.engine import RecordingEngineStub  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.sharing import protect  # noqa: E402
@@ -19,8 +19,8 @@ from trlpatch.errors import (  # noqa: E402
     ServerModeSamplingParams,
     SharedWeights,
 )
-from trlpatch.hooks.settings import set_options  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
+from trlpatch.options import activate as set_options  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 

@@ -1,4 +1,4 @@
-"""Building an engine in this process, and taking one down so that nothing of it is left."""
+"""Build an engine in this process, and take one down so that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.memory import cumem
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import forget
 from trlpatch.log import logger
 
@@ -25,7 +26,7 @@ MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 _INSIDE = ("llm_engine", "engine_core", "model_executor", "driver_worker")
 
-_allocators: list[Any] = []
+_allocators: list[object] = []
 """Wrappers of pluggable allocators whose pools were dropped: a block that is freed later still calls into them."""
 
 
@@ -77,7 +78,7 @@ def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
     return arguments
 
 
-def build_engine(arguments: Mapping[str, Any]) -> Any:
+def build_engine(arguments: Mapping[str, Any]) -> RolloutEngine:
     """Return `vllm.LLM(**arguments)`, in this process unless VLLM_ENABLE_V1_MULTIPROCESSING is set otherwise.
 
     When it fails or is interrupted, what was built so far is shut down, its process groups are destroyed and its
@@ -88,7 +89,8 @@ def build_engine(arguments: Mapping[str, Any]) -> Any:
         try:
             from vllm import LLM
 
-            return LLM(**arguments)
+            llm: RolloutEngine = LLM(**arguments)
+            return llm
         except BaseException as error:
             parts = _unfinished(error)
             forget_frames(error)
@@ -99,7 +101,7 @@ def build_engine(arguments: Mapping[str, Any]) -> Any:
             raise
 
 
-def shut_down(llm: Any, groups: ProcessGroups) -> None:
+def shut_down(llm: RolloutEngine, groups: ProcessGroups) -> None:
     """Take an engine down that `build_engine` returned; `groups` are those of before it was built.
 
     The caller drops its reference and everything that views the engine's memory first, and calls `free_memory` after.
@@ -233,12 +235,12 @@ def _chain(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _unfinished(error: BaseException) -> list[Any]:
+def _unfinished(error: BaseException) -> list[object]:
     """The parts of an engine (LLM, LLMEngine, EngineCore, executor) whose construction `error` ended, outermost first.
 
     Nothing but the frames of the exception refers to them: `LLM(...)` has not returned.
     """
-    found: list[Any] = []
+    found: list[object] = []
     for one in _chain(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):
             part = frame.f_locals.get("self")
@@ -247,8 +249,11 @@ def _unfinished(error: BaseException) -> list[Any]:
     return found
 
 
-def _take_down(part: Any) -> None:
-    """Shut an engine down, from its LLM, its core or its executor, in whatever state its construction left it."""
+def _take_down(part: object) -> None:
+    """Shut an engine down, from its LLM, its core or its executor, in whatever state its construction left it.
+
+    No backend is asked: what is half built has none.
+    """
     for name in ("llm_engine", "engine_core", "engine_core"):  # LLM, LLMEngine, InprocClient
         part = getattr(part, name, part)
     executor = part if hasattr(part, "driver_worker") else getattr(part, "model_executor", None)
@@ -261,7 +266,7 @@ def _take_down(part: Any) -> None:
     _end(getattr(part, "scheduler", None), "shutdown")
 
 
-def _end(part: Any, method: str) -> None:
+def _end(part: object, method: str) -> None:
     end = getattr(part, method, None)
     if not callable(end):
         return

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trlpatch.engine import expressible, probes
+from trlpatch.engine import lora_limits, probes
 from trlpatch.engine.attach import attached_engine
+from trlpatch.engine.backend import backend_of
 from trlpatch.engine.build import random_state_kept
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
 from trlpatch.fast.request import check_gradient_checkpointing, nearest
 from trlpatch.log import logger
+from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import base_of, lora_view
 
 
@@ -107,9 +109,9 @@ def _check_engine_serves(adapted: Any, engine: Any) -> None:
     view = lora_view(adapted)
     if engine is None or view is None:
         return
-    reason = expressible.why_not_lora(view)
-    if reason is None and not probes.sleeping_tags(engine):  # weights that sleep cannot be looked at
-        reason = expressible.why_not_on_engine(view, engine)
+    reason = lora_support.unsupported_reason(view)
+    if reason is None and not backend_of(engine).asleep():  # weights that sleep cannot be looked at
+        reason = lora_limits.unsupported_reason(view, engine)
     if reason is None:
         return
     if state_of(engine).shared_weights:

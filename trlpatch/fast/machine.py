@@ -11,7 +11,8 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from trlpatch.engine.memory.sleep_mode import sleep_default, why_no_sleep_mode
+from trlpatch.engine.memory.sleep_mode import sleep_default
+from trlpatch.engine.memory.sleep_mode import unsupported_reason as why_no_sleep_mode
 from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.fast.request import Request
 from trlpatch.log import logger

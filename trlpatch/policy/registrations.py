@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class _Registrations:
     def __init__(self) -> None:
@@ -23,7 +21,7 @@ class _Registrations:
             self._watching = True
         return self._count
 
-    def _registered(self, parent: Any, name: str, child: Any) -> None:
+    def _registered(self, parent: object, name: str, child: object) -> None:
         self._count += 1
 
 
