@@ -227,12 +227,12 @@ def test_buffers_hold_the_adapter_after_every_update(changes: dict[str, Any], dt
         engine.manager.lora_index_to_id = [None]
         engine.manager.activate_adapter(registry.LIVE_ID)
         assert_holds(engine, model)
-    handover = state_of(engine).adapter_sync
-    assert handover is not None
-    assert handover.description == "in place"
+    sync = state_of(engine).adapter_sync
+    assert sync is not None
+    assert sync.description == "in place"
     assert {request.lora_int_id for request in requests} == {registry.LIVE_ID}
     assert len({request.lora_name for request in requests}) == len({request.lora_path for request in requests}) == 3
-    assert [handover.holds(request) for request in requests] == [False, False, True]
+    assert [sync.holds(request) for request in requests] == [False, False, True]
 
 
 def test_an_update_registers_nothing() -> None:
@@ -320,13 +320,13 @@ def test_anything_unusual_is_registered_anew_each_time(
     engine, model = engine_with(**settings), lora_model()
     with caplog.at_level(logging.INFO, logger="trlpatch"):
         requests = [publish(model, engine) for _ in range(3)]
-    handover = state_of(engine).adapter_sync
-    assert handover is not None
-    assert handover.description.startswith(f"registered anew each time ({says}")
+    sync = state_of(engine).adapter_sync
+    assert sync is not None
+    assert sync.description.startswith(f"registered anew each time ({says}")
     assert [says in record.message for record in caplog.records if record.name == "trlpatch"] == [True]
     assert len({request.lora_int_id for request in requests}) == 3
     assert set(engine.manager.registered) == {requests[-1].lora_int_id}
-    assert [handover.holds(request) for request in requests] == [False, False, True]
+    assert [sync.holds(request) for request in requests] == [False, False, True]
 
 
 def test_copies_inside_vllm_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +379,9 @@ def test_a_refused_adapter_leaves_the_standing_one() -> None:
     request = publish(model, engine)
     with pytest.raises(AdapterNotExpressible, match=r"no LoRA layer for model\.layers\.0\.mlp\.up_proj"):
         publish(lora_model(target_modules=["q_proj", "up_proj"]), engine)
-    handover = state_of(engine).adapter_sync
-    assert handover is not None
-    assert handover.holds(request)
+    sync = state_of(engine).adapter_sync
+    assert sync is not None
+    assert sync.holds(request)
     assert_holds(engine, model)
 
 

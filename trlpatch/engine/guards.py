@@ -64,7 +64,7 @@ class Guards:
         if not callable(original):
             return
 
-        @wraps(original)  # callers inspect the signature: vLLM's own renderers and tracers do, too
+        @wraps(original)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             return guard(original, *args, **kwargs)
 

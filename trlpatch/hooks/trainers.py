@@ -22,7 +22,7 @@ _args_of_generation: weakref.WeakKeyDictionary[object, TrainerArguments] = weakr
 _under_construction: list[TrainerArguments] = []
 
 _EXCLUDED = frozenset({"NashMDTrainer", "XPOTrainer"})
-# Read in TRL 0.18 to 1.13: both override the training step and generate with transformers' `generate` in it.
+# TRL 0.18 to 1.13: both override `training_step` and call transformers' `generate` in it, whatever `use_vllm` says.
 EXCLUDED = "because NashMD and XPO generate with transformers in a training step of their own: TRL runs as it is"
 
 
