@@ -1,4 +1,4 @@
-"""How often a submodule was registered anywhere in this process: the signal that a cached walk over a model is old."""
+"""Count module registrations in this process: the signal that a cached walk over a model is old."""
 
 from __future__ import annotations
 
