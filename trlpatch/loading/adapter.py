@@ -10,7 +10,6 @@ from trlpatch.engine import lora_limits, probes
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.backend import backend_of
 from trlpatch.engine.build import random_state_kept
-from trlpatch.engine.memory import kv_sleep
 from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
@@ -83,9 +82,9 @@ def set_gradient_checkpointing(model: Any, *, on: bool, auto: bool = False) -> N
 def _weights_asleep(base: Any) -> int:
     """Bytes of the engine's weights that are unmapped now: device memory that it needs back."""
     engine = attached_engine(base)
-    if engine is None or WEIGHTS not in kv_sleep.asleep(engine, state_of(engine)):
+    if engine is None or WEIGHTS not in backend_of(engine).asleep():
         return 0
-    return kv_sleep.weights_bytes(engine) or 0
+    return backend_of(engine).weights_bytes() or 0
 
 
 def _inputs_require_grads(base: Any) -> bool:
