@@ -164,9 +164,9 @@ def hand_over(trainer: Any, way: str) -> dict[str, Any]:
 
         found["lora_request_ms"] = timer(lambda: lora_request(owner, owner.llm), lambda: None, repeats=12)
         state = state_of(owner.llm)
-        state.handover, state.published = Registration(owner.llm), None
+        state.adapter_sync, state.published = Registration(owner.llm), None
         found["registered_anew_ms"] = timer(owner.sync_weights, lambda: set_adapter(trainer.model, seed=1), repeats=8)
-        state.handover = state.published = None
+        state.adapter_sync = state.published = None
     return found
 
 

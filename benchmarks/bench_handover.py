@@ -149,8 +149,8 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
         return samples
 
     rows = {"hand_over, the first (registers)": timed(lambda: hooks.hand_over(owner), first=True)}
-    assert state.handover is not None
-    way = state.handover.description
+    assert state.adapter_sync is not None
+    way = state.adapter_sync.description
     rows[f"hand_over ({way})"] = timed(lambda: hooks.hand_over(owner))
 
     def hand_over_a_change() -> None:
@@ -160,7 +160,7 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
     rows["lora_request, after a hand_over"] = timed(lambda: hooks.lora_request(owner, engine), hand_over_a_change)
     rows["lora_request, the adapter has changed"] = timed(lambda: hooks.lora_request(owner, engine))
     for name, other in (("registered anew each time", Registration(engine)), ("through files", AdapterFiles(engine))):
-        state.handover, state.published = other, None
+        state.adapter_sync, state.published = other, None
         rows[f"hand_over ({name})"] = timed(lambda: hooks.hand_over(owner))
     return rows
 

@@ -1,14 +1,13 @@
-"""Say a thing once: every fallback is logged with its reason, but not on every training step."""
+"""Log a thing once: every fallback is logged with its reason, but not on every training step."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from typing import Any
 
 logger = logging.getLogger("trlpatch")
 
-_said: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_said: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 _said_to_nobody: set[str] = set()
 
 

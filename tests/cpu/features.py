@@ -322,7 +322,8 @@ def merged(bench: Bench) -> dict[str, Any]:
     from peft import LoraConfig
 
     from trlpatch.errors import AdapterNotExpressible
-    from trlpatch.hooks.settings import options, set_options
+    from trlpatch.options import activate as set_options
+    from trlpatch.options import active as options
 
     policy = bench.policy()
     bench.train(bench.trainer(policy, 1))

@@ -20,6 +20,7 @@ from peft import LoraConfig  # noqa: E402
 import trlpatch  # noqa: E402
 from trlpatch.engine.adapter_sync import publisher, registry  # noqa: E402
 from trlpatch.engine.attach import detach_engine  # noqa: E402
+from trlpatch.engine.backend import backend_of  # noqa: E402
 from trlpatch.engine.probes import legal_rank, legal_ranks, max_lora_rank, sleep_enabled, worker_lora_manager  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch  # noqa: E402
@@ -52,10 +53,10 @@ def way(request: pytest.FixtureRequest, engine: Any) -> Iterator[Any]:
     """The engine, set to one way of handing adapters over."""
     state = state_of(engine)
     manager_of(engine).remove_all_adapters()
-    state.handover, state.published = WAYS[request.param](engine), None
+    state.adapter_sync, state.published = WAYS[request.param](engine), None
     yield engine
-    assert state.handover.description.startswith(request.param), "it was this way that was tested"
-    state.handover = state.published = None
+    assert state.adapter_sync.description.startswith(request.param), "it was this way that was tested"
+    state.adapter_sync = state.published = None
 
 
 def manager_of(engine: Any) -> Any:
@@ -172,7 +173,7 @@ def test_a_fixed_name_would_serve_the_older_adapter(engine: Any, model: Path) ->
 
 def test_files_are_private_and_only_the_newest_stays(engine: Any, model: Path) -> None:
     state = state_of(engine)
-    state.handover, state.published = publisher.AdapterFiles(engine), None
+    state.adapter_sync, state.published = publisher.AdapterFiles(engine), None
     policy = trlpatch.attach_engine(tiny.policy(model), engine)
     first = Path(trlpatch.lora_request(policy).lora_path)
     tiny.move(policy, seed=1)
@@ -180,7 +181,7 @@ def test_files_are_private_and_only_the_newest_stays(engine: Any, model: Path) -
     assert not first.exists()
     assert sorted(path.name for path in second.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert second.parent.stat().st_mode & 0o777 == 0o700
-    state.handover = state.published = None
+    state.adapter_sync = state.published = None
     assert not second.parent.exists()
 
 
@@ -196,7 +197,7 @@ def test_an_evicted_adapter_is_handed_over_again(way: Any, model: Path, tmp_path
         assert gap(way, other, policy.load_lora(str(tmp_path / str(seed)))) < TOLERANCE
     assert live.lora_int_id not in worker_lora_manager(way).list_adapters()
     again = trlpatch.lora_request(policy)
-    if not isinstance(state_of(way).handover, publisher.AdapterFiles):  # its files are still there
+    if not isinstance(state_of(way).adapter_sync, publisher.AdapterFiles):  # its files are still there
         assert again.lora_name != live.lora_name
         # Asked of the worker itself: an error inside a step leaves vLLM with a request that never ends.
         worker_lora_manager(way).remove_adapter(live.lora_int_id)
@@ -229,12 +230,12 @@ def test_an_adapter_that_lost_its_slot_comes_back_as_it_is(
 def test_updates_are_written_into_the_buffers_that_the_engine_has(engine: Any, model: Path, tmp_path: Path) -> None:
     """Ten updates: one registration, the same memory, and bit for bit what a fresh load from disk puts there."""
     state = state_of(engine)
-    state.handover = state.published = None
+    state.adapter_sync = state.published = None
     manager = manager_of(engine)
     manager.remove_all_adapters()
     policy = trlpatch.attach_engine(tiny.policy(model, r=8, target_modules=["q_proj", "v_proj", "down_proj"]), engine)
     trlpatch.lora_request(policy)
-    assert state.handover.description == "in place"
+    assert state.adapter_sync.description == "in place"
     addresses = [buffer.data_ptr() for buffer in buffers(engine)]
     registered = manager.get_adapter(registry.LIVE_ID)
     names = set()
@@ -329,19 +330,20 @@ def test_what_the_plan_rests_on_may_change(way: Any, model: Path, change: str) -
 def test_discarded_buffers_are_filled_again(engine: Any, model: Path) -> None:
     """As after a level-2 sleep: every LoRA buffer holds anything, and the registry still calls the adapter active."""
     state = state_of(engine)
-    state.handover = state.published = None
+    state.adapter_sync = state.published = None
     policy = trlpatch.attach_engine(tiny.policy(model, target_modules=["q_proj", "o_proj"]), engine)
     tiny.move(policy, seed=1)
     trlpatch.lora_request(policy)
     for buffer in buffers(engine):
         buffer.fill_(7.0)
     state.published = None
+    state.adapter_sync.invalidate()
     assert gap(engine, policy, trlpatch.lora_request(policy)) < TOLERANCE
 
 
 def test_an_update_that_breaks_off_is_never_rolled_out(engine: Any, model: Path) -> None:
     state = state_of(engine)
-    state.handover = state.published = None
+    state.adapter_sync = state.published = None
     policy = trlpatch.attach_engine(tiny.policy(model), engine)
     tiny.move(policy, seed=1)
     first = trlpatch.lora_request(policy)
@@ -356,7 +358,7 @@ def test_an_update_that_breaks_off_is_never_rolled_out(engine: Any, model: Path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "cat", full)
         with pytest.raises(torch.OutOfMemoryError):
-            state.handover.publish(view.weights("default"))
+            state.adapter_sync.publish(view.weights("default"))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             parameter.copy_(before[name])
@@ -372,7 +374,7 @@ def test_modules_without_a_place_in_the_engine_are_refused(way: Any, model: Path
     assert view is not None
     weights = view.weights("default")
     strange = dataclasses.replace(weights, paths=tuple(path.replace("o_proj", "x_proj") for path in weights.paths))
-    handover = state_of(way).handover
+    handover = state_of(way).adapter_sync
     assert handover is not None
     with pytest.raises(AdapterNotExpressible, match="x_proj"):
         handover.publish(strange)
@@ -390,7 +392,7 @@ def test_names_are_not_reused_after_detaching(engine: Any, model: Path) -> None:
 def test_what_the_engine_says_of_itself(engine: Any) -> None:
     assert max_lora_rank(engine) == 16
     assert not sleep_enabled(engine)
-    assert isinstance(publisher.choose_adapter_sync(engine), publisher.BufferCopy)
+    assert isinstance(backend_of(engine).new_adapter_sync(), publisher.BufferCopy)
     assert registry.names_separate_prefixes()
     assert {8, 16, 32, 64} <= set(legal_ranks())
     assert (legal_rank(9), legal_rank(513)) == (16, None)
@@ -436,8 +438,8 @@ def test_a_slot_of_several_and_rounding_once(tmp_path: Path) -> None:
         assert not any(buffer[slot].any() for buffer in (*module.lora_a_stacked[:2], *module.lora_b_stacked[:2]))
         assert not manager.modules["model.layers.0.self_attn.o_proj"].lora_b_stacked[0][slot].any()
     assert slots == {0, 1}
-    assert state.handover is not None
-    assert state.handover.description == "in place"
+    assert state.adapter_sync is not None
+    assert state.adapter_sync.description == "in place"
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from trlpatch.engine.sharing import (  # noqa: E402
     compare_logits,
     model_over_engine,
     overlaps,
+    unsupported_reason,
     verify_overlap,
-    why_not_shareable,
 )
 from trlpatch.engine.sharing.names import EngineNames, held_parameters  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
@@ -212,11 +212,11 @@ def test_settings_that_forbid_sharing(
     holder = llama.llm_engine
     for name in holders:
         holder = getattr(holder, name)
-    assert why_not_shareable(llama) is None
+    assert unsupported_reason(llama) is None
     monkeypatch.setattr(holder, last, value, raising=False)
     with pytest.raises(CannotShare, match=says):
         model_over_engine(llama)
-    assert why_not_shareable(llama)
+    assert unsupported_reason(llama)
 
 
 def test_weights_that_vllm_has_repacked_are_refused(
@@ -229,7 +229,7 @@ def test_weights_that_vllm_has_repacked_are_refused(
     llm = load(checkpoint("qwen3", tmp_path, dtype="float32"))
     monkeypatch.setattr(_custom_ops, "_supports_onednn", True)
     process_weights_after_loading(module_of(llm), llm.llm_engine.vllm_config.model_config, torch.device("cpu"))
-    assert "vLLM has repacked it for its own kernels" in str(why_not_shareable(llm))
+    assert "vLLM has repacked it for its own kernels" in str(unsupported_reason(llm))
 
 
 def test_experts_are_refused(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_experts_are_refused(load: Any, tmp_path: Path, monkeypatch: pytest.Monk
         num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
-    assert "has experts (Qwen3Moe" in str(why_not_shareable(load(tmp_path, lora=False)))
+    assert "has experts (Qwen3Moe" in str(unsupported_reason(load(tmp_path, lora=False)))
 
 
 def test_layers_that_transformers_transposes_are_refused(load: Any, tmp_path: Path) -> None:
@@ -251,14 +251,14 @@ def test_layers_that_transformers_transposes_are_refused(load: Any, tmp_path: Pa
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=128, n_layer=2, n_head=2)).save_pretrained(tmp_path)
-    assert "belongs to a Conv1D" in str(why_not_shareable(load(tmp_path, lora=False)))
+    assert "belongs to a Conv1D" in str(unsupported_reason(load(tmp_path, lora=False)))
 
 
 def test_names_that_the_engine_lacks_are_refused(llama: Any, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     checkpoint("qwen2", tmp_path)  # its biases have no place in Llama
-    reason = why_not_shareable(llama, config=AutoConfig.from_pretrained(tmp_path))
+    reason = unsupported_reason(llama, config=AutoConfig.from_pretrained(tmp_path))
     assert reason == (
         "the engine's LlamaForCausalLM has no parameter for 'model.layers.0.self_attn.q_proj.bias' "
         "(looked for 'model.layers.0.self_attn.q_proj.bias')"
@@ -269,7 +269,7 @@ def test_other_shapes_and_inference_tensors_are_refused(llama: Any, tmp_path: Pa
     from transformers import AutoConfig
 
     checkpoint("llama", tmp_path, hidden_size=128, head_dim=64)
-    assert str(why_not_shareable(llama, config=AutoConfig.from_pretrained(tmp_path))) == (
+    assert str(unsupported_reason(llama, config=AutoConfig.from_pretrained(tmp_path))) == (
         f"'model.embed_tokens.weight' is [{VOCABULARY}, 256] in the engine and [{VOCABULARY}, 128] in transformers"
     )
     norm = module_of(llama).model.norm
@@ -277,7 +277,7 @@ def test_other_shapes_and_inference_tensors_are_refused(llama: Any, tmp_path: Pa
     with torch.inference_mode():
         norm.weight = torch.nn.Parameter(kept.clone(), requires_grad=False)
     try:
-        assert "'model.norm.weight' was made in inference mode" in str(why_not_shareable(llama))
+        assert "'model.norm.weight' was made in inference mode" in str(unsupported_reason(llama))
     finally:
         norm.weight = kept
 

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
-from tests.engine.stub import RecordingEngineStub, RecordingHandover  # noqa: E402
+from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub  # noqa: E402
+from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.engine.attach import attach_engine, attached_engine, detach_engine  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine  # noqa: E402
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cpu
 @pytest.fixture
 def engine() -> RecordingEngineStub:
     stub = RecordingEngineStub()
-    state_of(stub).handover = RecordingHandover()
+    state_of(stub).adapter_sync = RecordingAdapterSync()
     return stub
 
 
@@ -52,7 +52,7 @@ def test_a_deep_copy_shares_the_engine(engine: Any) -> None:
     assert twin.get_base_model() is not model.get_base_model()
     randomize(twin)
     assert twin.load_lora().lora_name == "v1"
-    sent = state_of(engine).handover.published[-1].tensors  # type: ignore[union-attr]
+    sent = state_of(engine).adapter_sync.published[-1].tensors  # type: ignore[union-attr]
     assert any(t.abs().sum() > 0 for name, t in sent.items() if "lora_B" in name), "the copy's own weights are sent"
 
 
@@ -103,7 +103,7 @@ def test_load_lora_reads_a_saved_adapter(engine: Any, tmp_path: Path) -> None:
     request = model.load_lora(str(tmp_path))
     assert request.lora_path == str(tmp_path.resolve())
     assert model.load_lora(str(tmp_path)).lora_int_id == request.lora_int_id
-    assert state_of(engine).handover.published == []  # type: ignore[union-attr]
+    assert state_of(engine).adapter_sync.published == []  # type: ignore[union-attr]
 
 
 def test_fast_generate_uses_the_live_adapter_unless_told_otherwise(engine: Any) -> None:

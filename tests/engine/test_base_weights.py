@@ -10,11 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
-from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from tests.fakes.engine import RecordingEngineStub  # noqa: E402
+from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
-from trlpatch.engine.base_weights import base_mismatch  # noqa: E402
-from trlpatch.engine.expressible import why_not  # noqa: E402
+from trlpatch.engine.backend import backend_of  # noqa: E402
+from trlpatch.engine.lora_limits import unsupported_reason  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -43,7 +43,7 @@ def engine_with(model: Any, *, dtype: Any = torch.float32, wrapped: bool = True)
 def verdict(model: Any, engine: Any) -> str | None:
     view = lora_view(model)
     assert view is not None
-    return base_mismatch(view, engine)
+    return backend_of(engine).base_mismatch(view)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +97,7 @@ def test_merged_training_layers_are_not_compared() -> None:
 def reason(model: Any, engine: Any) -> str | None:
     view = lora_view(model)
     assert view is not None
-    return why_not(view, engine)
+    return unsupported_reason(view, engine)
 
 
 def test_an_adapter_that_is_merged_after_a_training_is_noticed() -> None:

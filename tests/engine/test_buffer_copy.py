@@ -17,8 +17,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("vllm")
 
-from tests.engine.models import lora_model, randomize  # noqa: E402
-from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from tests.fakes.engine import RecordingEngineStub  # noqa: E402
+from tests.fakes.models import lora_model, randomize  # noqa: E402
+from trlpatch.engine import guards  # noqa: E402
 from trlpatch.engine.adapter_sync import publisher, registry  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible  # noqa: E402
@@ -154,7 +155,7 @@ class Manager:
 
 
 def engine_with(output: type[Layer] = Layer, *, outs: int = 1, **config: Any) -> RecordingEngineStub:
-    """An engine for tests.engine.models, whose o_proj layers are of one class."""
+    """An engine for tests.fakes.models, whose o_proj layers are of one class."""
     layers: dict[str, Layer] = {}
     for index in (0, 1):
         layers[f"model.layers.{index}.self_attn.qkv_proj"] = Layer(16, 16, 8, 8)
@@ -226,12 +227,12 @@ def test_buffers_hold_the_adapter_after_every_update(changes: dict[str, Any], dt
         engine.manager.lora_index_to_id = [None]
         engine.manager.activate_adapter(registry.LIVE_ID)
         assert_holds(engine, model)
-    handover = state_of(engine).handover
-    assert handover is not None
-    assert handover.description == "in place"
+    sync = state_of(engine).adapter_sync
+    assert sync is not None
+    assert sync.description == "in place"
     assert {request.lora_int_id for request in requests} == {registry.LIVE_ID}
     assert len({request.lora_name for request in requests}) == len({request.lora_path for request in requests}) == 3
-    assert [handover.holds(request) for request in requests] == [False, False, True]
+    assert [sync.holds(request) for request in requests] == [False, False, True]
 
 
 def test_an_update_registers_nothing() -> None:
@@ -271,16 +272,16 @@ def test_what_vllm_did_meanwhile_is_noticed(change: str) -> None:
     randomize(model)
     request = publish(model, engine)
     manager, state = engine.manager, state_of(engine)
-    assert state.handover is not None
+    assert state.adapter_sync is not None
     assert manager._last_mapping is None
     manager._last_mapping = "the last batch"
     module = manager.modules["model.layers.0.self_attn.qkv_proj"]
     if change == "evicted":
         manager.remove_adapter(registry.LIVE_ID)
-        assert not state.handover.holds(request)
+        assert not state.adapter_sync.holds(request)
     elif change == "replaced":
         manager.registered[registry.LIVE_ID] = object()
-        assert not state.handover.holds(request)
+        assert not state.adapter_sync.holds(request)
     elif change == "other slot's adapter":
         manager.lora_index_to_id = [5]
         for layer in manager.modules.values():
@@ -290,7 +291,8 @@ def test_what_vllm_did_meanwhile_is_noticed(change: str) -> None:
         for layer in manager.modules.values():
             for buffer in (*layer.lora_a_stacked, *layer.lora_b_stacked):
                 buffer.fill_(float("nan"))
-        state.published = None
+        guards.slept(state, 2)
+        assert not state.adapter_sync.holds(request)
     else:
         module.lora_a_stacked = tuple(torch.full_like(buffer, 3.0) for buffer in module.lora_a_stacked)
     publish(model, engine)
@@ -318,13 +320,13 @@ def test_anything_unusual_is_registered_anew_each_time(
     engine, model = engine_with(**settings), lora_model()
     with caplog.at_level(logging.INFO, logger="trlpatch"):
         requests = [publish(model, engine) for _ in range(3)]
-    handover = state_of(engine).handover
-    assert handover is not None
-    assert handover.description.startswith(f"registered anew each time ({says}")
+    sync = state_of(engine).adapter_sync
+    assert sync is not None
+    assert sync.description.startswith(f"registered anew each time ({says}")
     assert [says in record.message for record in caplog.records if record.name == "trlpatch"] == [True]
     assert len({request.lora_int_id for request in requests}) == 3
     assert set(engine.manager.registered) == {requests[-1].lora_int_id}
-    assert [handover.holds(request) for request in requests] == [False, False, True]
+    assert [sync.holds(request) for request in requests] == [False, False, True]
 
 
 def test_copies_inside_vllm_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +342,7 @@ def test_copies_inside_vllm_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(registry, "lora_model", copying)
     engine, model = engine_with(), lora_model()
     publish(model, engine)
-    assert "vLLM keeps copies of the adapter's tensors" in state_of(engine).handover.description  # type: ignore[union-attr]
+    assert "vLLM keeps copies of the adapter's tensors" in state_of(engine).adapter_sync.description  # type: ignore[union-attr]
 
 
 def test_releases_that_ask_for_embedding_modules_get_them() -> None:
@@ -377,9 +379,9 @@ def test_a_refused_adapter_leaves_the_standing_one() -> None:
     request = publish(model, engine)
     with pytest.raises(AdapterNotExpressible, match=r"no LoRA layer for model\.layers\.0\.mlp\.up_proj"):
         publish(lora_model(target_modules=["q_proj", "up_proj"]), engine)
-    handover = state_of(engine).handover
-    assert handover is not None
-    assert handover.holds(request)
+    sync = state_of(engine).adapter_sync
+    assert sync is not None
+    assert sync.holds(request)
     assert_holds(engine, model)
 
 
@@ -426,7 +428,7 @@ def test_an_engine_keeps_no_tensor_of_a_model_that_is_gone() -> None:
 def test_a_model_keeps_no_tensor_of_an_engine_that_is_gone() -> None:
     engine, model = engine_with(), lora_model()
     publish(model, engine)
-    gone = [weakref.ref(tensor) for tensor in state_of(engine).handover._current.sources]  # type: ignore[union-attr]
+    gone = [weakref.ref(tensor) for tensor in state_of(engine).adapter_sync._current.sources]  # type: ignore[union-attr]
     del engine
     gc.collect()
     assert not any(tensor() is not None for tensor in gone)

@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.fused import FusedModelStub, engine_over  # noqa: E402
-from tests.engine.models import base_model, lora_model  # noqa: E402
-from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from tests.fakes.engine import RecordingEngineStub  # noqa: E402
+from tests.fakes.fused import FusedModelStub, engine_over  # noqa: E402
+from tests.fakes.models import base_model, lora_model  # noqa: E402
 from tests.gpu.sharing_archs import ARCHITECTURES, VOCABULARY, checkpoint  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
-from trlpatch.engine.sharing import model_over_engine, overlaps, verify_overlap, why_not_shareable  # noqa: E402
+from trlpatch.engine.sharing import model_over_engine, overlaps, unsupported_reason, verify_overlap  # noqa: E402
 from trlpatch.engine.sharing.aliasing import base_parameters  # noqa: E402
 from trlpatch.engine.sharing.names import EngineNames  # noqa: E402
 from trlpatch.errors import CannotShare, EngineMismatch  # noqa: E402
@@ -37,7 +37,7 @@ def engine_of(directory: Path, **settings: Any) -> tuple[Any, Any]:
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.startswith("phi3")])
 def test_the_model_over_fused_weights_computes_the_same(name: str, dtype: str, tmp_path: Path) -> None:
     normal, engine = engine_of(checkpoint(name, tmp_path, dtype=dtype))
-    assert why_not_shareable(engine) is None
+    assert unsupported_reason(engine) is None
     model = model_over_engine(engine)
     verify_overlap(model, engine)
     assert dict(model.named_parameters()).keys() == dict(normal.named_parameters()).keys()
@@ -129,25 +129,25 @@ def test_another_dtype_and_several_devices_are_refused(tmp_path: Path) -> None:
     module = engine.llm_engine.model_executor.driver_worker.model_runner.get_model()
     norm = module.get_submodule("model.norm")
     norm.weight = torch.nn.Parameter(norm.weight.float())
-    assert "torch.bfloat16, torch.float32; expected one of" in str(why_not_shareable(engine))
+    assert "torch.bfloat16, torch.float32; expected one of" in str(unsupported_reason(engine))
     norm.weight = torch.nn.Parameter(norm.weight.to("meta"))
-    assert str(why_not_shareable(engine)) == "the engine's 'model.norm.weight' is not in device memory"
+    assert str(unsupported_reason(engine)) == "the engine's 'model.norm.weight' is not in device memory"
 
 
 def test_a_checkpoint_that_transformers_cannot_read_is_refused(tmp_path: Path) -> None:
     _, engine = engine_of(checkpoint("llama", tmp_path))
     (tmp_path / "config.json").unlink()
-    assert "transformers cannot read the configuration of" in str(why_not_shareable(engine))
+    assert "transformers cannot read the configuration of" in str(unsupported_reason(engine))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    assert "transformers has no causal language model" in str(why_not_shareable(engine))
+    assert "transformers has no causal language model" in str(unsupported_reason(engine))
 
 
 def test_settings_of_older_engines_are_understood(tmp_path: Path) -> None:
     """Up to 0.17 offloading is the cache config's; nothing that an engine does not say is a reason."""
     _, engine = engine_of(checkpoint("llama", tmp_path))
     engine.llm_engine.vllm_config.cache_config = SimpleNamespace(cpu_offload_gb=4)
-    assert "host memory" in str(why_not_shareable(engine))
-    assert "in another process" in str(why_not_shareable(RecordingEngineStub()))
+    assert "host memory" in str(unsupported_reason(engine))
+    assert "in another process" in str(unsupported_reason(RecordingEngineStub(tells_tags=False)))
 
 
 def test_base_parameters_are_named_as_without_peft() -> None:
@@ -170,5 +170,5 @@ def test_attaching_says_when_sharing_is_not_what_was_said(tmp_path: Path) -> Non
     quantized.llm_engine.model_executor.driver_worker.model_runner.get_model = lambda: FusedModelStub(base_model())
     assert not overlaps(normal, quantized), "its weights have no addresses to compare"
     with pytest.raises(CannotShare, match="in another process"):
-        attach_engine(normal, RecordingEngineStub(), shared_weights=True)
+        attach_engine(normal, RecordingEngineStub(tells_tags=False), shared_weights=True)
     assert not hasattr(normal, "vllm_engine")

@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
+from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.engine.attach import save_lora  # noqa: E402
 from trlpatch.engine.sharing import check_frozen, protect, unprotect  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, SharedWeights  # noqa: E402

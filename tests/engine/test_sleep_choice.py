@@ -12,25 +12,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.engine.sleep_rig import ALL, KV, Rig
-from tests.engine.stub import RecordingEngineStub
+from tests.fakes.engine import RecordingEngineStub
+from tests.fakes.sleep_rig import ALL, KV, Rig
 from trlpatch.engine.describe import describe, describe_engines
 from trlpatch.engine.memory import cumem, device, headroom, sleep_mode
 from trlpatch.engine.memory.device import GIB
 from trlpatch.engine.memory.headroom import HeadroomMonitor
-from trlpatch.engine.memory.sleep import put_to_sleep, sleep_default, wake, why_no_sleep_mode
+from trlpatch.engine.memory.sleep import put_to_sleep, sleep_default, wake
+from trlpatch.engine.memory.sleep_mode import unsupported_reason
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import InvalidOption
-from trlpatch.options import Options, activate
 
 
 @pytest.fixture(autouse=True)
-def default_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def sampled_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headroom, "sample", lambda model: (getattr(model, "weight", None),))
-    activate(None)
-    yield
-    activate(None)
 
 
 @pytest.fixture
@@ -132,8 +129,7 @@ def test_a_peak_that_was_reset_tells_nothing(training: Training) -> None:
 
 
 def test_kv_sleep_as_asked(rig: Rig) -> None:
-    activate(Options(sleep="kv"))
-    assert rig.sleep(level=2)
+    assert rig.sleep(level=2, kv_only=True)
     assert rig.mapped() == ALL - KV
     assert not rig.state.weights_lost
     assert rig.state.sleep_method == 'KV cache only (sleep="kv")'
@@ -142,9 +138,8 @@ def test_kv_sleep_as_asked(rig: Rig) -> None:
 def test_kv_sleep_that_cannot_be_falls_back_to_level_1_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    activate(Options(sleep="kv"))
     rig = Rig(monkeypatch, "0.26", shared=False, elsewhere=True)
-    assert rig.sleep()
+    assert rig.sleep(kv_only=True)
     assert rig.mapped() == 0
     assert "the KV cache cannot sleep alone: its workers live in other processes" in caplog.text
     assert rig.state.sleep_method == "level 1 (weights to the CPU and back)"
@@ -158,10 +153,9 @@ def test_the_level_asked_for_is_used_otherwise(rig: Rig, level: int) -> None:
 
 
 def test_the_log_says_what_was_given_back(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
-    activate(Options(sleep="kv"))
     with caplog.at_level(logging.INFO, logger="trlpatch"):
         for _ in range(3):
-            rig.sleep()
+            rig.sleep(kv_only=True)
             wake(rig.engine, rig.state, KV_CACHE)
     assert caplog.text.count('the engine sleeps while training: KV cache only (sleep="kv")') == 1
     assert caplog.text.count("sleep freed 8.00 GiB") == 1
@@ -203,7 +197,7 @@ def test_the_default_of_a_builder(
 def test_without_cuda_nothing_is_built_to_sleep_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sleep_mode, "_cuda", lambda: False)
     assert not sleep_default()
-    assert "needs CUDA" in (why_no_sleep_mode() or "")
+    assert "needs CUDA" in (unsupported_reason() or "")
     monkeypatch.setenv("TRLPATCH_SLEEP", "yes")
     assert sleep_default()
     monkeypatch.setenv("TRLPATCH_SLEEP", "maybe")
@@ -213,17 +207,17 @@ def test_without_cuda_nothing_is_built_to_sleep_unless_asked(monkeypatch: pytest
 
 @pytest.mark.usefixtures("cuda")
 def test_why_an_engine_cannot_be_built_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert why_no_sleep_mode() is None
+    assert unsupported_reason() is None
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.setenv(name, "max_split_size_mb:64, Expandable_Segments: True")
-        assert f"{name}=max_split_size_mb:64" in (why_no_sleep_mode() or "")
+        assert f"{name}=max_split_size_mb:64" in (unsupported_reason() or "")
         monkeypatch.setenv(name, "expandable_segments:False")
-        assert why_no_sleep_mode() is None
+        assert unsupported_reason() is None
     for used in (0, 3 * GIB):
         instance = SimpleNamespace(get_current_usage=lambda used=used: used)
         monkeypatch.setattr(cumem, "allocator", lambda instance=instance: instance)
-        assert bool(why_no_sleep_mode()) == bool(used)
-    assert "another engine with sleep mode is alive in this process (3.00 GiB" in (why_no_sleep_mode() or "")
+        assert bool(unsupported_reason()) == bool(used)
+    assert "another engine with sleep mode is alive in this process (3.00 GiB" in (unsupported_reason() or "")
 
 
 # What status() says.
@@ -236,7 +230,7 @@ def test_an_engine_in_one_line(rig: Rig) -> None:
         "tiny, attached; weights separate (quantized); adapter not handed over yet; sleep: has not slept yet; awake"
     )
     rig.state.shared_weights = True
-    rig.state.handover = SimpleNamespace(description="in place")  # type: ignore[assignment]
+    rig.state.adapter_sync = SimpleNamespace(description="in place")  # type: ignore[assignment]
     rig.sleep()
     assert describe(rig.engine, rig.state) == (
         "tiny, attached; weights shared with the trainer; adapter in place; sleep: KV cache only (the weights are the "

@@ -17,10 +17,10 @@ from packaging.version import Version
 torch = pytest.importorskip("torch")
 vllm = pytest.importorskip("vllm")
 
-from tests.engine.allocator_stub import DeviceStub  # noqa: E402
-from tests.engine.sleep_rig import ALL, KV, real_module  # noqa: E402
+from tests.fakes.allocator import DeviceStub  # noqa: E402
+from tests.fakes.sleep_rig import ALL, KV, real_module  # noqa: E402
 from trlpatch.engine import guards, probes  # noqa: E402
-from trlpatch.engine.memory import device, kv_sleep  # noqa: E402
+from trlpatch.engine.memory import device  # noqa: E402
 from trlpatch.engine.memory.sleep import put_to_sleep, wake  # noqa: E402
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS  # noqa: E402
 from trlpatch.engine.state import forget, state_of  # noqa: E402
@@ -108,7 +108,7 @@ def test_cycles_on_the_real_engine(llm: Any, driver: DeviceStub) -> None:
 def test_vllms_own_levels_stay_right(llm: Any, driver: DeviceStub) -> None:
     state = state_of(llm)
     for wake_up in (llm.wake_up, lambda: [llm.wake_up(tags=[tag]) for tag in (WEIGHTS, KV_CACHE)]):
-        kv_sleep.discard(llm, state)
+        state.backend.discard_kv_cache()
         llm.sleep(level=1)
         assert mapped(driver) == 0
         with pytest.raises(EngineAsleep):
@@ -124,7 +124,7 @@ def test_vllms_own_levels_stay_right(llm: Any, driver: DeviceStub) -> None:
 
 def test_a_failed_wake_leaves_the_real_engine_asleep(llm: Any, driver: DeviceStub) -> None:
     state = state_of(llm)
-    kv_sleep.discard(llm, state)
+    state.backend.discard_kv_cache()
     driver.refuse_after = 1
     with pytest.raises(NotEnoughMemory):
         wake(llm, state, KV_CACHE)
@@ -140,8 +140,8 @@ def test_an_unfinished_request_keeps_the_real_engine_awake(llm: Any, driver: Dev
     llm.llm_engine.add_request("left over", PROMPT, vllm.SamplingParams(max_tokens=4))
     llm.llm_engine.step()
     with pytest.raises(EngineBusy):
-        kv_sleep.discard(llm, state_of(llm))
+        state_of(llm).backend.discard_kv_cache()
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-    kv_sleep.discard(llm, state_of(llm))
+    state_of(llm).backend.discard_kv_cache()
     assert mapped(driver) == ALL - KV

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.engine.allocator_stub import RELEASES
-from tests.engine.sleep_rig import ALL, KV, Rig
+from tests.fakes.allocator import RELEASES
+from tests.fakes.sleep_rig import ALL, KV, Rig
 from trlpatch.engine import guards
-from trlpatch.engine.memory import cumem, kv_sleep
+from trlpatch.engine.memory import cumem
 from trlpatch.engine.memory.sleep import wake
-from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
-from trlpatch.engine.state import EngineState, forget, state_of
-from trlpatch.engine.worker_extension import KvCacheSleep
+from trlpatch.engine.probes import KV_CACHE, WEIGHTS
+from trlpatch.engine.state import forget, state_of
+from trlpatch.engine.worker_extension import EXTENSION, KvCacheSleep
 from trlpatch.errors import EngineAsleep, EngineBusy, EngineWithoutSleep, NotEnoughMemory, SharedWeights
 
 
@@ -51,7 +51,7 @@ def test_twenty_cycles_unmap_the_cache_and_only_the_cache(rig: Rig) -> None:
 
 
 def test_the_bytes_given_back_are_counted_exactly(rig: Rig) -> None:
-    assert kv_sleep.discard(rig.engine, rig.state) == KV * rig.device.unit
+    assert rig.state.backend.discard_kv_cache() == KV * rig.device.unit
     if hasattr(rig.allocator.pointer_to_data[1000], "is_asleep"):  # below 0.25.1 only the executor knows
         assert cumem.discard_kv_cache(rig.worker) == 0
 
@@ -86,7 +86,7 @@ def test_waking_everything_wakes_what_sleeps(rig: Rig, tags: list[str] | None) -
     rig.sleep()
     rig.engine.wake_up(tags)
     rig.roll_out()
-    assert not rig.state.asleep
+    assert not rig.state.backend.asleep()
 
 
 def test_a_deeper_sleep_of_shared_weights_raises_and_changes_nothing(rig: Rig) -> None:
@@ -104,13 +104,13 @@ def test_a_deeper_sleep_of_shared_weights_raises_and_changes_nothing(rig: Rig) -
 def test_vllms_own_sleep_stays_right_after_a_kv_only_one(rig: Rig, level: int) -> None:
     rig.state.shared_weights = False
     for _ in range(3):
-        kv_sleep.discard(rig.engine, rig.state)
+        rig.state.backend.discard_kv_cache()
         rig.engine.wake_up()
         rig.engine.sleep(level=1)
         assert rig.mapped() == 0
         rig.engine.wake_up()
         assert rig.contents(WEIGHTS) == ["weights 0", "weights 1"]
-        kv_sleep.discard(rig.engine, rig.state)
+        rig.state.backend.discard_kv_cache()
         rig.engine.sleep(level=level)  # asked of an engine whose cache sleeps, vLLM would keep the weights
         assert rig.mapped() == 0
         assert rig.state.weights_lost == (level == 2)
@@ -282,8 +282,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, release: str, **settings: Any) ->
 
 
 def test_workers_elsewhere_are_reached_through_the_extension(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
-    rig = elsewhere(monkeypatch, release, extension=kv_sleep.EXTENSION)
-    assert kv_sleep.why_not(rig.engine) is None
+    rig = elsewhere(monkeypatch, release, extension=EXTENSION)
+    assert rig.state.backend.kv_sleep_unsupported_reason() is None
     rig.device.cached = rig.device.unit
     rig.sleep()
     wake(rig.engine, rig.state, KV_CACHE)
@@ -306,11 +306,11 @@ def test_workers_elsewhere_are_reached_through_the_extension(monkeypatch: pytest
     rig.device.refuse_after = None
     rig.engine.wake_up()
     rig.state.shared_weights = False
-    kv_sleep.discard(rig.engine, rig.state)
+    rig.state.backend.discard_kv_cache()
     rig.engine.sleep(level=1)
     assert rig.mapped() == 0
     rig.engine.wake_up(tags=["weights"])
-    assert rig.state.asleep == {KV_CACHE}
+    assert rig.state.backend.asleep() == {KV_CACHE}
     rig.engine.wake_up(tags=["kv_cache"])
     rig.roll_out()
 
@@ -325,9 +325,9 @@ def test_vllms_own_release_of_the_cache_is_used_where_it_has_one(monkeypatch: py
     rig.engine.release_kv_cache_memory = release_kv_cache_memory  # type: ignore[attr-defined]
     assert rig.sleep()
     assert rig.mapped() == ALL - KV
-    assert rig.state.asleep == {KV_CACHE}
+    assert rig.state.backend.asleep() == {KV_CACHE}
     rig.engine.wake_up()
-    assert rig.state.asleep == set()
+    assert rig.state.backend.asleep() == set()
     rig.roll_out()
 
 
@@ -349,7 +349,7 @@ def test_an_executor_that_can_discard_is_asked_to(monkeypatch: pytest.MonkeyPatc
         rig.executor.sleeping_tags, rig.executor.is_sleeping = set(tags), True
 
     rig.executor.discard = discard  # type: ignore[attr-defined]
-    assert kv_sleep.discard(rig.engine, rig.state) == KV * rig.device.unit
+    assert rig.state.backend.discard_kv_cache() == KV * rig.device.unit
     assert asked == [("kv_cache",)]
     rig.engine.wake_up()
     rig.roll_out()
@@ -357,7 +357,7 @@ def test_an_executor_that_can_discard_is_asked_to(monkeypatch: pytest.MonkeyPatc
 
 def test_workers_that_cannot_be_reached_say_how_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = elsewhere(monkeypatch, "0.26")
-    reason = kv_sleep.why_not(rig.engine)
+    reason = rig.state.backend.kv_sleep_unsupported_reason()
     assert reason is not None
     assert "worker_extension_cls='trlpatch.engine.worker_extension.KvCacheSleep'" in reason
     assert not rig.sleep(), "shared weights: nothing else is allowed"
@@ -373,7 +373,7 @@ def test_the_extension_clashes_with_no_name_of_vllms_worker() -> None:
     names = [name for name in dir(KvCacheSleep) if not name.startswith("__")]
     assert names == ["trlpatch_discard_kv_cache", "trlpatch_wake_kv_cache"]
     assert not any(hasattr(Worker, name) for name in names)
-    module, _, name = kv_sleep.EXTENSION.rpartition(".")
+    module, _, name = EXTENSION.rpartition(".")
     assert getattr(sys.modules[module], name) is KvCacheSleep
 
 
@@ -384,4 +384,3 @@ def test_a_worker_without_the_allocator_says_so(monkeypatch: pytest.MonkeyPatch)
     assert cumem.pool_bytes(KV_CACHE) == 0
     with cumem.whole_wake(None):
         pass
-    assert EngineState().asleep == set() != SLEEP_TAGS

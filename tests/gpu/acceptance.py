@@ -65,7 +65,8 @@ class Acceptance:
         return {
             "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "runner": f"{type(runner).__module__}", "shared": state.shared_weights,
-            "handover": getattr(state.handover, "description", None), "sleep": getattr(state, "sleep_method", None),
+            "handover": getattr(state.adapter_sync, "description", None),
+            "sleep": getattr(state, "sleep_method", None),
         }  # fmt: skip
 
     def _policy(self) -> Any:
@@ -195,7 +196,7 @@ class Acceptance:
 
     def cycles(self) -> dict[str, Any]:
         """Sleep, an update while asleep, wake, score: twenty times."""
-        from trlpatch.engine import sleep as pools
+        from trlpatch.engine.memory import sleep as pools
         from trlpatch.engine.state import state_of
 
         state = state_of(self.engine)
@@ -245,9 +246,9 @@ class Acceptance:
             return 1e3 * (time.perf_counter() - started)
 
         in_place = [one() for _ in range(20)]
-        state.handover, state.published = Registration(self.engine), None
+        state.adapter_sync, state.published = Registration(self.engine), None
         anew = [one() for _ in range(10)]
-        state.handover = state.published = None
+        state.adapter_sync = state.published = None
         return {"in_place_ms": median(in_place[5:]), "anew_ms": median(anew[3:])}
 
 

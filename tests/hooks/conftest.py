@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from trlpatch.hooks import settings
+from trlpatch.options import activate
 
 
 @pytest.fixture(autouse=True)
 def default_options() -> Iterator[None]:
-    settings.set_options(None)
+    activate(None)
     yield
-    settings.set_options(None)
+    activate(None)

@@ -10,29 +10,29 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
-from tests.engine.stub import RecordingEngineStub, RecordingHandover  # noqa: E402
-from tests.hooks.owners import Since110, WithoutSync  # noqa: E402
+from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub  # noqa: E402
+from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
+from tests.fakes.owners import Since110, WithoutSync  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.adapter_sync import registry  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter  # noqa: E402
 from trlpatch.hooks.adapter_sync import resync  # noqa: E402
-from trlpatch.hooks.settings import set_options  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
+from trlpatch.options import activate as set_options  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
 
 def build(**settings: Any) -> RecordingEngineStub:
     engine = RecordingEngineStub(**settings)
-    state_of(engine).handover = RecordingHandover()
+    state_of(engine).adapter_sync = RecordingAdapterSync()
     return engine
 
 
 def published(engine: Any) -> int:
-    return len(state_of(engine).handover.published)  # type: ignore[union-attr]
+    return len(state_of(engine).adapter_sync.published)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("names_separate", [True, False])
@@ -66,7 +66,7 @@ def test_a_forgotten_sync_is_made_up_for() -> None:
     assert hooks.lora_request(owner, engine) is first
     randomize(model)
     assert hooks.lora_request(owner, engine).lora_name == "v2"
-    state_of(engine).handover.evicted = True  # type: ignore[union-attr]
+    state_of(engine).adapter_sync.evicted = True  # type: ignore[union-attr]
     assert hooks.lora_request(owner, engine).lora_name == "v3"
 
 
@@ -204,7 +204,7 @@ def test_modules_that_the_engine_lacks_fall_back_to_the_full_sync(caplog: pytest
     def refuse(_: Any) -> Any:
         raise AdapterNotExpressible("the engine's model has no LoRA layer for model.layers.0.mlp.gate")
 
-    state_of(engine).handover.publish = refuse  # type: ignore[union-attr,method-assign]
+    state_of(engine).adapter_sync.publish = refuse  # type: ignore[union-attr,method-assign]
     owner = Since110(lora_model(), engine, sleep=False)
     owner.batch()
     owner.batch()

@@ -9,15 +9,15 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model
-from tests.engine.stub import RecordingEngineStub
+from tests.fakes.engine import RecordingEngineStub
+from tests.fakes.models import base_model, lora_model
 from trlpatch import hooks
 from trlpatch.engine.attach import attach_engine, attached_engine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
-from trlpatch.hooks.settings import set_options
 from trlpatch.hooks.trainers import args_of
 from trlpatch.options import Options
+from trlpatch.options import activate as set_options
 
 pytestmark = pytest.mark.cpu
 

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tests.engine.stub import RecordingEngineStub  # noqa: E402
+from tests.fakes.engine import RecordingEngineStub  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.sharing import protect  # noqa: E402
@@ -19,8 +19,8 @@ from trlpatch.errors import (  # noqa: E402
     ServerModeSamplingParams,
     SharedWeights,
 )
-from trlpatch.hooks.settings import set_options  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
+from trlpatch.options import activate as set_options  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -92,13 +92,25 @@ def test_without_an_engine_nothing_changes(model: Any) -> None:
     hooks.configure(GRPOTrainer(), model, None)
 
 
-def test_nash_md_and_xpo_are_never_touched() -> None:
+def test_nash_md_and_xpo_are_left_alone_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    trainer = NashMDTrainer()
     for colocate in ("auto", "always"):
         set_options(Options(colocate=colocate))
         args = ServerByDefault()
-        hooks.configure(NashMDTrainer(), carrying(), args)
+        hooks.configure(trainer, carrying(), args)
         assert args == ServerByDefault()
-    hooks.configure(NashMDTrainer(), carrying(), None)
+    hooks.configure(trainer, carrying(), None)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0] == (
+        "NashMDTrainer: the attached engine is not used, because NashMD and XPO generate with transformers in a "
+        "training step of their own: TRL runs as it is"
+    )
+
+
+def test_nash_md_and_xpo_without_an_engine_are_not_worth_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    hooks.configure(NashMDTrainer(), "some/model", ServerByDefault())
+    assert not caplog.records
 
 
 def test_never_and_always() -> None:

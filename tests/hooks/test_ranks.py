@@ -22,6 +22,6 @@ def test_a_group_of_one_among_several_ranks_is_refused(
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: found)
     if refused:
         with pytest.raises(EngineMismatch, match=r"a launcher started 2 ranks.*accelerate\.PartialState\(\)"):
-            ranks.check_met(object())
+            ranks.require_process_group(object())
     else:
-        ranks.check_met(object())
+        ranks.require_process_group(object())

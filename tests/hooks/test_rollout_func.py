@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import lora_model, randomize
-from tests.engine.stub import RecordingEngineStub, RecordingHandover
+from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub
+from tests.fakes.models import lora_model, randomize
 from trlpatch import hooks
 from trlpatch.engine.attach import attach_engine
 from trlpatch.engine.state import state_of
@@ -41,7 +41,7 @@ class Engine(RecordingEngineStub):
 
 class Trainer:
     def __init__(self, engine: Engine, function: Callable[..., Any] | None, *, sleep: bool = False) -> None:
-        state_of(engine).handover = RecordingHandover()
+        state_of(engine).adapter_sync = RecordingAdapterSync()
         self.model = attach_engine(lora_model(), engine)
         self.llm = engine
         self.vllm_mode = "colocate"

@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model, randomize
-from tests.engine.stub import RecordingEngineStub, RecordingHandover
-from tests.hooks.owners import (
+from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub
+from tests.fakes.models import base_model, lora_model, randomize
+from tests.fakes.owners import (
     EPOCHS,
     Since023,
     Since025,
@@ -29,8 +29,8 @@ from trlpatch import hooks
 from trlpatch.engine.attach import attach_engine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import StaleAdapter
-from trlpatch.hooks.settings import set_options
 from trlpatch.options import Options
+from trlpatch.options import activate as set_options
 
 pytestmark = pytest.mark.cpu
 
@@ -40,7 +40,7 @@ epochs = pytest.mark.parametrize("epoch", EPOCHS)
 
 def build(*, tells_tags: bool = True, **settings: Any) -> RecordingEngineStub:
     engine = RecordingEngineStub(sleep=True, tells_tags=tells_tags, **settings)
-    state_of(engine).handover = RecordingHandover()
+    state_of(engine).adapter_sync = RecordingAdapterSync()
     return engine
 
 
@@ -55,7 +55,7 @@ def test_lora_rollouts_carry_the_current_adapter(epoch: Any, tells_tags: bool) -
         randomize(model, seed=step)
         owner.batch()
         owner.batch()  # a second eval batch, or a micro-step of gradient accumulation
-    sent = state_of(engine).handover.published  # type: ignore[union-attr]
+    sent = state_of(engine).adapter_sync.published  # type: ignore[union-attr]
     used = [request.lora_name for request in engine.requests]
     assert len(used) == 6
     for step in range(3):
@@ -126,7 +126,7 @@ def test_an_engine_that_stays_awake_says_why(
     set_options(options)
     model = attach_engine(lora_model(), engine)
     state_of(engine).shared_weights = shared
-    state_of(engine).handover = RecordingHandover()
+    state_of(engine).adapter_sync = RecordingAdapterSync()
     with caplog.at_level(logging.INFO, logger="trlpatch"):
         owner = Since110(model, engine)
         owner.batch()

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
+from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.policy.adapter import adapter_tensors, base_of, lora_view, unwrap  # noqa: E402
 from trlpatch.policy.change_detection import fingerprint  # noqa: E402
 

@@ -13,8 +13,7 @@ import pytest
 
 import trlpatch.hooks
 from trlpatch import errors
-from trlpatch.hooks import settings
-from trlpatch.options import Options
+from trlpatch.options import Options, active
 from trlpatch.runtime import session
 from trlpatch.runtime.loader import PatchedFinder
 
@@ -160,7 +159,7 @@ def test_unpatch_restores_stock(fake_trl, patch_grpo, configured, early):
     assert "_trlpatch" not in inspect.getsource(trainer_class.__init__)
     assert not any(isinstance(finder, PatchedFinder) for finder in sys.meta_path)
     assert session.status() is None
-    assert settings.options() == Options()
+    assert active() == Options()
     if early:
         assert {cls: dict(vars(cls)) for cls in stock} == stock
         assert {name: dict(vars(sys.modules[name])) for name in modules} == modules

@@ -17,7 +17,7 @@ import pytest
 import trlpatch.hooks
 from tests.helpers import SKIP
 from trlpatch import errors
-from trlpatch.hooks import settings
+from trlpatch.options import active
 from trlpatch.rewrite import rewriter
 from trlpatch.runtime import session
 from trlpatch.runtime.cache import Cache
@@ -85,7 +85,7 @@ def test_second_call_is_a_quiet_no_op(patch_grpo):
 def test_second_call_may_change_what_hooks_read(patch_grpo):
     first = patch_grpo(sleep="auto")
     assert patch_grpo(sleep="off", colocate="never") is first
-    assert (settings.options().sleep, settings.options().colocate) == ("off", "never")
+    assert (active().sleep, active().colocate) == ("off", "never")
 
 
 def test_second_call_with_another_skip_is_refused(patch_grpo):

@@ -1,4 +1,4 @@
-"""Give a model what patched trainers look for: an engine of its own and a live adapter request."""
+"""Attach an engine to a model, with all that patched trainers look for: the engine and a live adapter request."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import copy
 import os
 import types
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trlpatch.engine import guards, live_request, probes
-from trlpatch.engine.adapter_sync.shape_check import directory_misfit
-from trlpatch.engine.base_weights import weights_now
+from trlpatch.engine.backend import backend_of
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine
 from trlpatch.policy.adapter import PEFT_PREFIX, base_of, lora_view, unwrap
+from trlpatch.policy.base_weights import weights_now
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _ENGINE = "vllm_engine"
 _METHODS = ("load_lora", "save_lora", "fast_generate")
@@ -25,7 +29,7 @@ _FIRST_DISK_ID = 1_600_000_000
 Model = TypeVar("Model")
 
 
-def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Model:
+def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = False) -> Model:
     """Make `llm` the engine that trainers of `model` roll out on, and return the model.
 
     Sets `model.vllm_engine`, `model.load_lora`, `model.save_lora` and `model.fast_generate`. They are put on
@@ -34,8 +38,10 @@ def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Mo
     that the base weights of the model are the engine's own memory: that is verified, the engine's weights never
     sleep, and what would change or move them raises SharedWeights (see `trlpatch.engine.sharing.protect`).
 
-    Raises NotAnEngine for anything but an in-process engine, EngineMismatch for one that is asleep or whose memory
-    the model shares without `shared_weights=True`, CannotShare for a model that shares less than all base weights.
+    Raises:
+        NotAnEngine: `llm` is no `vllm.LLM`, or `model` no model.
+        EngineMismatch: the engine is asleep, or the model shares its memory without `shared_weights=True`.
+        CannotShare: with `shared_weights=True` the model shares less than all base weights.
     """
     if isinstance(model, (str, os.PathLike)) or not callable(getattr(model, "named_modules", None)):
         raise NotAnEngine(
@@ -48,7 +54,7 @@ def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Mo
             f"attach_engine(model, llm): llm must be a vllm.LLM (it has `generate` and `llm_engine`), got "
             f"{type(llm).__name__}; build one with vllm.LLM(model=..., enable_lora=True)"
         )
-    sleeping = probes.sleeping_tags(llm)
+    sleeping = backend_of(llm).asleep()
     if sleeping:
         raise EngineMismatch(
             f"attach_engine(model, llm): the engine sleeps ({', '.join(sorted(sleeping))}); it must be awake to be "
@@ -77,60 +83,65 @@ def attach_engine(model: Model, llm: Any, *, shared_weights: bool = False) -> Mo
     return model
 
 
-def detach_engine(model: Any) -> Any:
+def detach_engine(model: object) -> RolloutEngine | None:
     """Undo `attach_engine`; returns the engine that was attached (still running), or None.
 
     Shared weights stay shared, but nothing guards them any more.
     """
     base = base_of(model)
     unprotect(base)
-    llm = base.__dict__.pop(_ENGINE, None)
+    llm: RolloutEngine | None = base.__dict__.pop(_ENGINE, None)
     for name in _METHODS:
         base.__dict__.pop(name, None)
     if llm is not None:
         with contextlib.suppress(AttributeError):
-            del llm.__deepcopy__
+            delattr(llm, "__deepcopy__")
         forget(llm)
     return llm
 
 
-def attached_engine(model: Any) -> Any:
+def attached_engine(model: object) -> RolloutEngine | None:
     """The engine a model carries (ours, or one set by another library as `model.vllm_engine`), or None."""
     if model is None or isinstance(model, (str, os.PathLike)):
         return None
     for holder in (model, unwrap(model), base_of(model)):
         found = getattr(holder, _ENGINE, None)
         if found is not None and probes.looks_like_engine(found):
-            return found
+            engine: RolloutEngine = found
+            return engine
     return None
 
 
-def share_in_copies(llm: Any) -> None:
+def share_in_copies(llm: RolloutEngine) -> None:
     """TRL deep-copies models to make reference models; an engine cannot be copied and need not be."""
-    llm.__deepcopy__ = types.MethodType(_same_object, llm)
+    setattr(llm, "__deepcopy__", types.MethodType(_same_object, llm))  # noqa: B010 - no part of the engine's type
 
 
-def _same_object(self: Any, memo: Any) -> Any:
+def _same_object(self: Model, memo: object) -> Model:
     return self
 
 
-def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = None) -> Any:
+def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None = None) -> LoraRequest | None:
     """A LoRARequest: of the live adapter, or of an adapter saved in the directory `name`.
 
     `load_tensors=True`, or no arguments: the adapter of this model as it is now. `load_tensors=False`, or a
-    `name` that is an adapter directory: that one, from disk. Raises ValueError when `name` has to be a
-    directory and is none, EngineMismatch when the adapter in it is of another model.
+    `name` that is an adapter directory: that one, from disk.
+
+    Raises:
+        ValueError: `name` has to be a directory and is none.
+        EngineMismatch: the adapter in it is of another model.
     """
+    engine = _require_attached(self)
     live_adapter = name is None if load_tensors is None else load_tensors
     if live_adapter:
-        return live_request.require_request(self, attached_engine(self))
+        return live_request.require_request(self, engine)
     directory = Path(name or "")
     if name is None or not (directory / "adapter_config.json").is_file():
         raise ValueError(
             f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
             "with model.save_lora(directory), or call model.load_lora() for the live adapter"
         )
-    wrong = directory_misfit(attached_engine(self), directory)
+    wrong = backend_of(engine).adapter_misfit(directory)
     if wrong is not None:
         raise EngineMismatch(
             f"model.load_lora({name!r}): {wrong}; vLLM would load what fits of it without a word; expected an adapter "
@@ -140,20 +151,34 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
 
     # vLLM keys adapters by id: a directory that was saved again needs another one.
     saved = max(path.stat().st_mtime_ns for path in directory.iterdir())
-    counter = state_of(attached_engine(self)).disk_adapters
+    counter = state_of(engine).disk_adapters
     number = counter.setdefault(f"{directory.resolve()}@{saved}", len(counter) + 1)
-    return LoRARequest(
+    request: LoraRequest = LoRARequest(
         lora_name=f"{directory.name}-{number}",
         lora_int_id=_FIRST_DISK_ID + number,
         lora_path=str(directory.resolve()),
     )
+    return request
 
 
-def save_lora(self: Any, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+def _require_attached(model: object) -> RolloutEngine:
+    engine = attached_engine(model)
+    if engine is None:
+        raise NotAnEngine(
+            f"a method of {type(model).__name__} needs its engine, and none is attached any more; call "
+            "trlpatch.attach_engine(model, llm)"
+        )
+    return engine
+
+
+def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Save an adapter of this model as PEFT does: `adapter_model.safetensors` and `adapter_config.json`.
 
-    The active adapter, unless `adapter_name` says another; in the dtype it is trained in. Raises
-    AdapterNotExpressible when the model has none, ValueError when it has none of that name.
+    The active adapter, unless `adapter_name` says another; in the dtype it is trained in.
+
+    Raises:
+        AdapterNotExpressible: the model has none.
+        ValueError: it has none of that name.
     """
     view = lora_view(self)
     if view is None:
@@ -181,9 +206,9 @@ def save_lora(self: Any, save_directory: str | os.PathLike[str], adapter_name: s
     config.save_pretrained(directory)
 
 
-def _fast_generate(self: Any, *args: Any, lora_request: Any = _LIVE, **kwargs: Any) -> Any:
+def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = _LIVE, **kwargs: Any) -> Any:
     """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model."""
-    llm = attached_engine(self)
+    llm = _require_attached(self)
     if lora_request is _LIVE:
         lora_request = None if lora_view(self) is None else live_request.require_request(self, llm)
     with state_of(llm).supplying(None):  # inside a rollout_func, too, None is the base model

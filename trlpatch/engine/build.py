@@ -1,4 +1,4 @@
-"""Building an engine in this process, and taking one down so that nothing of it is left."""
+"""Build an engine in this process, and take one down so that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.memory import cumem
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import forget
+from trlpatch.exception_chain import exception_chain
 from trlpatch.log import logger
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 _INSIDE = ("llm_engine", "engine_core", "model_executor", "driver_worker")
 
-_allocators: list[Any] = []
+_allocators: list[object] = []
 """Wrappers of pluggable allocators whose pools were dropped: a block that is freed later still calls into them."""
 
 
@@ -77,7 +79,7 @@ def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
     return arguments
 
 
-def build_engine(arguments: Mapping[str, Any]) -> Any:
+def build_engine(arguments: Mapping[str, Any]) -> RolloutEngine:
     """Return `vllm.LLM(**arguments)`, in this process unless VLLM_ENABLE_V1_MULTIPROCESSING is set otherwise.
 
     When it fails or is interrupted, what was built so far is shut down, its process groups are destroyed and its
@@ -88,7 +90,8 @@ def build_engine(arguments: Mapping[str, Any]) -> Any:
         try:
             from vllm import LLM
 
-            return LLM(**arguments)
+            llm: RolloutEngine = LLM(**arguments)
+            return llm
         except BaseException as error:
             parts = _unfinished(error)
             forget_frames(error)
@@ -99,7 +102,7 @@ def build_engine(arguments: Mapping[str, Any]) -> Any:
             raise
 
 
-def shut_down(llm: Any, groups: ProcessGroups) -> None:
+def shut_down(llm: RolloutEngine, groups: ProcessGroups) -> None:
     """Take an engine down that `build_engine` returned; `groups` are those of before it was built.
 
     The caller drops its reference and everything that views the engine's memory first, and calls `free_memory` after.
@@ -152,7 +155,7 @@ class ProcessGroups:
 
 def forget_frames(error: BaseException) -> None:
     """Drop the local variables of the finished frames that `error` and its causes hold, and with them the memory."""
-    for one in _chain(error):
+    for one in exception_chain(error):
         traceback.clear_frames(one.__traceback__)
         for frame, _ in traceback.walk_tb(one.__traceback__):
             _ = frame.f_locals  # up to Python 3.12 a frame keeps the dictionary of an earlier look until the next one
@@ -221,25 +224,13 @@ def _set_unless_given(name: str, value: str) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The exception and those it was raised from, each once."""
-    chain: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is not None and one not in chain:
-            chain.append(one)
-            waiting += [one.__cause__, one.__context__]
-    return chain
-
-
-def _unfinished(error: BaseException) -> list[Any]:
+def _unfinished(error: BaseException) -> list[object]:
     """The parts of an engine (LLM, LLMEngine, EngineCore, executor) whose construction `error` ended, outermost first.
 
     Nothing but the frames of the exception refers to them: `LLM(...)` has not returned.
     """
-    found: list[Any] = []
-    for one in _chain(error):
+    found: list[object] = []
+    for one in exception_chain(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):
             part = frame.f_locals.get("self")
             if any(name in getattr(part, "__dict__", {}) for name in _INSIDE) and not any(part is it for it in found):
@@ -247,8 +238,11 @@ def _unfinished(error: BaseException) -> list[Any]:
     return found
 
 
-def _take_down(part: Any) -> None:
-    """Shut an engine down, from its LLM, its core or its executor, in whatever state its construction left it."""
+def _take_down(part: object) -> None:
+    """Shut an engine down, from its LLM, its core or its executor, in whatever state its construction left it.
+
+    No backend is asked: what is half built has none.
+    """
     for name in ("llm_engine", "engine_core", "engine_core"):  # LLM, LLMEngine, InprocClient
         part = getattr(part, name, part)
     executor = part if hasattr(part, "driver_worker") else getattr(part, "model_executor", None)
@@ -261,7 +255,7 @@ def _take_down(part: Any) -> None:
     _end(getattr(part, "scheduler", None), "shutdown")
 
 
-def _end(part: Any, method: str) -> None:
+def _end(part: object, method: str) -> None:
     end = getattr(part, method, None)
     if not callable(end):
         return

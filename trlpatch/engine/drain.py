@@ -7,13 +7,12 @@ or still queued then; so it is, with unfinished requests, after an interrupt.
 
 from __future__ import annotations
 
-from typing import Any
-
 from trlpatch.engine import probes
 from trlpatch.engine.memory import device
+from trlpatch.engine.protocols import RolloutEngine
 
 
-def drain(engine: Any) -> None:
+def drain(engine: RolloutEngine) -> None:
     """Take the answers of batches that are still queued, then wait for the device.
 
     Unfinished requests are left as they are, and nothing of theirs is scheduled: only their kernels are waited for.
@@ -28,7 +27,7 @@ def drain(engine: Any) -> None:
     device.synchronize()
 
 
-def unfinished(engine: Any) -> bool:
+def unfinished(engine: RolloutEngine) -> bool:
     """Tell whether requests have been added and not answered to their end."""
     asked = getattr(engine.llm_engine, "has_unfinished_requests", None)
     return bool(callable(asked) and asked())

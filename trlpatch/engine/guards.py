@@ -1,4 +1,4 @@
-"""What vLLM lets pass in silence, refused or put right on one engine's own objects; `remove` undoes it.
+"""Guard the methods of one engine: what vLLM lets pass in silence is refused or put right; `remove` undoes it.
 
 - a request without an adapter from a trainer's `rollout_func`: it would come from the base model.
 - a request added to an engine that sleeps: the scheduler waits for ever, or a kernel reads unmapped memory.
@@ -10,19 +10,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
-from trlpatch.engine import probes
-from trlpatch.engine.drain import drain
-from trlpatch.engine.memory import cumem, kv_sleep
-from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
+from trlpatch.engine.probes import KV_CACHE, WEIGHTS
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import EngineState
 from trlpatch.errors import EngineAsleep, SharedWeights
 
 
-def install(engine: Any, state: EngineState) -> None:
+def install(engine: RolloutEngine, state: EngineState) -> None:
     """Guard this engine, once; it stays guarded until `state.guards.remove()` (detach_engine does that)."""
     if state.guards is None:
         state.guards = Guards(engine, state)
@@ -30,29 +28,27 @@ def install(engine: Any, state: EngineState) -> None:
 
 def slept(state: EngineState, level: int) -> None:
     """Both pools are unmapped now; level 2 has lost the weights, and with them (up to vLLM 0.32) LoRA buffers."""
-    state.asleep = set(SLEEP_TAGS)
+    state.backend.mark_asleep()
     if level >= 2:
         state.weights_lost = True
         state.published = None
-        if state.holds == "adapter":
-            state.holds = "checkpoint"
+        if state.adapter_sync is not None:
+            state.adapter_sync.invalidate()
+        if state.policy_location == "adapter":
+            state.policy_location = "checkpoint"
 
 
 class Guards:
     """The guarded methods of one engine; instance attributes, so that other engines keep vLLM's own."""
 
-    def __init__(self, engine: Any, state: EngineState) -> None:
-        self._engine = weakref.ref(engine)
+    def __init__(self, engine: RolloutEngine, state: EngineState) -> None:
         self._inner = engine.llm_engine
-        self._executor = probes.executor(engine)
         self._state = state
-        self._replaced: list[tuple[Any, str, Any, Any]] = []
+        self._backend = state.backend
+        self._replaced: list[tuple[object, str, object, object]] = []
         self._replace(self._inner, "add_request", self._add_request)
         self._replace(self._inner, "sleep", self._sleep)
-        if self._executor is None:
-            self._replace(self._inner, "wake_up", self._wake_up_elsewhere)
-        else:
-            self._replace(self._executor, "wake_up", self._wake_up)
+        self._replace(self._backend.wakes, "wake_up", self._backend.guarded_wake)
 
     def remove(self) -> None:
         """Give the objects their own methods back. Where somebody has replaced ours since, theirs stays."""
@@ -63,25 +59,22 @@ class Guards:
                 else:
                     setattr(target, name, before)
 
-    def _replace(self, target: Any, name: str, guard: Callable[..., Any]) -> None:
+    def _replace(self, target: object, name: str, guard: Callable[..., Any]) -> None:
         original = getattr(target, name, None)
         if not callable(original):
             return
 
+        @wraps(original)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             return guard(original, *args, **kwargs)
 
         self._replaced.append((target, name, vars(target).get(name), guarded))
         setattr(target, name, guarded)
 
-    def _asleep(self) -> set[str]:
-        tags = getattr(self._executor, "sleeping_tags", None)
-        return set(self._state.asleep if tags is None else tags)
-
     def _add_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._state.live_request is not None and kwargs.get("lora_request") is None:
             kwargs["lora_request"] = self._state.live_request()
-        sleeping = self._asleep()
+        sleeping = self._backend.unmapped()
         if sleeping:
             raise EngineAsleep(
                 f"a request for an engine that is asleep ({', '.join(sorted(sleeping))} unmapped): wake it with "
@@ -99,38 +92,12 @@ class Guards:
                 "the trainer. A patched trainer gives back the KV cache alone; by hand: "
                 "trlpatch.engine.memory.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
             )
-        sleeping = self._asleep()
+        sleeping = self._backend.unmapped()
         if WEIGHTS in sleeping:  # vLLM ignores it, whatever the level
             return original(level, *args, **kwargs)
         if sleeping == {KV_CACHE}:
             self._inner.wake_up([KV_CACHE])
-        drain(self._engine())
+        self._backend.drain()
         result = original(level, *args, **kwargs)
         slept(self._state, level)
-        return result
-
-    def _wake_up(self, original: Callable[..., Any], tags: Any = None) -> Any:
-        sleeping = self._asleep()
-        if not sleeping:
-            return original(tags)
-        if tags is None:
-            # After a whole sleep None is more than the two tags: newer releases have pools of other names.
-            wanted = None if WEIGHTS in sleeping else sorted(sleeping)
-        else:
-            wanted = [tag for tag in tags if tag in sleeping or tag not in SLEEP_TAGS]
-            if not wanted:
-                return None
-        with cumem.whole_wake(wanted):
-            result = original(wanted)
-        self._state.asleep -= set(wanted or SLEEP_TAGS)
-        return result
-
-    def _wake_up_elsewhere(self, original: Callable[..., Any], tags: Any = None) -> Any:
-        wanted = None if tags is None else list(tags)
-        if self._state.kv_asleep_in_workers:
-            if wanted is None or KV_CACHE in wanted:
-                kv_sleep.wake_in_workers(self._inner, self._state)
-            return None
-        result = original(wanted)
-        self._state.asleep -= set(wanted or SLEEP_TAGS)
         return result

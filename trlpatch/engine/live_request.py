@@ -1,22 +1,24 @@
-"""The request of the adapter as it is now, for code that has a model and an engine but no trainer."""
+"""Supply the live LoRA request, of the adapter as it is now, to code with a model and an engine but no trainer."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from trlpatch.engine import expressible
+from trlpatch.engine import lora_limits
 from trlpatch.engine.adapter_sync import publisher
 from trlpatch.engine.memory.sleep import wake
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
 from trlpatch.policy.adapter import lora_view
 
 
-def require_request(model: Any, engine: Any) -> Any:
+def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
     """Wake the engine and return the live adapter's LoRARequest, handing the adapter over if it moved.
 
-    None while the adapter is disabled (the policy is the base model then). Raises AdapterNotExpressible when
-    the engine cannot serve the adapter, StaleAdapter when a level-2 sleep discarded the engine's weights.
+    None while the adapter is disabled (the policy is the base model then).
+
+    Raises:
+        AdapterNotExpressible: the engine cannot serve the adapter.
+        StaleAdapter: a level-2 sleep discarded the engine's weights, or the adapter moves while it is handed over.
     """
     state = state_of(engine)
     wake(engine, state, "weights")
@@ -27,7 +29,7 @@ def require_request(model: Any, engine: Any) -> Any:
         )
     wake(engine, state, "kv_cache")
     view = lora_view(model)
-    reason = "it has no PEFT adapter" if view is None else expressible.why_not(view, engine)
+    reason = "it has no PEFT adapter" if view is None else lora_limits.unsupported_reason(view, engine)
     if view is None or reason is not None:
         raise AdapterNotExpressible(
             f"a live LoRA request was asked for {type(model).__name__}, but vLLM cannot serve it: {reason}"

@@ -1,11 +1,18 @@
-"""What this vLLM engine can do, asked of the engine itself rather than of its version number."""
+"""Capability probes: what this vLLM engine can do, asked of the engine itself rather than of its version number."""
 
 from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+
+from trlpatch.engine.protocols import Executor, LoraManager, RolloutEngine, WeightsMapper
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+T = TypeVar("T")
 
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 SLEEP_TAGS = frozenset({WEIGHTS, KV_CACHE})
@@ -15,7 +22,7 @@ SLEEP_TAGS = frozenset({WEIGHTS, KV_CACHE})
 _RANKS_WITHOUT_LITERAL = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def _reach(root: object, *names: str) -> Any:
+def reach(root: object, *names: str) -> Any:
     """`root.a.b.c`, or None as soon as one of the names is missing or None."""
     found: Any = root
     for name in names:
@@ -25,20 +32,20 @@ def _reach(root: object, *names: str) -> Any:
     return found
 
 
-def looks_like_engine(llm: object) -> bool:
+def looks_like_engine(llm: object) -> TypeGuard[RolloutEngine]:
     """True for `vllm.LLM` and anything with the same surface (`generate`, and an `llm_engine` behind it)."""
     return callable(getattr(llm, "generate", None)) and getattr(llm, "llm_engine", None) is not None
 
 
 def model_config(llm: object) -> Any:
     """The engine's ModelConfig, under `vllm_config` or, on older vLLM, beside it."""
-    found = _reach(llm, "llm_engine", "vllm_config", "model_config")
-    return found if found is not None else _reach(llm, "llm_engine", "model_config")
+    found = reach(llm, "llm_engine", "vllm_config", "model_config")
+    return found if found is not None else reach(llm, "llm_engine", "model_config")
 
 
 def lora_config(llm: object) -> Any:
     """The engine's LoRAConfig, None when it was built without LoRA."""
-    return _reach(llm, "llm_engine", "vllm_config", "lora_config")
+    return reach(llm, "llm_engine", "vllm_config", "lora_config")
 
 
 def sleep_enabled(llm: object) -> bool:
@@ -58,7 +65,7 @@ def max_lora_rank(llm: object) -> int:
 
 def tensor_parallel_size(llm: object) -> int | None:
     """The number of ranks that share one copy of the engine's weights; None when it does not say."""
-    size = _reach(llm, "llm_engine", "vllm_config", "parallel_config", "tensor_parallel_size")
+    size = reach(llm, "llm_engine", "vllm_config", "parallel_config", "tensor_parallel_size")
     return None if size is None else int(size)
 
 
@@ -74,40 +81,35 @@ def max_model_len(llm: object) -> int | None:
     return None if length is None else int(length)
 
 
-def executor(llm: object) -> Any:
+def executor(llm: object) -> Executor | None:
     """The engine's executor when it lives in this process (multiprocessing off), else None."""
-    return _reach(llm, "llm_engine", "model_executor")
+    found: Executor | None = reach(llm, "llm_engine", "model_executor")
+    return found
 
 
 def engine_core(llm: object) -> Any:
     """The EngineCore when it lives in this process (`InprocClient.engine_core`), else None."""
-    return _reach(llm, "llm_engine", "engine_core", "engine_core")
+    return reach(llm, "llm_engine", "engine_core", "engine_core")
 
 
-def worker_lora_manager(llm: object) -> Any:
+def worker_lora_manager(llm: object) -> LoraManager | None:
     """The worker's LoRA manager when the worker lives in this process and has one, else None."""
-    worker = _reach(executor(llm), "driver_worker")
+    worker = reach(executor(llm), "driver_worker")
     if worker is None:
         return None
     # WorkerWrapperBase forwards attributes to the worker it wraps.
-    manager = _reach(worker, "model_runner", "lora_manager")
+    manager: LoraManager | None = reach(worker, "model_runner", "lora_manager")
     return manager if getattr(manager, "_adapter_manager", None) is not None else None
 
 
-def engine_module(llm: object) -> Any:
+def engine_module(llm: object) -> Module | None:
     """The torch module that the worker runs, when it lives in this process, else None.
 
     Asked with `get_model()`: with CUDA graphs `model_runner.model` is a wrapper.
     """
-    runner = _reach(executor(llm), "driver_worker", "model_runner")
+    runner = reach(executor(llm), "driver_worker", "model_runner")
     get_model = getattr(runner, "get_model", None)
     return get_model() if callable(get_model) else getattr(runner, "model", None)
-
-
-def sleeping_tags(llm: object) -> frozenset[str] | None:
-    """The memory pools that are unmapped now, by the executor; None when it cannot be asked."""
-    tags = getattr(executor(llm), "sleeping_tags", None)
-    return frozenset(tags) & SLEEP_TAGS if isinstance(tags, (set, frozenset)) else None
 
 
 def legal_ranks() -> tuple[int, ...]:
@@ -133,19 +135,20 @@ def engine_accepts(argument: str) -> bool:
     return argument in inspect.signature(EngineArgs).parameters
 
 
-def accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def accepted(function: Callable[..., object], arguments: Mapping[str, T]) -> dict[str, T]:
     """Those of `arguments` that `function` has a parameter for: vLLM's releases differ."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def rename_mapper(module: Any) -> Any:
+def rename_mapper(module: Module) -> WeightsMapper | None:
     """vLLM's mapper from checkpoint names to its own, without the fusion of q/k/v and gate/up; None when it has none.
 
     Up to 0.24 the mapper only renames; 0.25 gave it fusion and `get_unstacked_mapper`, 0.29 `get_rename_mapper`.
     """
-    mapper = getattr(module, "hf_to_vllm_mapper", None)
+    mapper: WeightsMapper | None = getattr(module, "hf_to_vllm_mapper", None)
     for unfused in ("get_rename_mapper", "get_unstacked_mapper"):
         if hasattr(mapper, unfused):
-            return getattr(mapper, unfused)()
+            mapper = getattr(mapper, unfused)()
+            break
     return mapper

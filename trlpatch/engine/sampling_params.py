@@ -1,4 +1,4 @@
-"""`vLLMSamplingParams`: sampling parameters that remember which values were given."""
+"""Define `vLLMSamplingParams`: sampling parameters that remember which values were given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def vLLMSamplingParams(**kwargs: Any) -> SamplingParams:
     """A `vllm.SamplingParams` that remembers which values were given explicitly (attribute `_set_kwargs`).
 
     For `GRPOConfig(vllm_sampling_params=vLLMSamplingParams(min_p=0.1))`: only the given values
-    replace TRL's. Copies and pickles remember them too. Unknown names raise TypeError, as vLLM does.
+    replace TRL's. Copies and pickles remember them too.
+
+    Raises:
+        TypeError: vLLM has no parameter of that name.
     """
     return _remembering(kwargs)
 
@@ -34,7 +37,7 @@ def _remembering_class() -> type[Any]:
     from vllm.sampling_params import SamplingParams
 
     class RememberingSamplingParams(SamplingParams, dict=True):  # type: ignore[call-arg,misc]
-        def __reduce__(self) -> tuple[Any, ...]:
+        def __reduce__(self) -> tuple[object, ...]:
             return _remembering, (getattr(self, GIVEN),)
 
         def __copy__(self) -> Any:
@@ -42,7 +45,7 @@ def _remembering_class() -> type[Any]:
             setattr(twin, GIVEN, dict(getattr(self, GIVEN)))
             return twin
 
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        def __deepcopy__(self, memo: dict[int, object]) -> Any:
             # vLLM clones parameters after it has written derived values into them: keep every field.
             twin = _remembering(copy.deepcopy(getattr(self, GIVEN), memo))
             for name in self.__struct_fields__:
@@ -53,7 +56,7 @@ def _remembering_class() -> type[Any]:
     return RememberingSamplingParams
 
 
-def explicit_values(params: Any) -> dict[str, Any] | None:
+def explicit_values(params: object) -> dict[str, Any] | None:
     """The given values of a (vLLM)SamplingParams; None when `params` is not one.
 
     A plain `SamplingParams` does not say which values were given: those that differ from vLLM's defaults are

@@ -1,4 +1,4 @@
-"""What trlpatch knows about one engine: where it came from, what sleeps, and whose weights it holds."""
+"""Engine state: where one engine came from, how it is reached, and whose weights it holds."""
 
 from __future__ import annotations
 
@@ -6,66 +6,73 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
+from trlpatch.engine.backend import RolloutBackend, backend_of, forget_backend
 from trlpatch.engine.memory.headroom import HeadroomMonitor
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 
 if TYPE_CHECKING:
-    from trlpatch.engine.adapter_sync.publisher import AdapterSync
-    from trlpatch.engine.base_weights import Weight
-    from trlpatch.engine.guards import Guards
+    from trlpatch.engine.adapter_sync.protocol import AdapterSync
     from trlpatch.policy.adapter import PeftLayers
+    from trlpatch.policy.base_weights import Weight
 
-Holds = Literal["checkpoint", "adapter", "policy"]
+PolicyLocation = Literal["checkpoint", "adapter", "policy"]
 """Where the policy is inside the engine: nowhere yet (the weights it was built from), in the adapter that was
 handed over, or in the base weights (TRL's own full-weight sync; for a PEFT model the merged ones).
 """
+
+
+class Removable(Protocol):
+    """Something put on an engine's objects that can be taken off again."""
+
+    def remove(self) -> None:
+        """Take it off."""
 
 
 @dataclass(frozen=True)
 class Published:
     """One adapter version inside the engine."""
 
-    request: Any
+    request: LoraRequest
     fingerprint: tuple[object, ...]
-    model: weakref.ref[Any]
+    model: weakref.ref[object]
 
 
 @dataclass
 class EngineState:
     """What has happened to one engine through attach_engine and the hooks."""
 
+    backend: RolloutBackend
+    """How its workers are reached, wherever they are."""
     attached: bool = False
     """The user (not TRL) built it: its base weights are never discarded by a level-2 sleep."""
     shared_weights: bool = False
     """Its weights are the trainer's own storage: unmapping them would crash the trainer."""
     why_separate: str | None = None
     """Why sharing was tried and given up, for `trlpatch.status()`; None when it was not tried."""
-    asleep: set[str] = field(default_factory=set)
-    """Pools put to sleep through the hooks; the executor is asked first where it can be."""
-    kv_asleep_in_workers: bool = False
-    """The workers unmapped their KV cache, and the executor in the engine's own process does not know."""
     sleep_method: str = ""
     """How it was put to sleep last, or why it stays awake, in words; empty before the first time."""
     headroom: HeadroomMonitor = field(default_factory=HeadroomMonitor)
     """What training leaves free on the device, measured from a sleep to the wake after it."""
-    live_request: Callable[[], Any] | None = None
+    live_request: Callable[[], LoraRequest | None] | None = None
     """Gives the LoRARequest for a request that names none, while a trainer's `rollout_func` runs; else None."""
-    guards: Guards | None = None
+    guards: Removable | None = None
     """Its guarded methods, see `trlpatch.engine.guards`."""
     weights_lost: bool = False
     """A level-2 sleep discarded the weights, and nothing has pushed them since."""
     syncing: bool = False
     """The owner's own sync is running on our behalf."""
-    holds: Holds = "checkpoint"
+    policy_location: PolicyLocation = "checkpoint"
     published: Published | None = None
-    handover: AdapterSync | None = None
+    adapter_sync: AdapterSync | None = None
+    """The way that adapters reach it, chosen at the first hand-over."""
     base_verdict: weakref.WeakKeyDictionary[PeftLayers, str | None] = field(default_factory=weakref.WeakKeyDictionary)
     """PEFT layers as they were found -> why the engine's base weights are not those under them, or None when they are.
 
     Not by base model: an adapter that is merged and unloaded leaves the same model with other weights.
     """
-    weights_attached: weakref.WeakKeyDictionary[Any, dict[str, Weight]] = field(
+    weights_attached: weakref.WeakKeyDictionary[object, dict[str, Weight]] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     """Base model -> its weights when the engine was attached to it, unless they are the engine's own."""
@@ -73,7 +80,7 @@ class EngineState:
     """Directory and time of saving -> number, for `model.load_lora(directory)`."""
 
     @contextmanager
-    def supplying(self, live_request: Callable[[], Any] | None) -> Iterator[None]:
+    def supplying(self, live_request: Callable[[], LoraRequest | None] | None) -> Iterator[None]:
         """For the time of a `with`: requests without an adapter get what `live_request` gives; None gives nothing."""
         before, self.live_request = self.live_request, live_request
         try:
@@ -83,32 +90,33 @@ class EngineState:
 
     def policy_pushed(self) -> None:
         """TRL's own full-weight sync follows: the base weights are the policy from now on."""
-        self.holds = "policy"
+        self.policy_location = "policy"
         self.weights_lost = False
         self.published = None
 
 
-_states: weakref.WeakKeyDictionary[Any, EngineState] = weakref.WeakKeyDictionary()
+_states: weakref.WeakKeyDictionary[RolloutEngine, EngineState] = weakref.WeakKeyDictionary()
 
 
-def state_of(engine: Any) -> EngineState:
+def state_of(engine: RolloutEngine) -> EngineState:
     """The one state of this engine; a new one is awake, not attached, with its checkpoint's weights."""
     state = _states.get(engine)
     if state is None:
-        state = _states[engine] = EngineState()
+        state = _states[engine] = EngineState(backend_of(engine))
     return state
 
 
-def known_engines() -> list[tuple[Any, EngineState]]:
+def known_engines() -> list[tuple[RolloutEngine, EngineState]]:
     """The engines of this process that are alive and that a hook or attach_engine has met, oldest first."""
     return list(_states.items())
 
 
-def forget(engine: Any) -> None:
+def forget(engine: RolloutEngine) -> None:
     """Drop what is known about the engine (it was detached) and give it its own methods back.
 
     Adapters it holds are left where they are.
     """
     state = _states.pop(engine, None)
+    forget_backend(engine)
     if state is not None and state.guards is not None:
         state.guards.remove()

@@ -12,6 +12,7 @@ from typing import Any
 from trlpatch.engine.memory import cumem
 from trlpatch.engine.probes import KV_CACHE
 
+EXTENSION = f"{__name__}.KvCacheSleep"
 DISCARD, WAKE = "trlpatch_discard_kv_cache", "trlpatch_wake_kv_cache"
 
 

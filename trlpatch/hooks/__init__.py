@@ -5,7 +5,7 @@ imported.
 """
 
 from trlpatch.hooks.adapter_sync import hand_over
-from trlpatch.hooks.adopt_engine import engine, generation
+from trlpatch.hooks.adopt_engine import engine
 from trlpatch.hooks.configure import configure
 from trlpatch.hooks.lora_request import lora_request
 from trlpatch.hooks.repairs import (
@@ -27,7 +27,7 @@ from trlpatch.hooks.repairs import (
     weight_sender,
 )
 from trlpatch.hooks.rollout_func import rollout_func, rollout_func_server
-from trlpatch.hooks.sampling import normalize_sampling, sampling_params
+from trlpatch.hooks.sampling import generation, normalize_sampling, sampling_params
 from trlpatch.hooks.sleep import reload_weights, sleep, wake_up
 
 __all__ = [

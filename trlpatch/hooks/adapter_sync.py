@@ -1,21 +1,21 @@
-"""Where TRL synchronises weights: hand the adapter over, or let TRL push every weight."""
+"""Weight sync hook, where TRL synchronises weights: hand the adapter over, or let TRL push every weight."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
-from trlpatch.engine import expressible
+from trlpatch.engine import lora_limits
 from trlpatch.engine.adapter_sync import publisher
-from trlpatch.engine.drain import drain
 from trlpatch.engine.memory.sleep import wake
 from trlpatch.engine.probes import WEIGHTS
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import EngineState, state_of
 from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
-from trlpatch.hooks.settings import options
+from trlpatch.hooks.protocols import Owner
 from trlpatch.hooks.trainers import engine_of, model_of, own_sync, serves_remotely
 from trlpatch.log import log_once
+from trlpatch.options import active
 from trlpatch.policy.adapter import LoraView, lora_view
 
 
@@ -32,32 +32,35 @@ class AdapterPath:
         return self.view is not None and self.reason is None
 
 
-def adapter_path(owner: Any, engine: Any) -> AdapterPath:
+def adapter_path(owner: Owner, engine: RolloutEngine) -> AdapterPath:
     """Decide between a LoRA request and TRL's own sync; the engine's weights must be awake."""
     view = lora_view(model_of(owner))
     if view is None:
         return AdapterPath(None, "the model has no PEFT adapter (full fine-tuning)")
-    if options().adapter == "off":
+    if active().adapter == "off":
         return AdapterPath(view, 'adapter="off"')
-    return AdapterPath(view, expressible.why_not(view, engine))
+    return AdapterPath(view, lora_limits.unsupported_reason(view, engine))
 
 
-def hand_over(owner: Any) -> bool:
+def hand_over(owner: Owner) -> bool:
     """Replace TRL's weight sync: True when the adapter was handed to the engine, False when TRL must push
     weights.
 
     False in server mode, for full fine-tuning, for adapters that vLLM cannot serve and with adapter="off";
-    the reason is logged once per owner. With adapter="request" those reasons (but for server mode) raise
-    AdapterNotExpressible. A sleeping engine's weights are woken first: TRL 0.28.0 syncs before it wakes, into
-    unmapped memory. The adapter is handed over whether or not it seems to have changed. Raises SharedWeights instead
-    of returning False when the engine computes with the trainer's own weights: merged ones must not be pushed there.
+    the reason is logged once per owner. A sleeping engine's weights are woken first: TRL 0.28.0 syncs before it wakes,
+    into unmapped memory. The adapter is handed over whether or not it seems to have changed.
+
+    Raises:
+        AdapterNotExpressible: with adapter="request", for each of those reasons but server mode.
+        SharedWeights: instead of False, when the engine computes with the trainer's own weights: merged ones must not
+            be pushed there.
     """
     engine = engine_of(owner)
     if engine is None or serves_remotely(owner):
         return False
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
-    drain(engine)  # TRL's own push writes into the weights, too
+    state.backend.before_weight_push()  # TRL's own push writes into the weights, too
     path = adapter_path(owner, engine)
     reason = path.reason
     if path.view is not None and reason is None:
@@ -67,7 +70,7 @@ def hand_over(owner: Any) -> bool:
         except AdapterNotExpressible as error:
             reason = str(error)
             state.base_verdict[path.view.found] = reason
-    if options().adapter == "request":
+    if active().adapter == "request":
         raise AdapterNotExpressible(
             f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '
             'that vLLM can serve; use PatchFastRL(adapter="auto") to let TRL push full weights instead'
@@ -76,7 +79,7 @@ def hand_over(owner: Any) -> bool:
     if path.view is None:
         log_once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
     else:
-        level = logging.INFO if options().adapter == "off" else logging.WARNING
+        level = logging.INFO if active().adapter == "off" else logging.WARNING
         log_once(
             owner,
             f"{type(owner).__name__}: TRL's own full-weight sync runs instead of LoRA requests: {reason}",
@@ -86,7 +89,7 @@ def hand_over(owner: Any) -> bool:
     return False
 
 
-def _refuse_to_push(owner: Any, state: EngineState, why: str) -> None:
+def _refuse_to_push(owner: Owner, state: EngineState, why: str) -> None:
     if state.shared_weights:
         raise SharedWeights(
             f"synchronising {type(owner).__name__}: TRL would push full weights ({why}) into an engine whose base "
@@ -95,11 +98,12 @@ def _refuse_to_push(owner: Any, state: EngineState, why: str) -> None:
         )
 
 
-def resync(owner: Any, engine: Any, state: EngineState, why: str) -> None:
+def resync(owner: Owner, engine: RolloutEngine, state: EngineState, why: str) -> None:
     """Run the owner's own (patched) sync now, because the engine does not hold the policy.
 
-    Raises StaleAdapter when the owner has no sync, or its sync did not help, SharedWeights when the engine computes
-    with the trainer's own weights.
+    Raises:
+        StaleAdapter: the owner has no sync, or its sync did not help.
+        SharedWeights: the engine computes with the trainer's own weights.
     """
     _refuse_to_push(owner, state, why)
     sync = own_sync(owner)

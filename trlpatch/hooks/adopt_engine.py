@@ -1,23 +1,33 @@
-"""TRL's `LLM(...)` yields the engine that the model carries, or builds TRL's own, ready for LoRA."""
+"""Engine reuse hook: TRL's `LLM(...)` yields the engine that the model carries, or builds one, ready for LoRA."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
-from trlpatch.engine import expressible, probes
+from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.hooks import ranks
-from trlpatch.hooks.settings import options
-from trlpatch.hooks.trainers import binding
+from trlpatch.hooks.protocols import Owner
 from trlpatch.log import log_once
+from trlpatch.options import active
+from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import lora_view
 
+if TYPE_CHECKING:
+    from torch.nn import Module
 
-def engine(owner: Any, model: Any, build: Callable[..., Any]) -> Callable[..., Any]:
+Model: TypeAlias = "Module | str | None"
+"""What trainers take as `model`."""
+BuildEngine: TypeAlias = Callable[..., RolloutEngine]
+"""`vllm.LLM`, or what stands in its place."""
+
+
+def engine(owner: Owner, model: Model, build: BuildEngine) -> BuildEngine:
     """What stands where TRL wrote `LLM`: a callable that takes TRL's own arguments and returns the engine.
 
     `owner` is the trainer or VLLMGeneration being initialised; its `.model`, where it is set already, counts more than
@@ -32,21 +42,16 @@ def engine(owner: Any, model: Any, build: Callable[..., Any]) -> Callable[..., A
     own = getattr(owner, "model", None)
     model = model if own is None else own
     attached = attached_engine(model)
-    if attached is not None and options().colocate != "never":
+    if attached is not None and active().colocate != "never":
         return _Reuse(attached)
     return _Build(owner, model, build)
 
 
-def generation(args: Any, build: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands where TRL wrote `VLLMGeneration`: the object it makes knows the trainer's arguments."""
-    return binding(args, build)
-
-
 class _Reuse:
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> RolloutEngine:
         state_of(self._engine).attached = True
         share_in_copies(self._engine)
         ranks.restore()
@@ -55,12 +60,12 @@ class _Reuse:
 
 
 class _Build:
-    def __init__(self, owner: Any, model: Any, build: Callable[..., Any]) -> None:
+    def __init__(self, owner: Owner, model: Model, build: BuildEngine) -> None:
         self._owner = owner
         self._model = model
         self._build = build
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> RolloutEngine:
         lora = _lora_arguments(self._owner, self._model, kwargs)
         if not lora:
             return self._build(*args, **kwargs)
@@ -75,20 +80,20 @@ class _Build:
             raise
 
 
-def _lora_arguments(owner: Any, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> dict[str, object]:
     """The keyword arguments to add to TRL's; none for a model without an adapter that vLLM can serve."""
     view = lora_view(model)
-    if view is None or options().adapter == "off" or given.get("enable_lora") is not None:
+    if view is None or active().adapter == "off" or given.get("enable_lora") is not None:
         return {}
-    reason = expressible.why_not_lora(view)
+    reason = lora_support.unsupported_reason(view)
     rank = None
     if reason is None:
-        needed = expressible.rank_of(view)
+        needed = lora_support.rank_of(view)
         rank = probes.legal_rank(needed)
         if rank is None:
             reason = f"its rank {needed} is above vLLM's largest, {probes.legal_ranks()[-1]}"
     if reason is not None:
-        if options().adapter == "request":
+        if active().adapter == "request":
             raise AdapterNotExpressible(
                 f'building the rollout engine with adapter="request": vLLM cannot serve the adapter, {reason}; '
                 'use a plain LoRA adapter, or PatchFastRL(adapter="auto") for TRL\'s full-weight sync'
@@ -96,7 +101,7 @@ def _lora_arguments(owner: Any, model: Any, given: dict[str, Any]) -> dict[str, 
         name = type(owner).__name__
         log_once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
         return {}
-    added: dict[str, Any] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    added: dict[str, object] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
     if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
         added["logprobs_mode"] = "processed_logprobs"
     return added

@@ -1,43 +1,54 @@
-"""At the head of a trainer's `__init__`: switch vLLM on for a model that carries an engine."""
+"""Configure hook, at the head of a trainer's `__init__`: switch vLLM on for a model that carries an engine."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.sharing import check_frozen
 from trlpatch.engine.state import state_of
 from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
 from trlpatch.hooks import ranks
+from trlpatch.hooks.protocols import TrainerArguments, TrainerLike
 from trlpatch.hooks.sampling import normalize_sampling
-from trlpatch.hooks.settings import options
-from trlpatch.hooks.trainers import never_touched
+from trlpatch.hooks.trainers import EXCLUDED, is_excluded_trainer
 from trlpatch.log import log_once, warn_once
+from trlpatch.options import active
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _DEMANDED = ("on", "kv")
 
 
-def configure(trainer: Any, model: Any, args: Any) -> None:
+def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArguments | None) -> None:
     """Set `use_vllm`, `vllm_mode` and `vllm_enable_sleep_mode` on `args` where these fields exist.
 
     Done when `model` carries an engine, or with colocate="always"; never for NashMD and XPO, never over an
-    explicit server. `trainer` is not initialised yet. Raises ArgsRequired, EngineWithoutSleep, EngineMismatch
-    (tensor parallel size, an engine built before the ranks met), SharedWeights (a base weight shared with the engine
-    is trainable) and ServerModeSamplingParams.
+    explicit server. `trainer` is not initialised yet.
+
+    Raises:
+        ArgsRequired: `args` is None, and TRL would build arguments without vLLM.
+        EngineWithoutSleep: `sleep=` demands an engine that can sleep.
+        EngineMismatch: of another tensor parallel size, or built before the ranks met.
+        SharedWeights: a base weight shared with the engine is trainable.
+        ServerModeSamplingParams: `vllm_sampling_params` would not reach a server.
     """
     ranks.remember()
-    if never_touched(trainer):
+    engine = attached_engine(model) if active().colocate != "never" else None
+    if is_excluded_trainer(trainer):
+        if engine is not None:
+            warn_once(trainer, f"{type(trainer).__name__}: the attached engine is not used, {EXCLUDED}")
         return
-    engine = attached_engine(model) if options().colocate != "never" else None
-    wanted = engine is not None or options().colocate == "always"
+    wanted = engine is not None or active().colocate == "always"
     if args is None:
         if wanted:
             raise ArgsRequired(
-                f"{type(trainer).__name__}(args=None): TRL would build default arguments with "
-                "use_vllm=False after this "
-                "point, and the engine would stay unused; pass args, e.g. "
+                f"{type(trainer).__name__}(args=None): TRL would build default arguments with use_vllm=False after "
+                "this point, and the engine would stay unused; pass args, e.g. "
                 f"args={type(trainer).__name__.removesuffix('Trainer')}Config(output_dir=...)"
             )
         return
@@ -48,7 +59,7 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
         if hasattr(args, "vllm_mode"):
             args.vllm_mode = "colocate"
         if engine is not None:
-            ranks.check_met(trainer)
+            ranks.require_process_group(trainer)
             check_frozen(model)
             _match(trainer, args, engine)
     elif wanted:
@@ -63,12 +74,12 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
     _check_sampling(trainer, args)
 
 
-def _default(args: Any, name: str) -> Any:
+def _default(args: TrainerArguments, name: str) -> object:
     field = getattr(type(args), "__dataclass_fields__", {}).get(name)
     return None if field is None else field.default
 
 
-def _explicit_server(args: Any) -> bool:
+def _explicit_server(args: TrainerArguments) -> bool:
     """Did the user choose the server? It is the default up to TRL 0.29, so more has to say so there."""
     if getattr(args, "vllm_mode", None) != "server":
         return False
@@ -77,7 +88,7 @@ def _explicit_server(args: Any) -> bool:
     return any(getattr(args, name, None) != _default(args, name) for name in ("vllm_server_host", "vllm_server_port"))
 
 
-def _match(trainer: Any, args: Any, engine: Any) -> None:
+def _match(trainer: TrainerLike, args: TrainerArguments, engine: RolloutEngine) -> None:
     """Refuse or report settings of the arguments that the attached engine does not follow."""
     state_of(engine).attached = True
     size, asked = probes.tensor_parallel_size(engine), getattr(args, "vllm_tensor_parallel_size", None)
@@ -105,12 +116,11 @@ def _match(trainer: Any, args: Any, engine: Any) -> None:
             engine,
             f"the attached engine reports {mode or 'raw_logprobs'}, but TRL corrects with the log-probabilities "
             "that tokens were sampled with, and temperature, top_p, top_k or min_p change those: the correction is "
-            "biased. "
-            'Build the engine with logprobs_mode="processed_logprobs"',
+            'biased. Build the engine with logprobs_mode="processed_logprobs"',
         )
 
 
-def _reshapes(args: Any) -> bool:
+def _reshapes(args: TrainerArguments) -> bool:
     """Do sampling settings change the distribution that tokens are drawn from?"""
     values = {**vars(args), **(getattr(args, "vllm_sampling_params", None) or {})}
     return (
@@ -122,9 +132,9 @@ def _reshapes(args: Any) -> bool:
     )
 
 
-def _sleep_mode(trainer: Any, args: Any, engine: Any) -> None:
+def _sleep_mode(trainer: TrainerLike, args: TrainerArguments, engine: RolloutEngine | None) -> None:
     """`vllm_enable_sleep_mode` := what the engine can do; without an engine only what `sleep=` demands."""
-    wish = options().sleep
+    wish = active().sleep
     able = None if engine is None else probes.sleep_enabled(engine)
     if wish in _DEMANDED and able is False:
         raise EngineWithoutSleep(
@@ -145,7 +155,7 @@ def _sleep_mode(trainer: Any, args: Any, engine: Any) -> None:
         args.vllm_enable_sleep_mode = able
 
 
-def _check_sampling(trainer: Any, args: Any) -> None:
+def _check_sampling(trainer: TrainerLike, args: TrainerArguments) -> None:
     # Set after the config was built, or by a config whose own __post_init__ replaces TRL's (MiniLLM, 0.26-1.14).
     normalize_sampling(args)
     if not getattr(args, "vllm_sampling_params", None):

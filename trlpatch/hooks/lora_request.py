@@ -1,26 +1,28 @@
-"""The `lora_request=` of every rollout: the adapter as it is at this moment."""
+"""LoRA request hook, the `lora_request=` of every rollout: the adapter as it is at this moment."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from trlpatch.engine.adapter_sync import publisher
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.live_request import require_request
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
 from trlpatch.hooks.adapter_sync import AdapterPath, adapter_path, hand_over, resync
+from trlpatch.hooks.protocols import Owner
 from trlpatch.hooks.sleep import awake_with_live_weights
 from trlpatch.hooks.trainers import serves_remotely
 
 
-def lora_request(owner: Any, engine: Any, given: Any = None) -> Any:
+def lora_request(owner: Owner, engine: RolloutEngine | None, given: LoraRequest | None = None) -> LoraRequest | None:
     """The request to generate with, or None when the policy is in the engine's base weights.
 
     Makes the rollout right whatever came before: wakes the engine, has discarded weights pushed, and hands
     the adapter over when it has moved since the last hand-over (a trainer that syncs every few steps would
-    otherwise roll out with an older one). `given` is a request that the call already had; it wins. Raises
-    StaleAdapter rather than return an adapter that is not the current one.
+    otherwise roll out with an older one). `given` is a request that the call already had; it wins.
+
+    Raises:
+        StaleAdapter: rather than return an adapter that is not the current one.
     """
     if engine is None or serves_remotely(owner):
         return given
@@ -43,9 +45,8 @@ def lora_request(owner: Any, engine: Any, given: Any = None) -> Any:
         if request is not None:
             return request
         path = adapter_path(owner, engine)
-    if state.holds != "policy" and path.view is not None:
-        # The adapter has become one that vLLM cannot serve, or never was: TRL's sync has to push merged
-        # weights.
+    if state.policy_location != "policy" and path.view is not None:
+        # The adapter has become one that vLLM cannot serve, or never was: TRL's sync has to push merged weights.
         resync(owner, engine, state, f"the adapter cannot be sent as a request ({path.reason})")
     return None
 
@@ -54,13 +55,15 @@ def _disabled(path: AdapterPath) -> bool:
     return path.view is not None and path.view.disabled
 
 
-def live_lora_request(model: Any) -> Any:
+def live_lora_request(model: object) -> LoraRequest | None:
     """The LoRARequest of the adapter as it is now, for rollouts that your own code starts.
 
     `llm.generate(prompts, lora_request=trlpatch.lora_request(model))`, on the engine attached to `model`.
-    Wakes the engine, and hands the adapter over if it has moved. None while the adapter is disabled. Raises
-    AdapterNotExpressible when no engine is attached or it cannot serve the adapter, StaleAdapter when its
-    weights were discarded.
+    Wakes the engine, and hands the adapter over if it has moved. None while the adapter is disabled.
+
+    Raises:
+        AdapterNotExpressible: no engine is attached, or it cannot serve the adapter.
+        StaleAdapter: the engine's weights were discarded.
     """
     engine = attached_engine(model)
     if engine is None:

@@ -1,4 +1,4 @@
-"""The rank in the environment, as it was before TRL wrote it there for an engine that it does not build after all.
+"""Restore the rank in the environment, where TRL wrote it for an engine that it does not build after all.
 
 Before `LLM(...)` TRL 0.20 and newer sets RANK, LOCAL_RANK and WORLD_SIZE, which vLLM wants from a launcher. accelerate
 takes them for a launcher's, too: the next trainer of the process would be wrapped in DistributedDataParallel, where
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 from trlpatch.errors import EngineMismatch
 
@@ -32,11 +31,14 @@ def restore() -> None:
             os.environ[name] = value
 
 
-def check_met(trainer: Any) -> None:
-    """Raise EngineMismatch when a launcher started several ranks, but torch.distributed knows of this one alone.
+def require_process_group(trainer: object) -> None:
+    """Check that torch.distributed knows of all ranks that a launcher started.
 
     vLLM makes a process group of one rank for an engine that is built before there is any, and accelerate takes it
     for the launcher's: every rank would train alone, on the same data, without a word.
+
+    Raises:
+        EngineMismatch: it knows of this one alone.
     """
     asked = int(os.environ.get("WORLD_SIZE") or 1)
     distributed = getattr(sys.modules.get("torch"), "distributed", None)

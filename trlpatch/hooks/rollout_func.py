@@ -1,35 +1,36 @@
-"""A user's `rollout_func`: what it generates on the trainer's engine carries the adapter being trained."""
+"""Rollout function hook: what a user's `rollout_func` generates carries the adapter being trained."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 from trlpatch.engine import guards
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import RolloutFuncIgnored
 from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.protocols import RolloutFunc, TrainerArguments, TrainerLike
 from trlpatch.hooks.sleep import sleep
 from trlpatch.hooks.trainers import args_of, engine_of, serves_remotely
 from trlpatch.log import log_once, warn_once
 
 
-def rollout_func(trainer: Any, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def rollout_func(trainer: TrainerLike, function: RolloutFunc | None) -> RolloutFunc | None:
     """What the trainer keeps as `rollout_func`: `function`, during which the engine supplies the live adapter.
 
     A request that says no adapter gets the one being trained, whatever calls the engine: `llm.generate`, `llm.chat`,
     `llm.llm_engine.add_request`, in any thread. One that names an adapter keeps it. The base model is what
     `model.fast_generate(..., lora_request=None)` and `with model.disable_adapter():` ask for. Afterwards the engine
-    sleeps if the trainer's engines sleep: TRL leaves that to the function. Raises as `lora_request` does, where the
-    function generates.
+    sleeps if the trainer's engines sleep: TRL leaves that to the function.
+
+    Raises:
+        StaleAdapter: as `lora_request` does, where the function generates.
     """
     if function is None:
         return None
 
     @functools.wraps(function)
-    def live(*args: Any, **kwargs: Any) -> Any:
+    def live(*args: object, **kwargs: object) -> object:
         engine = engine_of(trainer)
         if engine is None or serves_remotely(trainer):
             return function(*args, **kwargs)
@@ -46,12 +47,14 @@ def rollout_func(trainer: Any, function: Callable[..., Any] | None) -> Callable[
 
 
 def rollout_func_server(
-    trainer: Any, model: Any, args: Any, function: Callable[..., Any] | None
-) -> Callable[..., Any] | None:
+    trainer: TrainerLike, model: object, args: TrainerArguments, function: RolloutFunc | None
+) -> RolloutFunc | None:
     """`function`, which TRL 0.25 calls in server mode only.
 
-    Raises RolloutFuncIgnored when an engine is attached to `model`, because that is what makes the trainer work in
-    process; warns when the arguments ask for it.
+    Warns when the arguments ask for work in process.
+
+    Raises:
+        RolloutFuncIgnored: an engine is attached to `model`, which is what makes the trainer work in process.
     """
     if function is None or not args.use_vllm or args.vllm_mode == "server":
         return function

@@ -1,4 +1,4 @@
-"""The config field `vllm_sampling_params`: values given there win over TRL's, on every release."""
+"""Sampling hooks, the config field `vllm_sampling_params`: values given there win over TRL's, on every release."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from trlpatch.engine.sampling_params import GIVEN, explicit_values
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
-from trlpatch.hooks.trainers import args_of
+from trlpatch.hooks.protocols import GenerationLike, TrainerArguments
+from trlpatch.hooks.trainers import args_of, binding
 from trlpatch.log import log_once, warn_once
+
+T = TypeVar("T")
 
 FIELD = "vllm_sampling_params"
 
@@ -35,13 +38,15 @@ _OWN_MAX_TOKENS = ("OnlineDPO", "GOLD", "NashMD", "XPO")
 _STRUCTURED = {"structured_outputs": "StructuredOutputsParams", "guided_decoding": "GuidedDecodingParams"}
 
 
-def normalize_sampling(config: Any) -> None:
-    """At the head of a config's `__post_init__`: make `vllm_sampling_params` a plain dict of the given
-    values.
+def normalize_sampling(config: object) -> None:
+    """Make `vllm_sampling_params` a plain dict of the given values, at the head of a config's `__post_init__`.
 
     Takes a vLLMSamplingParams, a SamplingParams (values that differ from vLLM's defaults), a mapping or a
     JSON object as text. The result is JSON-able, so that configs can be pickled and logged. Idempotent.
-    Raises ProtectedSamplingParam and UnusableSamplingParam.
+
+    Raises:
+        ProtectedSamplingParam: a value is TRL's own.
+        UnusableSamplingParam: the field is of another type, or a value is not JSON-able.
     """
     given = getattr(config, FIELD, None)
     if given is None:
@@ -51,7 +56,7 @@ def normalize_sampling(config: Any) -> None:
     setattr(config, FIELD, values)
 
 
-def _plain(config: Any, given: Any) -> dict[str, Any]:
+def _plain(config: object, given: object) -> dict[str, Any]:
     where = f"{type(config).__name__}.{FIELD}"
     if isinstance(given, str):  # the command line
         try:
@@ -85,7 +90,7 @@ def _plain(config: Any, given: Any) -> dict[str, Any]:
     return values
 
 
-def _jsonable(value: Any) -> Any:
+def _jsonable(value: object) -> object:
     """Dataclasses (StructuredOutputsParams, GuidedDecodingParams) become dicts of what was set in them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
@@ -98,7 +103,7 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _refuse_protected(config_name: str, values: Mapping[str, Any]) -> None:
+def _refuse_protected(config_name: str, values: Mapping[str, object]) -> None:
     protected = dict(_PROTECTED)
     if config_name.startswith(_OWN_MAX_TOKENS):
         protected[_MAX_TOKENS[0]] = _MAX_TOKENS[1]
@@ -117,11 +122,15 @@ def _refuse_protected(config_name: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def sampling_params(owner: Any, build: Callable[..., Any]) -> Callable[..., Any]:
+def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
     """What stands where TRL wrote `SamplingParams`: TRL's keyword arguments with the user's values on top.
 
-    `owner` is a trainer, a VLLMGeneration or a config. Without `vllm_sampling_params` it is `build` itself. Raises
-    ProtectedSamplingParam, also for completions that end at something that this TRL would not see as their end.
+    `owner` is a trainer, a VLLMGeneration or a config. Without `vllm_sampling_params` it is `build` itself.
+
+    Raises:
+        ProtectedSamplingParam: a value is TRL's own, or completions would end at something that this TRL does not see
+            as their end.
+        UnusableSamplingParam: a value is not JSON-able.
     """
     args = args_of(owner)
     given = getattr(args, FIELD, None)
@@ -134,27 +143,32 @@ def sampling_params(owner: Any, build: Callable[..., Any]) -> Callable[..., Any]
     if _masks_at_eos(owner):
         _refuse_stops(owner, type(args).__name__, values)
 
-    def merged(*positional: Any, **named: Any) -> Any:
+    def merged(*positional: object, **named: object) -> T:
         _report_temperature(args, values)
         return build(*positional, **{**named, **{name: _rebuilt(name, value) for name, value in values.items()}})
 
     return merged
 
 
-def _masks_at_eos(owner: Any) -> bool:
+def generation(args: TrainerArguments, build: Callable[..., GenerationLike]) -> Callable[..., GenerationLike]:
+    """What stands where TRL wrote `VLLMGeneration`: the object it makes knows the trainer's arguments."""
+    return binding(args, build)
+
+
+def _masks_at_eos(owner: object) -> bool:
     # 0.24 split generation off into this method, and takes completions as long as they were sampled since.
     names = {cls.__name__ for cls in type(owner).__mro__}
     return bool(names.intersection(_MASKED_AT_EOS)) and not hasattr(owner, "_generate_single_turn")
 
 
-def _unseen_stops(owner: Any, values: Mapping[str, Any]) -> list[str]:
+def _unseen_stops(owner: object, values: Mapping[str, object]) -> list[str]:
     """The names under which `values` end completions at something else than EOS."""
     words = getattr(owner, "processing_class", None)
     eos = getattr(getattr(words, "tokenizer", words), "eos_token_id", None)
     return [name for name in _STOPS if values.get(name) and values[name] != [eos]]
 
 
-def _refuse_stops(owner: Any, config_name: str, values: Mapping[str, Any]) -> None:
+def _refuse_stops(owner: object, config_name: str, values: Mapping[str, object]) -> None:
     for name in _unseen_stops(owner, values):
         raise ProtectedSamplingParam(
             f"{config_name}.{FIELD} sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "
@@ -162,7 +176,7 @@ def _refuse_stops(owner: Any, config_name: str, values: Mapping[str, Any]) -> No
         )
 
 
-def _warn_of_stops(owner: Any, values: Mapping[str, Any]) -> None:
+def _warn_of_stops(owner: object, values: Mapping[str, object]) -> None:
     for name in _unseen_stops(owner, values):
         warn_once(
             owner,
@@ -171,7 +185,7 @@ def _warn_of_stops(owner: Any, values: Mapping[str, Any]) -> None:
         )
 
 
-def _report_temperature(args: Any, values: Mapping[str, Any]) -> None:
+def _report_temperature(args: object, values: Mapping[str, object]) -> None:
     own = getattr(args, "temperature", None)
     asked = values.get("temperature", own)
     if own is not None and asked != own:
@@ -182,7 +196,7 @@ def _report_temperature(args: Any, values: Mapping[str, Any]) -> None:
         )
 
 
-def _rebuilt(name: str, value: Any) -> Any:
+def _rebuilt(name: str, value: object) -> object:
     """vLLM wants its own classes for structured outputs; configs hold dicts."""
     if name not in _STRUCTURED or not isinstance(value, Mapping):
         return value

@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from trlpatch.engine import expressible, probes
+from trlpatch.engine import lora_limits, probes
 from trlpatch.engine.attach import attached_engine
+from trlpatch.engine.backend import backend_of
 from trlpatch.engine.build import random_state_kept
-from trlpatch.engine.memory import kv_sleep
 from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
 from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
 from trlpatch.log import logger
+from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import base_of, lora_view
 from trlpatch.policy.checkpointing import auto_checkpointing, set_auto_checkpointing
 
@@ -81,9 +82,9 @@ def set_gradient_checkpointing(model: Any, *, on: bool, auto: bool = False) -> N
 def _weights_asleep(base: Any) -> int:
     """Bytes of the engine's weights that are unmapped now: device memory that it needs back."""
     engine = attached_engine(base)
-    if engine is None or WEIGHTS not in kv_sleep.asleep(engine, state_of(engine)):
+    if engine is None or WEIGHTS not in backend_of(engine).asleep():
         return 0
-    return kv_sleep.weights_bytes(engine) or 0
+    return backend_of(engine).weights_bytes() or 0
 
 
 def _inputs_require_grads(base: Any) -> bool:
@@ -124,9 +125,9 @@ def _check_engine_serves(adapted: Any, engine: Any) -> None:
     view = lora_view(adapted)
     if engine is None or view is None:
         return
-    reason = expressible.why_not_lora(view)
-    if reason is None and not probes.sleeping_tags(engine):  # weights that sleep cannot be looked at
-        reason = expressible.why_not_on_engine(view, engine)
+    reason = lora_support.unsupported_reason(view)
+    if reason is None and not backend_of(engine).asleep():  # weights that sleep cannot be looked at
+        reason = lora_limits.unsupported_reason(view, engine)
     if reason is None:
         return
     if state_of(engine).shared_weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from trlpatch.engine.memory.sleep_mode import why_no_sleep_mode
+from trlpatch.engine.memory.sleep_mode import unsupported_reason as why_no_sleep_mode
 from trlpatch.errors import EngineBuildFailed, EngineError, LoraNotSupported, NotEnoughMemory, TrlpatchError
 from trlpatch.exception_chain import exception_chain
 from trlpatch.loading.load_config import LoadConfig

@@ -10,7 +10,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from trlpatch.engine.memory.sleep_mode import sleep_default, why_no_sleep_mode
+from trlpatch.engine.memory.sleep_mode import sleep_default
+from trlpatch.engine.memory.sleep_mode import unsupported_reason as why_no_sleep_mode
 from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
 from trlpatch.loading.load_config import LoadConfig
 from trlpatch.log import logger

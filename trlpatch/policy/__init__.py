@@ -1,4 +1,4 @@
-"""The policy in training: its LoRA adapter, what changed in it, what vLLM could serve of it.
+"""The policy in training: its LoRA adapter, change detection, base weights, what a LoRA request can carry of it.
 
 Knows torch and PEFT; neither vLLM nor TRL.
 """

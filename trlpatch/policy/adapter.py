@@ -1,4 +1,4 @@
-"""The LoRA adapter inside a training model: its layers, its tensors, copies of them.
+"""Read the LoRA adapter inside a training model: its layers, its tensors, copies of them.
 
 Walking a 7B model takes milliseconds and would happen before every rollout, so what only a registered, replaced or
 deleted module can change is kept per base model (`PeftLayers`) and checked instead of walked again.
@@ -12,12 +12,15 @@ import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trlpatch.policy.registrations import registrations
 
-# Containers that DDP, torch.compile, FSDP1 and activation checkpointing put around modules, inside a dotted
-# path.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+# Containers that DDP, torch.compile, FSDP1 and activation checkpointing put around modules, inside a dotted path.
 _WRAPPER_PART = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
 
@@ -52,9 +55,9 @@ class LoraWeights:
 
     paths: tuple[str, ...]
     """In the transformers model."""
-    a: list[Any]
+    a: list[Tensor]
     """lora_A weights, [r, in]."""
-    b: list[Any]
+    b: list[Tensor]
     """lora_B weights, [out, r]."""
     scalings: list[float]
     addresses: list[int]
@@ -76,7 +79,7 @@ class LoraWeights:
 class _Sites:
     """Where the parameters of one adapter are found, and what was found there last."""
 
-    def __init__(self, layers: tuple[tuple[str, Any], ...], adapter: str) -> None:
+    def __init__(self, layers: tuple[tuple[str, Module], ...], adapter: str) -> None:
         adapted = [(path, layer) for path, layer in layers if adapter in getattr(layer, "lora_A", {})]
         self._paths = tuple(path for path, _ in adapted)
         self._a = [layer.lora_A._modules for _, layer in adapted]
@@ -101,7 +104,7 @@ class _Sites:
         return last
 
 
-def _weights(modules: list[Any]) -> list[Any]:
+def _weights(modules: list[Module]) -> list[Tensor]:
     try:
         # A tenth of the time that nn.Module.__getattr__ takes.
         return [module._parameters["weight"] for module in modules]
@@ -109,7 +112,7 @@ def _weights(modules: list[Any]) -> list[Any]:
         return [module.weight for module in modules]
 
 
-def _addresses(weights: list[Any]) -> list[int]:
+def _addresses(weights: list[Tensor]) -> list[int]:
     try:
         return [weight.data_ptr() for weight in weights]
     except RuntimeError:  # sharded parameters have no storage of their own
@@ -119,7 +122,7 @@ def _addresses(weights: list[Any]) -> list[int]:
 class PeftLayers:
     """The PEFT layers of one base model as a walk found them."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self._count = registrations.count()
@@ -128,7 +131,7 @@ class PeftLayers:
         self._modules = [module for _, module in found]
         self._sites: dict[str, _Sites] = {}
         # Every step of every path, to notice deletions. Holds no reference to `base`, whose key in `_walks` is weak.
-        steps: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        steps: dict[tuple[int, str], tuple[dict[str, Module], str, Module]] = {}
         for path, _ in found:
             module = base
             for name in path.split(".") if path else ():
@@ -139,7 +142,7 @@ class PeftLayers:
         self._names = [name for _, name, _ in steps.values()]
         self._children = [child for _, _, child in steps.values()]
 
-    def stands(self) -> bool:
+    def is_current(self) -> bool:
         """Would a walk find the same layers again?"""
         return self._count == registrations.count() and all(
             map(is_, map(dict.get, self._parents, self._names), self._children)
@@ -161,22 +164,19 @@ class PeftLayers:
         return list(map(attrgetter(name), self._modules))
 
 
-_walks: weakref.WeakKeyDictionary[Any, PeftLayers] = weakref.WeakKeyDictionary()
+_walks: weakref.WeakKeyDictionary[Module, PeftLayers] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class LoraView:
-    """The PEFT layers of one model.
+    """The PEFT layers of one model; `configs` maps adapter names to PEFT configs, `found` holds the layers."""
 
-    `configs` maps adapter names to PEFT configs; `found` holds the layers.
-    """
-
-    base: Any
+    base: Module
     configs: dict[str, Any]
     found: PeftLayers
 
     @property
-    def layers(self) -> tuple[tuple[str, Any], ...]:
+    def layers(self) -> tuple[tuple[str, Module], ...]:
         """(path in the transformers model, PEFT layer), in the model's order."""
         return self.found.layers
 
@@ -202,10 +202,8 @@ class LoraView:
         """The parameters of every linear layer of the adapter."""
         return self.found.weights(adapter)
 
-    def pairs(self, adapter: str) -> list[tuple[str, Any, Any, float]]:
-        """(path, lora_A weight [r, in], lora_B weight [out, r], scaling) of every linear layer of the
-        adapter.
-        """
+    def pairs(self, adapter: str) -> list[tuple[str, Tensor, Tensor, float]]:
+        """(path, lora_A weight [r, in], lora_B weight [out, r], scaling) of every linear layer of the adapter."""
         weights = self.weights(adapter)
         return list(zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True))
 
@@ -219,7 +217,7 @@ def lora_view(model: Any) -> LoraView | None:
     if not isinstance(configs, dict) or not callable(getattr(base, "named_modules", None)):
         return None
     found = _walks.get(base)
-    if found is None or not found.stands():
+    if found is None or not found.is_current():
         found = _walks[base] = PeftLayers(base)
     # `merge_and_unload()` leaves `peft_config` on the base model and takes the layers away.
     if not found.layers and outer is base:
@@ -237,7 +235,7 @@ class AdapterTensors:
     patterns), and rounds once.
     """
 
-    tensors: dict[str, Any]
+    tensors: dict[str, Tensor]
     rank: int
     targets: tuple[str, ...]
     """Last components of the adapted modules' paths, sorted."""
@@ -261,7 +259,7 @@ def adapter_tensors(weights: LoraWeights) -> AdapterTensors:
     import torch
 
     rank = weights.rank
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for path, a, b, scaling in zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True):
             own_a = a.detach().clone()

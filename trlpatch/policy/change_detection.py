@@ -1,4 +1,4 @@
-"""Has the adapter changed since it was handed over?
+"""Change detection: has the adapter changed since it was handed over?
 
 Answered by content, because torch's version counters do not tell: fused AdamW, the default of transformers, writes
 without moving them, and so do `param.data` and optimizers of other libraries.
@@ -7,9 +7,13 @@ without moving them, and so do `param.data` and optimizers of other libraries.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.policy.adapter import LoraView, LoraWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _COLUMNS = 4096
 _CHUNK = 2048 * _COLUMNS  # elements gathered at a time: 32 MiB of float32
@@ -33,7 +37,7 @@ class Sums:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, values: Any) -> None:
+    def __init__(self, values: Tensor) -> None:
         self._values = values
 
     def __eq__(self, other: object) -> bool:
@@ -49,11 +53,11 @@ class Sums:
 class _Chunk:
     """Flat integer views of some weights, which one kernel gathers in a buffer [rows, _COLUMNS]."""
 
-    parts: list[Any]
+    parts: list[Tensor]
     """With zeros at the end that fill the last row."""
-    buffer: Any
+    buffer: Tensor
 
-    def sums(self) -> list[Any]:
+    def sums(self) -> list[Tensor]:
         """Of the rows and of the columns, int64.
 
         A matrix of bits, not a sum per tensor: two elements that move by one bit in opposite directions cancel in
@@ -65,7 +69,7 @@ class _Chunk:
         return [self.buffer.sum(dim, dtype=torch.int64) for dim in (0, 1)]
 
 
-def _sums(weights: LoraWeights) -> list[Any]:
+def _sums(weights: LoraWeights) -> list[Tensor]:
     """The sums of all weights, one tensor per device and element size."""
     import torch
 
@@ -80,7 +84,7 @@ def _sums(weights: LoraWeights) -> list[Any]:
         return [torch.cat([part for chunk in chunks for part in chunk.sums()]) for chunks in groups]
 
 
-def as_integers(tensor: Any) -> Any:
+def as_integers(tensor: Tensor) -> Tensor:
     """A view of the tensor's bits as integers of the same size and shape."""
     import torch
 
@@ -88,17 +92,17 @@ def as_integers(tensor: Any) -> Any:
     return tensor.view(integer[tensor.element_size()])
 
 
-def _chunks(tensors: list[Any]) -> list[list[_Chunk]]:
+def _chunks(tensors: list[Tensor]) -> list[list[_Chunk]]:
     """The weights by device and element size, in pieces of at most `_CHUNK` elements that share one buffer."""
-    alike: dict[tuple[Any, int], list[Any]] = {}
+    alike: dict[tuple[torch.device, int], list[Tensor]] = {}
     for tensor in tensors:
         bits = as_integers(tensor.detach().contiguous()).view(-1)
         alike.setdefault((tensor.device, tensor.element_size()), []).extend(bits.split(_CHUNK))
     return [_packed(parts) for parts in alike.values()]
 
 
-def _packed(parts: list[Any]) -> list[_Chunk]:
-    pieces: list[tuple[list[Any], int]] = []
+def _packed(parts: list[Tensor]) -> list[_Chunk]:
+    pieces: list[tuple[list[Tensor], int]] = []
     for part in parts:
         size = part.numel()
         if pieces and pieces[-1][1] + size <= _CHUNK:

@@ -1,8 +1,6 @@
-"""How often a submodule was registered anywhere in this process: the signal that a cached walk over a model is old."""
+"""Count module registrations in this process: the signal that a cached walk over a model is old."""
 
 from __future__ import annotations
-
-from typing import Any
 
 
 class _Registrations:
@@ -23,7 +21,7 @@ class _Registrations:
             self._watching = True
         return self._count
 
-    def _registered(self, parent: Any, name: str, child: Any) -> None:
+    def _registered(self, parent: object, name: str, child: object) -> None:
         self._count += 1
 
 

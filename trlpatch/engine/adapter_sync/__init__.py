@@ -1,1 +1,1 @@
-"""The ways of getting an adapter into an engine. `trlpatch.engine.adapter_sync.publish` chooses one per engine."""
+"""Adapter sync: the ways of getting a LoRA adapter into an engine. Its backend chooses one per engine."""

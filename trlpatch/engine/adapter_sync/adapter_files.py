@@ -1,4 +1,4 @@
-"""Files for an engine whose worker is elsewhere."""
+"""Adapter sync through files, for an engine whose workers are in other processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any
 
 from trlpatch.engine.adapter_sync import registry
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.policy.adapter import LoraWeights, adapter_tensors
 
@@ -20,19 +20,20 @@ _MEMORY = Path("/dev/shm")
 class AdapterFiles:
     """Writes the adapter to a private directory, in memory where there is /dev/shm, for the engine to load."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: RolloutEngine) -> None:
         self._engine = weakref.ref(engine)
         parent = _MEMORY if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) else None
         self._directory = Path(tempfile.mkdtemp(prefix="trlpatch-adapter-", dir=parent))  # mode 0700
         self.remove_files = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        self._current: Any = None
+        self._current: LoraRequest | None = None
+        self._valid = False
 
     @property
     def description(self) -> str:
         """For `trlpatch.status()`."""
         return f"through files in {self._directory.parent}"
 
-    def publish(self, weights: LoraWeights) -> Any:
+    def publish(self, weights: LoraWeights) -> LoraRequest:
         """Write the tensors and have the engine read them at once; see AdapterSync."""
         from safetensors.torch import save_file
 
@@ -60,19 +61,23 @@ class AdapterFiles:
         except ValueError as error:
             shutil.rmtree(path, ignore_errors=True)
             raise AdapterNotExpressible(f"vLLM refuses the adapter: {error}") from error
-        old, self._current = self._current, request
+        old, self._current, self._valid = self._current, request, True
         if old is not None:
             self._call(engine, "remove_lora", old.lora_int_id)
             shutil.rmtree(old.lora_path, ignore_errors=True)
         return request
 
-    def holds(self, request: Any) -> bool:
+    def holds(self, request: LoraRequest) -> bool:
         """Tell whether this is the newest version."""
         # Evicted or not, vLLM can read it again: the newest version's files are kept.
-        return self._current is request
+        return self._valid and self._current is request
+
+    def invalidate(self) -> None:
+        """Stand by no version; the files of the last one go with the next `publish`."""
+        self._valid = False
 
     @staticmethod
-    def _call(engine: Any, method: str, argument: Any) -> None:
+    def _call(engine: RolloutEngine | None, method: str, argument: LoraRequest | int) -> None:
         function = getattr(getattr(engine, "llm_engine", None), method, None)
         if callable(function):
             function(argument)

@@ -1,32 +1,36 @@
-"""Writing the adapter into the buffers that the engine's kernels and CUDA graphs read."""
+"""Adapter sync by copying into the buffers that the engine's kernels and CUDA graphs read."""
 
 from __future__ import annotations
 
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.engine.adapter_sync import registry
 from trlpatch.engine.adapter_sync.registration import Registration
 from trlpatch.engine.adapter_sync.slots import Slots, Unexpected, find_slots
 from trlpatch.engine.adapter_sync.staging import Staging
-from trlpatch.engine.state import state_of
+from trlpatch.engine.protocols import AdapterManager, LoraManager, LoraModel, LoraRequest, RolloutEngine
 from trlpatch.log import log_once
 from trlpatch.policy.adapter import LoraWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass
 class _Registered:
     """The adapter as vLLM's registry has it, and the way into its slot."""
 
-    lora: Any
+    lora: LoraModel
     staging: Staging
-    sources: list[Any]
+    sources: list[Tensor]
     """Every staging A, then every B."""
     slots: Slots
     slot: int
-    targets: list[Any]
+    targets: list[Tensor]
     """The parts of the buffers that `sources` are copied into."""
 
 
@@ -41,10 +45,10 @@ class BufferCopy:
     Where the buffers are not as expected every version is registered anew (`Registration`); `description` says why.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: RolloutEngine) -> None:
         self._engine = weakref.ref(engine)
         self._current: _Registered | None = None
-        self._request: Any = None
+        self._request: LoraRequest | None = None
         self._fallback: Registration | None = None
 
     @property
@@ -52,14 +56,14 @@ class BufferCopy:
         """For `trlpatch.status()`."""
         return "in place" if self._fallback is None else self._fallback.description
 
-    def publish(self, weights: LoraWeights) -> Any:
+    def publish(self, weights: LoraWeights) -> LoraRequest:
         """Write the adapter into the engine's buffers; see AdapterSync."""
         import torch
 
         if self._fallback is not None:
             return self._fallback.publish(weights)
         worker = registry.worker_of(self._engine())
-        current = self._standing(worker, weights)
+        current = self._reusable(worker, weights)
         # Buffers may be inference tensors. Trained ones are only read.
         with torch.inference_mode():
             if current is None:
@@ -74,7 +78,7 @@ class BufferCopy:
         self._request = registry.fresh_request(registry.NOWHERE, lora_id=registry.LIVE_ID)
         return self._request
 
-    def holds(self, request: Any) -> bool:
+    def holds(self, request: LoraRequest) -> bool:
         """Tell whether the request is the newest one, and its adapter still registered."""
         if self._fallback is not None:
             return self._fallback.holds(request)
@@ -84,17 +88,21 @@ class BufferCopy:
         manager = registry.worker_of(self._engine())._adapter_manager
         return manager.get_adapter(registry.LIVE_ID) is current.lora
 
-    def _standing(self, worker: Any, weights: LoraWeights) -> _Registered | None:
+    def invalidate(self) -> None:
+        """Forget the slot: a level-2 sleep discards the buffers, the zeroes in them too, up to vLLM 0.32."""
+        self._current = None
+        if self._fallback is not None:
+            self._fallback.invalidate()
+
+    def _reusable(self, worker: LoraManager, weights: LoraWeights) -> _Registered | None:
         """What the last publish left, in a slot and ready to be overwritten; None when it has to be registered."""
         current = self._current
-        published = state_of(self._engine()).published
-        # Nothing published although something was: a level-2 sleep discarded the buffers, zeroes and all.
-        if current is None or published is None or published.request is not self._request:
+        if current is None:
             return None
         manager = worker._adapter_manager
         if manager.get_adapter(registry.LIVE_ID) is not current.lora or not current.staging.accepts(weights):
             return None
-        if not current.slots.stand():
+        if not current.slots.is_current():
             return None
         if manager.lora_index_to_id[current.slot] != registry.LIVE_ID:
             # A user's adapter took the slot. Putting this one back resets all that the slot held.
@@ -104,10 +112,12 @@ class BufferCopy:
             current.targets = current.slots.views(current.slot)
         return current
 
-    def _register(self, worker: Any, weights: LoraWeights) -> _Registered:
+    def _register(self, worker: LoraManager, weights: LoraWeights) -> _Registered:
         """Register staging tensors under the one id, and prove where vLLM copies them to.
 
-        Raises Unexpected, and AdapterNotExpressible before anything was changed.
+        Raises:
+            Unexpected: the buffers are not laid out as in the releases known.
+            AdapterNotExpressible: before anything was changed.
         """
         manager = worker._adapter_manager
         config = worker.lora_config
@@ -130,19 +140,18 @@ class BufferCopy:
             raise Unexpected("vLLM changes the adapter's tensors while it copies them")
         return _Registered(lora, staging, sources, slots, slot, targets)
 
-    def _fall_back(self, worker: Any, reason: str) -> Registration:
+    def _fall_back(self, worker: LoraManager, reason: str) -> Registration:
         worker._adapter_manager.remove_adapter(registry.LIVE_ID)
-        engine = self._engine()
-        self._fallback = Registration(engine, reason)
+        self._fallback = Registration(self._engine(), reason)
         log_once(
-            engine,
+            self._engine(),
             f"adapters are registered anew at every hand-over instead of updated in place: {reason}",
             level=logging.INFO,
         )
         return self._fallback
 
 
-def _device_of(manager: Any) -> Any:
+def _device_of(manager: AdapterManager) -> torch.device:
     for module in manager.modules.values():
         stacked = getattr(module, "lora_a_stacked", None)
         if isinstance(stacked, tuple) and stacked:
@@ -150,7 +159,7 @@ def _device_of(manager: Any) -> Any:
     raise Unexpected("no linear LoRA layer")
 
 
-def _equal(one: list[Any], other: list[Any]) -> bool:
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
     import torch
 
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,28 +1,29 @@
-"""Registering the adapter anew: correct for every layer that vLLM has, at the cost of copies and of `set_lora`."""
+"""Adapter sync by registering anew: right for every layer that vLLM has, at the cost of copies and `set_lora`."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 from trlpatch.engine.adapter_sync import registry
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.policy.adapter import LoraWeights, adapter_tensors
 
 
 class Registration:
     """Registers every version with the worker's LoRA manager, which lives in this process, under a new id."""
 
-    def __init__(self, engine: Any, reason: str | None = None) -> None:
+    def __init__(self, engine: RolloutEngine | None, reason: str | None = None) -> None:
         self._engine = weakref.ref(engine)
         self._reason = reason
         self._current: int | None = None
+        self._valid = False
 
     @property
     def description(self) -> str:
         """For `trlpatch.status()`."""
         return "registered anew each time" + (f" ({self._reason})" if self._reason else "")
 
-    def publish(self, weights: LoraWeights) -> Any:
+    def publish(self, weights: LoraWeights) -> LoraRequest:
         """Register copies with the worker; see AdapterSync."""
         worker = registry.worker_of(self._engine())
         request = registry.fresh_request(registry.NOWHERE)
@@ -31,9 +32,13 @@ class Registration:
             worker._adapter_manager.remove_adapter(self._current)
             self._current = None
         registry.register(worker, lora)
-        self._current = request.lora_int_id
+        self._current, self._valid = request.lora_int_id, True
         return request
 
-    def holds(self, request: Any) -> bool:
+    def holds(self, request: LoraRequest) -> bool:
         """Ask the worker's registry."""
-        return request.lora_int_id in registry.worker_of(self._engine()).list_adapters()
+        return self._valid and request.lora_int_id in registry.worker_of(self._engine()).list_adapters()
+
+    def invalidate(self) -> None:
+        """Stand by no version, whatever the registry says."""
+        self._valid = False

@@ -1,4 +1,4 @@
-"""vLLM's registry of adapters: requests that refer to it, and the objects in it."""
+"""Adapter manager: vLLM's registry of adapters, requests that refer to it, and the objects in it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.adapter_sync.shape_check import misfit
+from trlpatch.engine.protocols import LoraManager, LoraModel, LoraRequest, RolloutEngine
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, StaleAdapter
 from trlpatch.policy.adapter import LoraWeights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Far above what people number their own adapters with, far below 2**31 (vLLM keeps ids in int32 tensors).
 LIVE_ID = 1_700_000_000
@@ -24,14 +28,15 @@ NOWHERE = Path("/nonexistent/trlpatch")
 _versions = itertools.count(1)
 
 
-def fresh_request(directory: Path, *, lora_id: int | None = None) -> Any:
+def fresh_request(directory: Path, *, lora_id: int | None = None) -> LoraRequest:
     """Make a request whose name and path (below `directory`) no earlier version had, nor its id unless it is given."""
     from vllm.lora.request import LoRARequest
 
     number = next(_versions)
     name = f"trlpatch-v{number}"
     number = LIVE_ID + number if lora_id is None else lora_id
-    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(directory / name))
+    request: LoraRequest = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(directory / name))
+    return request
 
 
 @cache
@@ -54,8 +59,12 @@ def names_separate_prefixes() -> bool:
     return bool(one != other)
 
 
-def worker_of(engine: Any) -> Any:
-    """The worker's LoRA manager. Raises StaleAdapter when there is none in this process any more."""
+def worker_of(engine: RolloutEngine | None) -> LoraManager:
+    """The worker's LoRA manager, of an engine that had one in this process.
+
+    Raises:
+        StaleAdapter: the engine was deleted or shut down.
+    """
     worker = probes.worker_lora_manager(engine)
     if worker is None:
         raise StaleAdapter(
@@ -65,11 +74,14 @@ def worker_of(engine: Any) -> Any:
     return worker
 
 
-def lora_model(worker: Any, tensors: Mapping[str, Any], weights: LoraWeights, lora_id: int) -> Any:
+def lora_model(worker: LoraManager, tensors: Mapping[str, Tensor], weights: LoraWeights, lora_id: int) -> LoraModel:
     """vLLM's object of an adapter, not registered yet, made of `tensors` (PEFT's names, B scaled already).
 
-    Tensors of the engine's LoRA dtype are used as they are, not copied. Raises AdapterNotExpressible when the engine
-    has no place for one of the modules, EngineMismatch when its place has another shape.
+    Tensors of the engine's LoRA dtype are used as they are, not copied.
+
+    Raises:
+        AdapterNotExpressible: the engine has no place for one of the modules.
+        EngineMismatch: its place has another shape.
     """
     from vllm.lora.peft_helper import PEFTHelper
 
@@ -88,7 +100,9 @@ def lora_model(worker: Any, tensors: Mapping[str, Any], weights: LoraWeights, lo
         "embedding_modules": getattr(worker, "embedding_modules", {}),
         "embedding_padding_modules": getattr(worker, "embedding_padding_modules", []),
     }
-    lora = build(lora_model_id=lora_id, tensors=dict(tensors), peft_helper=helper, **probes.accepted(build, optional))
+    lora: LoraModel = build(
+        lora_model_id=lora_id, tensors=dict(tensors), peft_helper=helper, **probes.accepted(build, optional)
+    )
     # vLLM's own loader refuses modules it does not know; this entrance would drop them without a word.
     known = set(manager.modules).union(*manager.packed_modules.values())
     unknown = sorted(set(lora.loras) - known)
@@ -106,7 +120,7 @@ def lora_model(worker: Any, tensors: Mapping[str, Any], weights: LoraWeights, lo
     return lora
 
 
-def register(worker: Any, lora: Any) -> None:
+def register(worker: LoraManager, lora: LoraModel) -> None:
     """Put the adapter into the registry and into a slot; an older one with its id goes."""
     manager = worker._adapter_manager
     manager.remove_adapter(lora.id)
@@ -117,7 +131,7 @@ def register(worker: Any, lora: Any) -> None:
     activate(worker, lora.id)
 
 
-def activate(worker: Any, lora_id: int) -> None:
+def activate(worker: LoraManager, lora_id: int) -> None:
     """Put a registered adapter into a slot.
 
     vLLM below 0.26 tells its kernels the slots only when the ids of a batch differ from the last batch's, so after a
@@ -128,7 +142,7 @@ def activate(worker: Any, lora_id: int) -> None:
     manager._last_mapping = None
 
 
-def _lora_model_class(worker: Any) -> Any:
+def _lora_model_class(worker: LoraManager) -> Any:
     found = getattr(worker, "_lora_model_cls", None)
     if found is not None:
         return found

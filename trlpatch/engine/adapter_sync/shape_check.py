@@ -1,4 +1,4 @@
-"""Has an adapter the shape of the engine's model?
+"""Shape check of an adapter against the LoRA layers of the engine's model.
 
 vLLM copies a tensor that is too small into a corner of its buffer, and passes over modules that the model has not,
 both without a word.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.protocols import AdapterManager, WeightsMapper
 from trlpatch.policy.adapter import PEFT_PREFIX
 
 Shape = tuple[str, int, int]
 """A module by vLLM's name, its input and its output features."""
 
 
-def misfit(manager: Any, shapes: Iterable[Shape]) -> str | None:
+def misfit(manager: AdapterManager, shapes: Iterable[Shape]) -> str | None:
     """The first of `shapes` that the LoRA manager's model has not, in words; None when it has them all."""
     slices = {
         member: (packed, at) for packed, members in manager.packed_modules.items() for at, member in enumerate(members)
@@ -33,17 +33,15 @@ def misfit(manager: Any, shapes: Iterable[Shape]) -> str | None:
     return None
 
 
-def directory_misfit(llm: Any, directory: Path) -> str | None:
-    """As `misfit`, of an adapter that PEFT saved; None also where neither file nor engine can be looked into here."""
-    worker = probes.worker_lora_manager(llm)
+def directory_misfit(manager: AdapterManager, directory: Path) -> str | None:
+    """As `misfit`, of an adapter that PEFT saved; None also without a file of the format that is looked into."""
     file = directory / "adapter_model.safetensors"
-    if worker is None or not file.is_file():
+    if not file.is_file():
         return None
-    manager = worker._adapter_manager
     return misfit(manager, _saved(file, probes.rename_mapper(manager.model)))
 
 
-def _features(module: Any, at: int) -> tuple[int, int] | None:
+def _features(module: object, at: int) -> tuple[int, int] | None:
     """(input, output) features of one slice of a linear LoRA layer; None for other layers, and for sharded ones."""
     a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
     if not isinstance(a, tuple) or not isinstance(b, tuple) or not at < min(len(a), len(b)):
@@ -53,7 +51,7 @@ def _features(module: Any, at: int) -> tuple[int, int] | None:
     return int(a[at].shape[-1]), int(b[at].shape[-2])
 
 
-def _saved(file: Path, mapper: Any) -> list[Shape]:
+def _saved(file: Path, mapper: WeightsMapper | None) -> list[Shape]:
     from safetensors import safe_open
 
     sides: dict[str, dict[str, int]] = {}

@@ -1,4 +1,4 @@
-"""Which part of which LoRA buffer of the engine holds which tensor of an adapter.
+"""Locate the LoRA buffers: which part of which one holds which tensor of an adapter.
 
 Layout of the buffers of a linear layer, vLLM 0.8.0 to 0.33.0: tuples with one entry per packed slice (q, k and v; gate
 and up; one for single layers), A [max_loras, 1, max_lora_rank, in] and B [max_loras, 1, out, max_lora_rank].
@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from trlpatch.engine.protocols import AdapterManager, LoraModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Unexpected(Exception):  # an answer, caught by the caller
@@ -23,16 +28,16 @@ class Slots:
     """
 
     modules: list[Any]
-    buffers: list[Any]
+    buffers: list[object]
     """What the modules' `lora_a_stacked` were, one per module."""
-    a: list[tuple[Any, Any]]
-    b: list[tuple[Any, Any]]
+    a: list[tuple[Tensor, Tensor]]
+    b: list[tuple[Tensor, Tensor]]
 
-    def stand(self) -> bool:
+    def is_current(self) -> bool:
         """Are the engine's buffers still these?"""
         return all(map(is_, [module.lora_a_stacked for module in self.modules], self.buffers))
 
-    def views(self, slot: int) -> list[Any]:
+    def views(self, slot: int) -> list[Tensor]:
         """The parts of the buffers that belong to one slot: [r, in] of every A, then [out, max_lora_rank] of every B.
 
         Each is contiguous, and of the shape of the tensor that is copied into it.
@@ -43,15 +48,19 @@ class Slots:
         ]
 
 
-def find_slots(manager: Any, lora: Any, staged: set[int]) -> Slots:
+def find_slots(manager: AdapterManager, lora: LoraModel, staged: set[int]) -> Slots:
     """Look up every tensor of `lora`, registered with the LoRA manager, in the buffers of the manager's modules.
 
     `staged` are the addresses of the tensors that the adapter was made of, A [r, in] and B [out, max_lora_rank] of the
-    buffers' dtype and device. Raises Unexpected unless each of them, and nothing else, has one place where it fits.
+    buffers' dtype and device.
+
+    Raises:
+        Unexpected: not each of them, and nothing else, has one place where it fits.
     """
-    modules, buffers = [], []
-    pairs_a: list[tuple[Any, Any]] = []
-    pairs_b: list[tuple[Any, Any]] = []
+    modules: list[Any] = []
+    buffers: list[object] = []
+    pairs_a: list[tuple[Tensor, Tensor]] = []
+    pairs_b: list[tuple[Tensor, Tensor]] = []
     for name, module in manager.modules.items():
         entry = lora.get_lora(name)
         if entry is None:
@@ -81,7 +90,7 @@ def find_slots(manager: Any, lora: Any, staged: set[int]) -> Slots:
     return Slots(modules, buffers, pairs_a, pairs_b)
 
 
-def _check(buffer: Any, tensor: Any, *, fits: bool) -> None:
+def _check(buffer: Tensor, tensor: Tensor, *, fits: bool) -> None:
     alike = buffer.dtype == tensor.dtype and buffer.device == tensor.device
     if buffer.dim() != 4 or buffer.shape[1] != 1 or not fits or not alike or not buffer.is_contiguous():
         raise Unexpected(f"a LoRA buffer of shape {list(buffer.shape)} for a tensor of shape {list(tensor.shape)}")

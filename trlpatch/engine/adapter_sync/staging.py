@@ -1,4 +1,4 @@
-"""Tensors in the engine's LoRA dtype that hold the adapter as the engine has it.
+"""Staging tensors, in the engine's LoRA dtype: they hold the adapter as the engine has it.
 
 They are what the adapter registered with vLLM is made of, so whenever vLLM itself puts it into a slot, after a user's
 adapter took the place, the slot gets what was handed over last.
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.policy.adapter import LoraWeights, tensor_names
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _CHUNK = 2**23  # elements scaled at a time: 32 MiB of float32
 
@@ -28,7 +32,7 @@ class _Group:
     """Layers whose B are of one shape, scaled by one kernel."""
 
     indices: list[int]
-    target: Any
+    target: Tensor
     """[layers, out, r], a view of the staging tensors."""
 
 
@@ -36,8 +40,8 @@ class _Group:
 class _Sources:
     """What one group is written from."""
 
-    b: list[Any]
-    scale: Any
+    b: list[Tensor]
+    scale: Tensor
     """[layers, 1, 1], float32, on the device of B."""
 
 
@@ -48,12 +52,12 @@ class Staging:
     into the first r columns of each a kernel per layer.
     """
 
-    def __init__(self, weights: LoraWeights, *, width: int, dtype: Any, device: Any) -> None:
+    def __init__(self, weights: LoraWeights, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
         import torch
 
         self._structure = structure_of(weights)
         self.a = [torch.empty(a.shape, dtype=dtype, device=device) for a in weights.a]
-        self.b: list[Any] = [None] * len(weights.b)
+        self.b: list[Tensor] = list(weights.b)  # each replaced below
         self._groups: list[_Group] = []
         alike: dict[object, list[int]] = {}
         for index, b in enumerate(weights.b):
@@ -68,7 +72,7 @@ class Staging:
                     self.b[index] = own
                 self._groups.append(_Group(some, whole[:, :, :rank]))
 
-    def named(self, weights: LoraWeights) -> dict[str, Any]:
+    def named(self, weights: LoraWeights) -> dict[str, Tensor]:
         """The tensors under PEFT's names."""
         return {
             name: tensor

@@ -1,4 +1,4 @@
-"""vLLM's CuMemAllocator, in the process that holds it: unmap one pool, and wake without mapping anything twice.
+"""Drive vLLM's CuMemAllocator, in the process that holds it: unmap one pool, and wake without mapping anything twice.
 
 The allocator gives every allocation a tag, "weights" or "kv_cache". What differs between releases:
 
@@ -11,13 +11,14 @@ The allocator gives every allocation a tag, "weights" or "kv_cache". What differ
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from trlpatch.engine.memory import device
 from trlpatch.engine.memory.device import GIB
 from trlpatch.engine.probes import KV_CACHE
+from trlpatch.engine.protocols import AllocationData, CuMemAllocator
 from trlpatch.errors import EngineWithoutSleep, NotEnoughMemory
 
 _MODULE = "vllm.device_allocator.cumem"
@@ -26,9 +27,10 @@ _SPARE = GIB
 """Free memory above what is to be mapped, for the rollout's activations; below it torch's cache is emptied first."""
 
 
-def allocator() -> Any:
+def allocator() -> CuMemAllocator | None:
     """The CuMemAllocator of this process; None when it has none, or vLLM is not imported."""
-    return getattr(getattr(sys.modules.get(_MODULE), "CuMemAllocator", None), "instance", None)
+    found: CuMemAllocator | None = getattr(getattr(sys.modules.get(_MODULE), "CuMemAllocator", None), "instance", None)
+    return found
 
 
 def pool_bytes(tag: str) -> int:
@@ -37,12 +39,14 @@ def pool_bytes(tag: str) -> int:
     return 0 if instance is None else sum(_bytes(data) for data in _tagged(instance, {tag}))
 
 
-def discard_kv_cache(worker: Any) -> int:
+def discard_kv_cache(worker: object) -> int:
     """Unmap the KV cache's pool and nothing else; return the bytes given back to the driver.
 
     Runs in the worker (`collective_rpc` calls it with the worker). Memory must not be in use: requests finished,
-    caches reset. Allocations that are unmapped already are left alone. Raises EngineWithoutSleep when the worker
-    has no such pool.
+    caches reset. Allocations that are unmapped already are left alone.
+
+    Raises:
+        EngineWithoutSleep: the worker has no such pool.
     """
     instance = allocator()
     if instance is None:
@@ -66,9 +70,12 @@ def discard_kv_cache(worker: Any) -> int:
 def whole_wake(tags: Collection[str] | None) -> Iterator[None]:
     """Surround vLLM's own wake of `tags` (None: all of them): enough memory, nothing mapped twice, nothing left half.
 
-    Raises NotEnoughMemory before anything is mapped if the memory is not there, and instead of the driver's
-    RuntimeError if it goes missing on the way. After any error the KV cache is unmapped again, and a retry passes
-    over weights that were restored: up to 0.27 vLLM would map them a second time.
+    After any error the KV cache is unmapped again, and a retry passes over weights that were restored: up to 0.27 vLLM
+    would map them a second time.
+
+    Raises:
+        NotEnoughMemory: before anything is mapped if the memory is not there, and instead of the driver's RuntimeError
+            if it goes missing on the way.
     """
     instance = allocator()
     module: Any = sys.modules.get(_MODULE)
@@ -85,7 +92,7 @@ def whole_wake(tags: Collection[str] | None) -> Iterator[None]:
         raise NotEnoughMemory(_too_little(tags, needed, free))
     create_and_map = module.create_and_map
 
-    def create_and_map_once(handle: Any) -> None:
+    def create_and_map_once(handle: Sequence[int]) -> None:
         pointer = int(handle[2])
         if pointer in skip:
             return
@@ -108,7 +115,7 @@ def whole_wake(tags: Collection[str] | None) -> Iterator[None]:
         module.create_and_map = create_and_map
 
 
-def _unmap_kv_cache_again(module: Any, instance: Any, early: set[int]) -> None:
+def _unmap_kv_cache_again(module: Any, instance: CuMemAllocator, early: set[int]) -> None:
     for data in _tagged(instance, {KV_CACHE}):
         if _pointer(data) in early:
             device.synchronize()
@@ -117,21 +124,21 @@ def _unmap_kv_cache_again(module: Any, instance: Any, early: set[int]) -> None:
             early.discard(_pointer(data))
 
 
-def _tagged(instance: Any, tags: Collection[str] | None) -> list[Any]:
+def _tagged(instance: CuMemAllocator, tags: Collection[str] | None) -> list[AllocationData]:
     return [data for data in instance.pointer_to_data.values() if tags is None or data.tag in tags]
 
 
-def _bytes(data: Any) -> int:
+def _bytes(data: AllocationData) -> int:
     return int(data.handle[1])
 
 
-def _pointer(data: Any) -> int:
+def _pointer(data: AllocationData) -> int:
     return int(data.handle[2])
 
 
-def _mark(data: Any, *, asleep: bool) -> None:
+def _mark(data: AllocationData, *, asleep: bool) -> None:
     if hasattr(data, "is_asleep"):
-        data.is_asleep = asleep
+        setattr(data, "is_asleep", asleep)  # noqa: B010 - not in every release
 
 
 def _too_little(tags: Collection[str] | None, needed: int, free: int | None) -> str:

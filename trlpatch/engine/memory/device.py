@@ -1,4 +1,4 @@
-"""The device's memory as the driver and torch see it. Everything here does nothing without CUDA."""
+"""Measure and free device memory, as the driver and torch see it. Everything here does nothing without CUDA."""
 
 from __future__ import annotations
 

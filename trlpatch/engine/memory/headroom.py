@@ -1,4 +1,4 @@
-"""Does training leave room for the engine's weights? Then they need not make way for it.
+"""Measure memory headroom: does training leave room for the engine's weights? Then they need not make way for it.
 
 Measured, not estimated: from a sleep to the wake after it, if the policy's parameters moved in between (so a whole
 optimizer step lies there: forward, backward, optimizer state).
@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.engine.memory import device
 from trlpatch.engine.memory.device import GIB
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import Module
 
 MARGIN = 2 * GIB
 """Bytes that must stay free beside the weights, or as much again as the phase took, whichever is more: completions
@@ -28,8 +33,8 @@ class _Phase:
     peak: int
     weights: int
     weights_unmapped: bool
-    model: weakref.ref[Any] | None
-    content: tuple[Any, ...]
+    model: weakref.ref[Module] | None
+    content: tuple[float, ...]
 
 
 class HeadroomMonitor:
@@ -42,7 +47,7 @@ class HeadroomMonitor:
         self._phase: _Phase | None = None
         self._settled = False
 
-    def begin(self, *, weights: int | None, weights_unmapped: bool, model: Any) -> None:
+    def begin(self, *, weights: int | None, weights_unmapped: bool, model: Module | None) -> None:
         """The engine has just gone to sleep. `weights` is the size of its pool in bytes, None when unknown."""
         self._phase = None
         free = device.free_bytes()
@@ -83,11 +88,11 @@ class HeadroomMonitor:
         )
 
 
-def _reference(model: Any) -> weakref.ref[Any] | None:
+def _reference(model: Module | None) -> weakref.ref[Module] | None:
     return None if model is None else weakref.ref(model)
 
 
-def sample(model: Any) -> tuple[float, ...]:
+def sample(model: Module | None) -> tuple[float, ...]:
     """Some of the model's trainable weights, a sum a parameter: another after an optimizer step.
 
     By content, for the reason that `trlpatch.policy.change_detection` gives: fused AdamW moves no version counter.
@@ -96,7 +101,7 @@ def sample(model: Any) -> tuple[float, ...]:
         return ()
     import torch
 
-    by_device: dict[Any, list[Any]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

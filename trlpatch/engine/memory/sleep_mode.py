@@ -1,4 +1,4 @@
-"""Should an engine be built with `enable_sleep_mode=True`, and can it be?"""
+"""Sleep mode: should an engine be built with `enable_sleep_mode=True`, and can it be?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 def sleep_default() -> bool:
     """Is an engine built with sleep mode when nobody says? TRLPATCH_SLEEP, then UNSLOTH_VLLM_STANDBY, then: on CUDA.
 
-    Raises InvalidOption for a value that is neither yes nor no.
+    Raises:
+        InvalidOption: a value is neither yes nor no.
     """
     for name in (SLEEP, SLEEP_ALIAS):
         said = read_switch(name)
@@ -24,7 +25,7 @@ def sleep_default() -> bool:
     return _cuda()
 
 
-def why_no_sleep_mode() -> str | None:
+def unsupported_reason() -> str | None:
     """Why an engine with sleep mode cannot be built in this process now; None when it can."""
     if not _cuda():
         return "sleep mode needs CUDA, and torch finds no device"

@@ -9,7 +9,7 @@ single architectures.
 from __future__ import annotations
 
 from trlpatch.engine.sharing.aliasing import overlaps, verify_overlap
-from trlpatch.engine.sharing.build import model_over_engine, why_not_shareable
+from trlpatch.engine.sharing.build import model_over_engine, unsupported_reason
 from trlpatch.engine.sharing.logits import compare_logits
 from trlpatch.engine.sharing.protect import check_frozen, protect, unprotect
 
@@ -20,6 +20,6 @@ __all__ = [
     "overlaps",
     "protect",
     "unprotect",
+    "unsupported_reason",
     "verify_overlap",
-    "why_not_shareable",
 ]

@@ -1,22 +1,27 @@
-"""Is every base parameter of a model inside a parameter of the engine?"""
+"""Storage aliasing: is every base parameter of a model inside a parameter of the engine?"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-from trlpatch.engine import probes
-from trlpatch.engine.sharing.eligibility import engine_reason
+from trlpatch.engine.backend import backend_of
+from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.sharing.eligibility import unsupported_reason
 from trlpatch.engine.sharing.names import held_parameters
 from trlpatch.errors import CannotShare
 from trlpatch.policy.adapter import base_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module, Parameter
 
 _WRAPPED = ("base_layer", "original_module")
 """What PEFT calls the layer inside its own: of tuners, and of `modules_to_save` and trainable tokens."""
 
 
-def base_parameters(model: Any) -> Iterator[tuple[str, Any, Any]]:
+def base_parameters(model: Module) -> Iterator[tuple[str, Module, Parameter]]:
     """(path, module, parameter) of the transformers model under PEFT, with the paths that it has without PEFT.
 
     Nothing that PEFT added is among them. Shared parameters come under each of their names.
@@ -24,7 +29,7 @@ def base_parameters(model: Any) -> Iterator[tuple[str, Any, Any]]:
     yield from _walk(base_of(model), "")
 
 
-def _walk(module: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+def _walk(module: Module, path: str) -> Iterator[tuple[str, Module, Parameter]]:
     for name in _WRAPPED:
         inner = module._modules.get(name)
         if inner is not None:
@@ -38,8 +43,12 @@ def _walk(module: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
             yield from _walk(child, f"{path}{name}.")
 
 
-def verify_overlap(model: Any, llm: Any) -> None:
-    """Raise CannotShare, naming it, if a base parameter of `model` is not inside a parameter of the engine."""
+def verify_overlap(model: Module, llm: RolloutEngine) -> None:
+    """Prove that the model computes with the engine's memory.
+
+    Raises:
+        CannotShare: a base parameter of `model`, which it names, is not inside a parameter of the engine.
+    """
     inside = _EngineStorage(llm)
     for path, _, parameter in base_parameters(model):
         if parameter not in inside:
@@ -50,9 +59,9 @@ def verify_overlap(model: Any, llm: Any) -> None:
             )
 
 
-def overlaps(model: Any, llm: Any) -> bool:
+def overlaps(model: Module, llm: RolloutEngine) -> bool:
     """Is any base parameter of `model` inside a parameter of the engine?"""
-    if engine_reason(llm) is not None:
+    if unsupported_reason(llm) is not None:
         return False
     inside = _EngineStorage(llm)
     return any(parameter in inside for _, _, parameter in base_parameters(model))
@@ -61,16 +70,14 @@ def overlaps(model: Any, llm: Any) -> bool:
 class _EngineStorage:
     """The address ranges of an engine's parameters."""
 
-    def __init__(self, llm: Any) -> None:
-        module = probes.engine_module(llm)
-        if module is None:
-            raise CannotShare("sharing weights: the engine's worker runs in another process")
+    def __init__(self, llm: RolloutEngine) -> None:
+        module = backend_of(llm).worker_model()
         self._ranges: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for _, held in held_parameters(module):
             if _has_storage(held.parameter):
                 self._ranges[held.parameter.untyped_storage().data_ptr()].append(_range(held.parameter))
 
-    def __contains__(self, parameter: Any) -> bool:
+    def __contains__(self, parameter: Tensor) -> bool:
         if not _has_storage(parameter):
             return False
         start, end = _range(parameter)
@@ -78,14 +85,14 @@ class _EngineStorage:
         return any(low <= start and end <= high for low, high in found)
 
 
-def _has_storage(tensor: Any) -> bool:
+def _has_storage(tensor: Tensor) -> bool:
     """False on the meta device, and for tensors made of others (torchao's quantized ones, FSDP2's DTensor)."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return not tensor.is_meta and tensor.numel() > 0 and not is_traceable_wrapper_subclass(tensor)
 
 
-def _range(tensor: Any) -> tuple[int, int]:
+def _range(tensor: Tensor) -> tuple[int, int]:
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start: int = tensor.data_ptr()
     return start, start + (steps + 1) * tensor.element_size()

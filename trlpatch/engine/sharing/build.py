@@ -1,18 +1,28 @@
-"""A transformers model whose parameters are views of the engine's."""
+"""Build a transformers model whose parameters are views of the engine's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine import probes
-from trlpatch.engine.sharing.eligibility import engine_reason
+from trlpatch.engine.backend import backend_of
+from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.sharing.eligibility import unsupported_reason as engine_reason
 from trlpatch.engine.sharing.names import EngineNames
 from trlpatch.errors import CannotShare
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.nn import Module, Parameter
+    from transformers import PretrainedConfig, PreTrainedModel
 
-def model_over_engine(llm: Any, *, config: Any = None, trust_remote_code: bool = False) -> Any:
+
+def model_over_engine(
+    llm: RolloutEngine, *, config: PretrainedConfig | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build the causal language model of `llm` over the engine's own weights: no weight is copied or allocated.
 
     The model is what `AutoModelForCausalLM.from_pretrained` gives, in evaluation mode and frozen, in the engine's
@@ -20,7 +30,8 @@ def model_over_engine(llm: Any, *, config: Any = None, trust_remote_code: bool =
     default the engine's checkpoint is asked. The engine's `hf_overrides` go on top. Attach it with
     `attach_engine(model, llm, shared_weights=True)`, which also protects it.
 
-    Raises CannotShare with the reason when the engine does not hold the weights as transformers has them.
+    Raises:
+        CannotShare: the engine does not hold the weights as transformers has them; it says which.
     """
     model, views = _planned(llm, config, trust_remote_code)
     _fill(model, views)
@@ -28,8 +39,10 @@ def model_over_engine(llm: Any, *, config: Any = None, trust_remote_code: bool =
     return model.eval()
 
 
-def why_not_shareable(llm: Any, *, config: Any = None, trust_remote_code: bool = False) -> str | None:
-    """Reason why `model_over_engine` would refuse this engine, None when it would not.
+def unsupported_reason(
+    llm: RolloutEngine, *, config: PretrainedConfig | None = None, trust_remote_code: bool = False
+) -> str | None:
+    """Why `model_over_engine` would refuse this engine, None when it would not.
 
     Builds the model without weights: takes no memory and well below a second.
     """
@@ -40,18 +53,20 @@ def why_not_shareable(llm: Any, *, config: Any = None, trust_remote_code: bool =
     return None
 
 
-def _planned(llm: Any, config: Any, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+def _planned(
+    llm: RolloutEngine, config: PretrainedConfig | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """(model without weights, view for each name of its parameters)."""
     reason = engine_reason(llm)
     if reason is not None:
         raise CannotShare(reason)
-    module = probes.engine_module(llm)
+    module = backend_of(llm).worker_model()
     dtype = next(parameter.dtype for parameter in module.parameters() if parameter.numel())
     model = _without_weights(_config(llm, config, trust_remote_code), dtype, trust_remote_code)
     return model, views_of(model, module)
 
 
-def _config(llm: Any, config: Any, trust_remote_code: bool) -> Any:
+def _config(llm: RolloutEngine, config: PretrainedConfig | None, trust_remote_code: bool) -> PretrainedConfig:
     """A copy that may be changed, bearing the checkpoint's name."""
     settings = probes.model_config(llm)
     if config is not None:
@@ -75,7 +90,7 @@ def _hub(settings: Any) -> dict[str, Any]:
     return {"revision": getattr(settings, "revision", None), "token": getattr(settings, "hf_token", None)}
 
 
-def _overridden(config: Any, overrides: Any) -> Any:
+def _overridden(config: PretrainedConfig, overrides: Any) -> PretrainedConfig:
     if callable(overrides):
         return overrides(config)
     for name, value in (overrides or {}).items():
@@ -87,7 +102,7 @@ def _overridden(config: Any, overrides: Any) -> Any:
     return config
 
 
-def _without_weights(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
+def _without_weights(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model with its parameters on the meta device and its buffers real, on the CPU."""
     import torch
     from accelerate import init_empty_weights
@@ -106,7 +121,7 @@ def _without_weights(config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     return model
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Any]]:
+def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Module, str, Parameter]]:
     """(name, module, name in it, parameter), shared parameters under each of their names."""
     for path, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module._parameters.items():
@@ -114,16 +129,19 @@ def _parameters(model: Any) -> Iterator[tuple[str, Any, str, Any]]:
                 yield f"{path}.{leaf}".lstrip("."), module, leaf, parameter
 
 
-def views_of(model: Any, module: Any) -> dict[str, Any]:
+def views_of(model: PreTrainedModel, module: Module) -> dict[str, Tensor]:
     """Name of a parameter of `model` (transformers) -> the part of `module` (vLLM) that it is, a plain tensor.
 
-    The output embedding of a model with tied embeddings is the input embedding. Raises CannotShare.
+    The output embedding of a model with tied embeddings is the input embedding.
+
+    Raises:
+        CannotShare: one of them is not there, or not as transformers has it.
     """
     import torch
 
     names = EngineNames(module)
     untied = {id(model.get_output_embeddings())} if _tied(model) else set()
-    views: dict[str, Any] = {}
+    views: dict[str, Tensor] = {}
     for name, owner, leaf, parameter in _parameters(model):
         if id(owner) in untied and leaf == "weight":
             continue
@@ -141,12 +159,12 @@ def views_of(model: Any, module: Any) -> dict[str, Any]:
     return views
 
 
-def _tied(model: Any) -> bool:
+def _tied(model: PreTrainedModel) -> bool:
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return bool(tied) and model.get_output_embeddings() is not None
 
 
-def _fill(model: Any, views: dict[str, Any]) -> None:
+def _fill(model: PreTrainedModel, views: dict[str, Tensor]) -> None:
     """Put the views in, and the buffers on the same device."""
     import torch
 
@@ -162,7 +180,7 @@ def _fill(model: Any, views: dict[str, Any]) -> None:
                 part._buffers[leaf] = buffer.to(device)
 
 
-def _load_generation_config(model: Any, llm: Any) -> None:
+def _load_generation_config(model: PreTrainedModel, llm: RolloutEngine) -> None:
     """As from_pretrained does; a checkpoint without one leaves what the model config gives."""
     from transformers import GenerationConfig
 

@@ -1,65 +1,64 @@
-"""Reasons against sharing that the engine's settings and tensors give before any name is looked up."""
+"""Eligibility for weight sharing, by the engine's settings and tensors, before any name is looked up."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.engine import probes
+from trlpatch.engine.backend import backend_of
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.sharing.names import held_parameters
+from trlpatch.errors import CannotShare
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 
 
-def engine_reason(llm: Any) -> str | None:
-    """The first reason why nobody can share this engine's weights, as a sentence; None when there is none."""
-    module = probes.engine_module(llm)
-    if module is None:
-        return (
-            "the engine's worker runs in another process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported"
-        )
+def unsupported_reason(llm: RolloutEngine) -> str | None:
+    """Why nobody can share this engine's weights, as a sentence; None when there is no such reason."""
+    try:
+        module = backend_of(llm).worker_model()
+    except CannotShare as refusal:
+        return str(refusal)
     return _settings_reason(llm) or _module_reason(module) or _tensor_reason(module)
 
 
-def _setting(config: Any, *names: str) -> Any:
-    for name in names:
-        config = getattr(config, name, None)
-    return config
-
-
-def _settings_reason(llm: Any) -> str | None:
-    config = getattr(llm.llm_engine, "vllm_config", None)
+def _settings_reason(llm: RolloutEngine) -> str | None:
+    config = probes.reach(llm, "llm_engine", "vllm_config")
     for parallel in ("tensor_parallel_size", "pipeline_parallel_size"):
-        size = _setting(config, "parallel_config", parallel) or 1
+        size = probes.reach(config, "parallel_config", parallel) or 1
         if size > 1:
             return f"{parallel}={size}: each rank holds a part of the weights only"
     model = probes.model_config(llm)
-    quantization = getattr(model, "quantization", None) or _setting(config, "quant_config")
+    quantization = getattr(model, "quantization", None) or probes.reach(config, "quant_config")
     if quantization is not None:
         name = quantization if isinstance(quantization, str) else type(quantization).__name__
         return f"the engine's weights are quantized ({name})"
     if getattr(model, "multimodal_config", None) is not None:
         return "the model is multimodal; only text models are shared"
     offloaded = (
-        _setting(config, "offload_config", "uva", "cpu_offload_gb"),
-        _setting(config, "offload_config", "prefetch", "offload_group_size"),
-        _setting(config, "cache_config", "cpu_offload_gb"),  # up to 0.17
+        probes.reach(config, "offload_config", "uva", "cpu_offload_gb"),
+        probes.reach(config, "offload_config", "prefetch", "offload_group_size"),
+        probes.reach(config, "cache_config", "cpu_offload_gb"),  # up to 0.17
     )
     if any(offloaded):
         return "the engine keeps a part of its weights in host memory (cpu_offload_gb, offload_group_size)"
-    asleep = probes.sleeping_tags(llm)
+    asleep = backend_of(llm).asleep()
     if asleep:
         return f"the engine sleeps ({', '.join(sorted(asleep))}); call llm.wake_up() first"
     return None
 
 
-def _module_reason(module: Any) -> str | None:
+def _module_reason(module: Module) -> str | None:
     for part in module.modules():
         if any("moe" in kind.__name__.lower() for kind in type(part).__mro__):
             return f"the model has experts ({type(part).__name__}), whose weights vLLM repacks"
     return None
 
 
-def _tensor_reason(module: Any) -> str | None:
+def _tensor_reason(module: Module) -> str | None:
     devices, dtypes = set(), set()
     for name, held in held_parameters(module):
         parameter = held.parameter

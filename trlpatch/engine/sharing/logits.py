@@ -1,13 +1,18 @@
-"""Do engine and trainer compute the same? One short prompt through both."""
+"""Compare logits: one short prompt through the engine and through the trainer's model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.engine import probes
+from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.errors import EngineMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 PROMPT_TOKENS = 32
 
@@ -20,14 +25,15 @@ bfloat16 and 1e-5 in float32; at least 0.18 with one layer's down_proj taken fro
 """
 
 
-def compare_logits(model: Any, llm: Any, *, prompt_ids: Sequence[int] | None = None) -> float:
+def compare_logits(model: PreTrainedModel, llm: RolloutEngine, *, prompt_ids: Sequence[int] | None = None) -> float:
     """How far the engine's log-probabilities of a prompt are from the model's, base weights only.
 
     The mean absolute difference over the prompt's tokens, in units of the standard deviation of log-probabilities
     over the vocabulary: nats alone say nothing, since a random-weight model is nearly indifferent between tokens. The
     default prompt is 32 tokens spread over the vocabulary. The engine must be awake.
 
-    Raises EngineMismatch above 0.02 (float32) or 0.1 (bfloat16 and float16).
+    Raises:
+        EngineMismatch: they are above 0.02 (float32) or 0.1 (bfloat16 and float16).
     """
     import torch
 
@@ -55,7 +61,7 @@ def _prompt(vocabulary: int, longest: int | None) -> list[int]:
     return [(index * 2_654_435_761 + 12_345) % vocabulary for index in range(count)]
 
 
-def _model_logprobs(model: Any, ids: list[int]) -> Any:
+def _model_logprobs(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Log-probabilities after each token but the last: [len(ids) - 1, vocabulary], float32."""
     import torch
 
@@ -70,7 +76,7 @@ def _model_logprobs(model: Any, ids: list[int]) -> Any:
     return torch.log_softmax(logits[0, :-1].float(), dim=-1)
 
 
-def _engine_logprobs(llm: Any, ids: list[int]) -> list[float]:
+def _engine_logprobs(llm: RolloutEngine, ids: list[int]) -> list[float]:
     """The engine's log-probability of each token but the first."""
     from vllm import SamplingParams
 

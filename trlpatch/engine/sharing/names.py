@@ -1,24 +1,28 @@
-"""Where the parameters of a transformers model are inside vLLM's, by the names that vLLM's own loader goes by."""
+"""Map parameter names: where a transformers model's are inside vLLM's, by the rules of vLLM's own loader."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trlpatch.engine import probes
 from trlpatch.errors import CannotShare
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module, Parameter
+
 
 @dataclass(frozen=True)
-class Held:
+class ParameterSlot:
     """A parameter of vLLM's model and the module that has it."""
 
-    owner: Any
-    parameter: Any
+    owner: Module
+    parameter: Parameter
 
 
-def held_parameters(module: Any) -> Iterator[tuple[str, Held]]:
+def held_parameters(module: Module) -> Iterator[tuple[str, ParameterSlot]]:
     """(name, parameter) of vLLM's model, shared ones under each of their names, as if LoRA had wrapped nothing.
 
     vLLM puts a layer that it can adapt into a wrapper, as the wrapper's `base_layer`.
@@ -27,10 +31,10 @@ def held_parameters(module: Any) -> Iterator[tuple[str, Held]]:
         plain_path = ".".join(part for part in path.split(".") if part != "base_layer")
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
-                yield f"{plain_path}.{leaf}".lstrip("."), Held(owner, parameter)
+                yield f"{plain_path}.{leaf}".lstrip("."), ParameterSlot(owner, parameter)
 
 
-def plain(parameter: Any) -> Any:
+def plain(parameter: Parameter) -> Tensor:
     """The same storage as a plain tensor: neither vLLM's Parameter subclass nor part of a graph."""
     import torch
 
@@ -40,16 +44,17 @@ def plain(parameter: Any) -> Any:
 class EngineNames:
     """The parameters of one vLLM model, found by transformers' names."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Module) -> None:
         self._model = type(module).__name__
         self._held = dict(held_parameters(module))
         self._packed = dict(getattr(module, "packed_modules_mapping", None) or {})
         self._mapper = probes.rename_mapper(module)
 
-    def view(self, name: str, shape: Sequence[int]) -> Any:
+    def view(self, name: str, shape: Sequence[int]) -> Tensor:
         """The part of vLLM's storage that is transformers' parameter `name`: a plain tensor of `shape`.
 
-        Raises CannotShare when vLLM has no such parameter, or has it in another form.
+        Raises:
+            CannotShare: vLLM has no such parameter, or has it in another form.
         """
         inside = self._renamed(name)
         held = self._held.get(inside)
@@ -69,14 +74,14 @@ class EngineNames:
             raise CannotShare(f"the engine's {self._model} does not load {name!r}")
         return found[0]
 
-    def _whole(self, name: str, held: Held, shape: tuple[int, ...]) -> Any:
+    def _whole(self, name: str, held: ParameterSlot, shape: tuple[int, ...]) -> Tensor:
         tensor = plain(held.parameter)
         # Vocabularies are padded to a multiple of 64, up to 0.11.2 with LoRA's own tokens; the real rows are first.
         if tensor.dim() == len(shape) and getattr(held.owner, "org_vocab_size", None) == shape[0] < tensor.shape[0]:
             tensor = tensor[: shape[0]]
         return self._checked(name, tensor, shape)
 
-    def _rows(self, name: str, held: Held, index: int, count: int, shape: tuple[int, ...]) -> Any:
+    def _rows(self, name: str, held: ParameterSlot, index: int, count: int, shape: tuple[int, ...]) -> Tensor:
         tensor, sizes = plain(held.parameter), list(getattr(held.owner, "output_sizes", ()))
         if len(sizes) != count or tensor.dim() == 0 or sum(sizes) != tensor.shape[0]:
             raise CannotShare(
@@ -86,7 +91,7 @@ class EngineNames:
         return self._checked(name, tensor.narrow(0, sum(sizes[:index]), sizes[index]), shape)
 
     @staticmethod
-    def _checked(name: str, tensor: Any, shape: tuple[int, ...]) -> Any:
+    def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(tensor.shape) != shape:
             raise CannotShare(
                 f"{name!r} is {list(tensor.shape)} in the engine and {list(shape)} in transformers"

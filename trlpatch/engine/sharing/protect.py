@@ -1,4 +1,4 @@
-"""Operations that would change or move weights shared with an engine raise before they have touched anything.
+"""Protect shared weights: what would change or move them raises before it has touched anything.
 
 A merge into shared weights changes the engine's base under its rollouts. A model that moves or casts keeps no copy in
 common with the engine, which nothing else would notice.
@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.sharing.aliasing import base_parameters
 from trlpatch.errors import SharedWeights
 from trlpatch.policy.adapter import base_of
+from trlpatch.policy.lora_support import REWRITES_BASE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -22,18 +30,18 @@ class _Protection:
 
     addresses: dict[str, int]
     """Path of a base parameter -> address of its data."""
-    undo: tuple[Any, ...]
+    undo: tuple[RemovableHandle, ...]
     """Handles of hooks, each with `remove()`."""
 
 
-_protected: weakref.WeakKeyDictionary[Any, _Protection] = weakref.WeakKeyDictionary()
-_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+_protected: weakref.WeakKeyDictionary[Module, _Protection] = weakref.WeakKeyDictionary()
+_owners: weakref.WeakSet[Module] = weakref.WeakSet()
 """The modules that have shared parameters."""
-_watch: list[Any] = []
+_watch: list[RemovableHandle] = []
 """Handle of torch's global hook, while any model is protected."""
 
 
-def protect(model: Any) -> None:
+def protect(model: Module) -> None:
     """Make these raise SharedWeights, for this model and every PEFT model over it, also one that is made later:
 
     - `.to()`, `.cpu()`, `.half()` and the like when they would move or cast base weights (a conversion that changes
@@ -65,7 +73,7 @@ def protect(model: Any) -> None:
         _watch.append(register_module_module_registration_hook(_guard_new_layer))
 
 
-def unprotect(model: Any) -> None:
+def unprotect(model: Module) -> None:
     """Undo `protect`."""
     base = base_of(model)
     protection = _protected.pop(base, None)
@@ -86,10 +94,13 @@ def unprotect(model: Any) -> None:
             _watch.pop().remove()
 
 
-def check_frozen(model: Any) -> None:
-    """Raise SharedWeights if a protected model's base parameter is trainable, or is no longer the engine's.
+def check_frozen(model: Module) -> None:
+    """Check the base parameters of a protected model; for another model this does nothing.
 
-    For a model that is not protected this does nothing. About a millisecond for 300 parameters.
+    About a millisecond for 300 parameters.
+
+    Raises:
+        SharedWeights: one of them is trainable, or is no longer the engine's.
     """
     base = base_of(model)
     protection = _protected.get(base)
@@ -115,7 +126,7 @@ def check_frozen(model: Any) -> None:
 # Instance methods of a protected model. A deep copy carries them along without being protected.
 
 
-def _apply_unless_it_moves(self: Any, fn: Any, *args: Any, **kwargs: Any) -> Any:
+def _apply_unless_it_moves(self: Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Module:
     import torch
 
     if self in _protected:
@@ -133,7 +144,9 @@ def _apply_unless_it_moves(self: Any, fn: Any, *args: Any, **kwargs: Any) -> Any
     return type(self)._apply(self, fn, *args, **kwargs)
 
 
-def _resize_to_the_same_size(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+def _resize_to_the_same_size(
+    self: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+) -> Any:
     size = self.get_input_embeddings().weight.shape[0]
     if self in _protected and new_num_tokens not in (None, size):
         raise SharedWeights(
@@ -143,7 +156,7 @@ def _resize_to_the_same_size(self: Any, new_num_tokens: int | None = None, *args
     return type(self).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)
 
 
-def _refuse_base_weights(module: Any, state_dict: Any, prefix: str, *_: Any) -> None:
+def _refuse_base_weights(module: Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
     protection = _protected.get(module)
     if protection is None:
         return
@@ -159,20 +172,20 @@ def _refuse_base_weights(module: Any, state_dict: Any, prefix: str, *_: Any) -> 
 # PEFT's layers.
 
 
-def _guard_new_layer(module: Any, name: str, submodule: Any) -> None:
+def _guard_new_layer(module: Module, name: str, submodule: Module | None) -> None:
     """torch calls this whenever a module is put into another; PEFT's layers take theirs as `base_layer`."""
     if name == "base_layer" and submodule in _owners:
         _guard(module)
 
 
-def _guard(layer: Any) -> None:
+def _guard(layer: Module) -> None:
     for name, refusing in _CHANGING.items():
         if callable(getattr(type(layer), name, None)):
             layer.__dict__[name] = types.MethodType(refusing, layer)
 
 
-def _refusing(name: str, doing: str, instead: str) -> Any:
-    def call_unless_shared(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _refusing(name: str, doing: str, instead: str) -> Callable[..., Any]:
+    def call_unless_shared(self: Module, *args: Any, **kwargs: Any) -> Any:
         if self._modules["base_layer"] in _owners:
             raise SharedWeights(
                 f"{doing}: the base weights of this {type(self).__name__} layer are the engine's own memory, and "
@@ -191,8 +204,7 @@ _CHANGING = {
     "merge": _refusing("merge", "merging an adapter", _ELSEWHERE),
     "unmerge": _refusing("unmerge", "unmerging an adapter", _ELSEWHERE),
 } | {
-    # These subtract the new adapter from the base weights.
     f"{way}_init": _refusing(f"{way}_init", f"init_lora_weights={way!r}", "use another init_lora_weights")
-    for way in ("pissa", "olora", "corda", "loftq", "lora_ga")
+    for way in REWRITES_BASE
 }
 """Method of a PEFT layer that writes into the layer under it -> what is called in its place."""

@@ -7,11 +7,9 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-from tests.engine.models import base_model, lora_model  # noqa: E402
-from tests.engine.stub import RecordingEngineStub  # noqa: E402
-from trlpatch.engine.expressible import rank_of, why_not_lora, why_not_on_engine  # noqa: E402
-from trlpatch.engine.state import state_of  # noqa: E402
+from tests.fakes.models import base_model, lora_model  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
+from trlpatch.policy.lora_support import unsupported_reason  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -19,7 +17,7 @@ pytestmark = pytest.mark.cpu
 def reason(model: Any) -> str | None:
     view = lora_view(model)
     assert view is not None
-    return why_not_lora(view)
+    return unsupported_reason(view)
 
 
 @pytest.mark.parametrize(
@@ -98,21 +96,3 @@ def test_an_adapter_that_is_disabled_in_some_layers_only() -> None:
     assert view is not None
     view.layers[0][1].enable_adapters(False)
     assert "disabled in some layers only" in str(reason(model))
-
-
-@pytest.mark.parametrize(
-    ("engine", "holds", "says"),
-    [
-        (RecordingEngineStub(), "checkpoint", None),
-        (RecordingEngineStub(lora_rank=None), "checkpoint", "built without enable_lora=True"),
-        (RecordingEngineStub(lora_rank=8), "checkpoint", "its rank 12 is above the engine's max_lora_rank=8"),
-        (RecordingEngineStub(), "policy", "replaced by a full-weight sync"),
-    ],
-)
-def test_what_one_engine_cannot_take(engine: RecordingEngineStub, holds: Any, says: str | None) -> None:
-    view = lora_view(lora_model(rank_pattern={"o_proj": 12}))
-    assert view is not None
-    assert rank_of(view) == 12
-    state_of(engine).holds = holds
-    found = why_not_on_engine(view, engine)
-    assert found is says is None or (says is not None and says in str(found))

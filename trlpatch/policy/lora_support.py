@@ -1,26 +1,23 @@
-"""Which adapters vLLM can serve as a LoRA request. Everything else is left to TRL's own full-weight sync.
+"""LoRA support: which PEFT adapters are plain LoRA, the one kind that a LoRA request can carry.
 
-The rules on configurations are TRL's own (`validate_lora_for_vllm_sync`, 1.14.0 and newer), plus what PEFT
-has grown since. Each function answers with the reason against, as a sentence for the log, or None.
+Everything else is left to TRL's own full-weight sync. The rules on configurations are TRL's own
+(`validate_lora_for_vllm_sync`, 1.14.0 and newer), plus what PEFT has grown since.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import probes
-from trlpatch.engine.base_weights import base_mismatch, changed_since
-from trlpatch.engine.state import state_of
 from trlpatch.policy.adapter import LoraView
 
-# PEFT initialisations that subtract from the base weights: the engine's checkpoint is then not the trainer's
-# base.
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_VERDICT = "why not lora"
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT initialisations that subtract the new adapter from the base weights."""
+
+_VERDICT = "lora support"
 
 
-def why_not_lora(view: LoraView) -> str | None:
-    """Reason why the model's active adapter is not a plain LoRA adapter, or None when it is one."""
+def unsupported_reason(view: LoraView) -> str | None:
+    """Why the model's active adapter is not a plain LoRA adapter; None when it is one."""
     adapters = view.active or tuple(view.configs)
     if len(adapters) != 1:
         return f"{len(adapters)} adapters are active ({', '.join(adapters)}); a request carries one"
@@ -37,7 +34,7 @@ def why_not_lora(view: LoraView) -> str | None:
     return reason or _switch_reason(view)
 
 
-def _config_reason(config: Any) -> str | None:
+def _config_reason(config: object) -> str | None:
     def setting(name: str) -> Any:
         return getattr(config, name, None)
 
@@ -61,7 +58,7 @@ def _config_reason(config: Any) -> str | None:
         if setting(name):
             return f"{name}={setting(name)!r} {what}"
     init = setting("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_REWRITES_BASE):
+    if isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
         return f"init_lora_weights={init!r} rewrites the base weights; the engine has the checkpoint's"
     return None
 
@@ -112,29 +109,6 @@ def _storage_reason(view: LoraView, adapter: str) -> str | None:
     return None
 
 
-def why_not(view: LoraView, engine: Any) -> str | None:
-    """Reason why rollouts of this engine cannot carry the adapter as a request, or None. Its weights must be awake."""
-    return why_not_lora(view) or why_not_on_engine(view, engine)
-
-
 def rank_of(view: LoraView) -> int:
     """The largest rank of the active adapter, after rank_pattern."""
     return view.weights(view.active[0]).rank
-
-
-def why_not_on_engine(view: LoraView, engine: Any) -> str | None:
-    """Reason why this engine cannot take the (plain LoRA) adapter, or None. Its weights must be awake."""
-    if not probes.lora_enabled(engine):
-        return "the engine was built without enable_lora=True"
-    rank, limit = rank_of(view), probes.max_lora_rank(engine)
-    if rank > limit:
-        return f"its rank {rank} is above the engine's max_lora_rank={limit}"
-    state = state_of(engine)
-    if state.holds == "policy":
-        return "the engine's base weights were replaced by a full-weight sync"
-    if state.shared_weights:
-        return "it is merged into the base weights, which the engine shares" if view.merged else None
-    if view.found not in state.base_verdict:
-        known = state.weights_attached.get(view.base)
-        state.base_verdict[view.found] = base_mismatch(view, engine) or changed_since(known, view)
-    return state.base_verdict[view.found]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.allocator_stub import LAYOUT, DeviceStub, ExecutorStub, SleepyEngineStub, WorkerStub, cumem_stub
+from tests.fakes.allocator import LAYOUT, DeviceStub, ExecutorStub, SleepyEngineStub, WorkerStub, cumem_stub
 from trlpatch.engine import guards
 from trlpatch.engine.memory import device
 from trlpatch.engine.memory.sleep import put_to_sleep
@@ -44,9 +44,9 @@ class Rig:
         self.state.shared_weights = shared
         guards.install(self.engine, self.state)
 
-    def sleep(self, level: int = 1) -> bool:
+    def sleep(self, level: int = 1, *, kv_only: bool = False) -> bool:
         self.device.busy = True  # async scheduling leaves a step running
-        return put_to_sleep(self.engine, self.state, level)
+        return put_to_sleep(self.engine, self.state, level, kv_only=kv_only)
 
     def roll_out(self) -> None:
         assert set(self.device.mapped) == set(self.allocator.pointer_to_data)

@@ -6,6 +6,7 @@ weights behind, and nothing generates while a pool is unmapped.
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ class ExecutorStub:
     """An executor that says which pools sleep."""
 
     def __init__(self, engine: RecordingEngineStub) -> None:
-        self._engine = engine
+        self._engine = weakref.proxy(engine)  # vLLM's executors know no LLM
+        self.driver_worker = SimpleNamespace(model_runner=SimpleNamespace())
         self.is_sleeping = False
 
     @property
@@ -91,12 +93,14 @@ class RecordingEngineStub:
         self.calls.append("reset_prefix_cache")
 
 
-class RecordingHandover:
+class RecordingAdapterSync:
     """An AdapterSync that keeps the tensors it was given."""
 
     def __init__(self) -> None:
         self.published: list[AdapterTensors] = []
         self.evicted = False
+        self.invalidated = 0
+        self.description = "recorded"
 
     def publish(self, weights: LoraWeights) -> Any:
         self.published.append(adapter_tensors(weights))
@@ -105,3 +109,7 @@ class RecordingHandover:
 
     def holds(self, request: Any) -> bool:
         return not self.evicted and request.lora_int_id == len(self.published)
+
+    def invalidate(self) -> None:
+        self.invalidated += 1
+        self.evicted = True

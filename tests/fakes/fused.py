@@ -51,10 +51,20 @@ class FusedModelStub(torch.nn.Module):
         owner.register_parameter(leaf, VLLMParameterStub(whole))
 
 
+class EngineStub:
+    """A `vllm.LLM` that is only looked at."""
+
+    def __init__(self, llm_engine: Any) -> None:
+        self.llm_engine = llm_engine
+
+    def generate(self) -> None:
+        raise NotImplementedError
+
+
 def engine_over(module: Any, directory: str = "", **settings: Any) -> Any:
     """As much of an engine as sharing asks, around a module."""
     runner = SimpleNamespace(get_model=lambda: module)
     model_config = SimpleNamespace(**{"model": directory, "revision": None, "quantization": None, **settings})
     config = SimpleNamespace(model_config=model_config, parallel_config=SimpleNamespace(tensor_parallel_size=1))
     executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
-    return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config, model_executor=executor), generate=print)
+    return EngineStub(SimpleNamespace(vllm_config=config, model_executor=executor))

@@ -1,0 +1,35 @@
+"""Adapter sync: the interface of every way of getting a LoRA adapter into an engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from trlpatch.engine.protocols import LoraRequest
+from trlpatch.policy.adapter import LoraWeights
+
+
+class AdapterSync(Protocol):
+    """One way of getting an adapter into an engine."""
+
+    @property
+    def description(self) -> str:
+        """Name the way, and why it is not a better one, in a few words."""
+
+    def publish(self, weights: LoraWeights) -> LoraRequest:
+        """Make the adapter servable as it is now and return a request for it, with a name never used before.
+
+        The version published before is gone then: a request for it may not be used any more. Weights are only read.
+
+        Raises:
+            AdapterNotExpressible: the engine has no place for one of the adapted modules; the version published before
+                then still stands.
+        """
+
+    def holds(self, request: LoraRequest) -> bool:
+        """Tell whether the adapter of this request is still servable; vLLM may have evicted it for another one."""
+
+    def invalidate(self) -> None:
+        """Forget what was published: the engine has lost it, or the memory it was in, without telling its registry.
+
+        The next `publish` writes everything anew, and `holds` is False until then.
+        """

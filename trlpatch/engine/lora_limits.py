@@ -1,0 +1,38 @@
+"""LoRA limits of one engine: can it serve this adapter as a LoRA request?"""
+
+from __future__ import annotations
+
+from trlpatch.engine import probes
+from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.state import EngineState, state_of
+from trlpatch.policy import base_weights, lora_support
+from trlpatch.policy.adapter import LoraView
+
+
+def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
+    """Why rollouts of this engine cannot carry the adapter as a request; None when they can.
+
+    The engine's weights must be awake: they are compared with those under the adapter.
+    """
+    reason = lora_support.unsupported_reason(view)
+    if reason is not None:
+        return reason
+    if not probes.lora_enabled(engine):
+        return "the engine was built without enable_lora=True"
+    rank, limit = lora_support.rank_of(view), probes.max_lora_rank(engine)
+    if rank > limit:
+        return f"its rank {rank} is above the engine's max_lora_rank={limit}"
+    state = state_of(engine)
+    if state.policy_location == "policy":
+        return "the engine's base weights were replaced by a full-weight sync"
+    if state.shared_weights:
+        return "it is merged into the base weights, which the engine shares" if view.merged else None
+    return _base_verdict(view, state)
+
+
+def _base_verdict(view: LoraView, state: EngineState) -> str | None:
+    if view.found not in state.base_verdict:
+        known = state.weights_attached.get(view.base)
+        mismatch = state.backend.base_mismatch(view) or base_weights.changed_since(known, view)
+        state.base_verdict[view.found] = mismatch
+    return state.base_verdict[view.found]
