@@ -1,7 +1,8 @@
 """tox environments that golden/releases.toml asks for; tox.ini has the rest.
 
 For a release: `trl<release>-golden`, `trl<release>-cpu` on the stack that the table names, and, below 0.29,
-`trl<release>-cpu5` on the newer stack. Releases with `tier = "cpu"` train in a plain `tox`.
+`trl<release>-cpu5` on the newer stack. For a stack: `engine-<stack>`. A plain `tox` trains with the
+releases that have `tier = "cpu"`.
 
 Standard library and tox only: tox imports this file before it has installed anything.
 """
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 TABLE: dict[str, Any] = tomllib.loads((ROOT / "golden" / "releases.toml").read_text(encoding="utf-8"))
-STACK_DEPS = ["platformdirs>=4"]
+STACK_DEPS = ["filelock>=3.12", "platformdirs>=4"]
 NEWEST_STACK = TABLE["release"][-1]["cpu"]
 
 
 def environments(arguments: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Return the environments of releases, each with what it has beside `[testenv]` of tox.ini."""
+    """Return the environments of releases and stacks, each with what it has beside `[testenv]` of tox.ini."""
     found: dict[str, dict[str, Any]] = {}
+    for stack, about in TABLE["stacks"].items():
+        found[f"engine-{stack}"] = _on_stack(
+            f"engine-{stack}", f"cpu tier, no trainer: {about['description']}", arguments
+        )
     for release in TABLE["release"]:
         version = release["version"]
         found[f"trl{version}-golden"] = {
@@ -40,26 +45,27 @@ def environments(arguments: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
         for suffix, stack in {"cpu": release["cpu"], NEWEST_STACK: NEWEST_STACK}.items():
             if suffix == "cpu" or stack != release["cpu"]:
                 name, about = f"trl{version}-{suffix}", TABLE["stacks"][stack]["description"]
-                found[name] = _on_stack(name, f"cpu tier, this release: {about}", arguments)
+                found[name] = _on_stack(name, f"cpu tier, trainers of this release: {about}", arguments)
     return found
 
 
 def by_default() -> list[str]:
     """Return those of them that a plain `tox` runs, after what env_list in tox.ini names."""
     trained = [release for release in TABLE["release"] if release["tier"] == "cpu"]
-    return [f"trl{release['version']}-cpu" for release in trained]
+    return [*labels()["engine"], *(f"trl{release['version']}-cpu" for release in trained)]
 
 
 def labels() -> dict[str, list[str]]:
     """Return what `tox -m <label>` runs.
 
     cpu: every release trains, on its own stack. cpu5: of the releases that a plain `tox` trains with, those of an
-    older stack, on the newer one.
+    older stack, on the newer one. engine: every stack.
     """
     older = [release for release in TABLE["release"] if release["tier"] == "cpu" and release["cpu"] != NEWEST_STACK]
     return {
         "cpu": [f"trl{release['version']}-cpu" for release in TABLE["release"]],
         "cpu5": [f"trl{release['version']}-{NEWEST_STACK}" for release in older],
+        "engine": [f"engine-{stack}" for stack in sorted(TABLE["stacks"])],
     }
 
 
@@ -71,6 +77,7 @@ def _on_stack(name: str, description: str, arguments: tuple[str, ...]) -> dict[s
     """Return an environment that is an interpreter for tests/cpu/stack.py, which has installations of its own."""
     return {
         "description": description,
+        "base_python": ["python3.11"],  # that of the pins in tests/cpu
         "skip_install": True,
         "deps": STACK_DEPS,
         "set_env": {"PYTHONPATH": str(ROOT)},

@@ -50,14 +50,21 @@ def test_every_release_has_its_environments() -> None:
 
 def test_a_plain_tox_runs_what_the_tiers_say() -> None:
     releases = [f"trl{release.version}-cpu" for release in RELEASES.values() if release.tier == "cpu"]
-    fixed = ["lint", "types", "unit", "golden"]
-    assert by_default() == [*fixed, *releases]
+    fixed = ["lint", "types", "unit", "unit-torch", "coverage", "golden"]
+    assert by_default() == [*fixed, *(f"engine-{stack}" for stack in ("cpu4", "cpu5")), *releases]
 
 
 def test_a_plain_tox_trains_on_both_stacks_from_the_oldest_release_to_the_newest() -> None:
     chosen = [release for release in RELEASES.values() if release.tier == "cpu"]
     assert {release.cpu for release in chosen} == stacks().keys()
     assert {chosen[0].version, chosen[-1].version} == {next(iter(RELEASES)), list(RELEASES)[-1]}
+
+
+def test_the_table_of_tests_names_what_there_is() -> None:
+    text = (ROOT / "docs/tests.md").read_text(encoding="utf-8")
+    assert [name for name in re.findall(r"tests/[\w/]+\.py", text) if not (ROOT / name).is_file()] == []
+    trained = [release.version for release in RELEASES.values() if release.tier == "cpu"]
+    assert f"\n{', '.join(trained)}: the oldest, the newest" in text
 
 
 def test_every_environment_says_what_it_is_for() -> None:
@@ -73,6 +80,7 @@ def test_descriptions_of_stacks_are_those_of_their_pins(stack: Stack) -> None:
     named = dict(re.findall(r"(vLLM|transformers|torch|peft) ([0-9.]+\d)", stack.description))
     full = {"vLLM": stack.vllm, **{name: pins[name] for name in ("transformers", "torch", "peft")}}
     assert named == {name: ".".join(version.split(".")[:2]) for name, version in full.items()}
+    assert stack.description in environments()[f"engine-{stack.name}"]
 
 
 def test_stack_requirements_pin_everything() -> None:

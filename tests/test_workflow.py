@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.golden.sources import ROOT, pinned
+from tests.golden.sources import ROOT, pinned, stacks
 from tests.tox_environments import by_default, environments
 
 PATH = ROOT / ".github" / "workflows" / "ci.yml"
@@ -58,6 +58,7 @@ def environments_of(job: dict[str, Any]) -> list[str]:
 
 def test_every_release_is_trained_with_and_has_its_golden_compared() -> None:
     assert sorted(environments_of(JOBS["train"])) == sorted(f"trl{version}-cpu" for version in pinned())
+    assert sorted(environments_of(JOBS["engine"])) == sorted(f"engine-{stack}" for stack in stacks())
     assert "golden" in environments_of(JOBS["check"])
 
 

@@ -17,7 +17,7 @@ from trlpatch.engine.base_weights import base_mismatch  # noqa: E402
 from trlpatch.engine.expressible import why_not  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 def engine_with(model: Any, *, dtype: Any = torch.float32, wrapped: bool = True) -> RecordingEngineStub:

@@ -13,7 +13,7 @@ from trlpatch.engine.expressible import rank_of, why_not_lora, why_not_on_engine
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 def reason(model: Any) -> str | None:
