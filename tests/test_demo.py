@@ -79,6 +79,7 @@ def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cpu
+@pytest.mark.release
 def test_demo_learns_on_an_attached_engine(tmp_path: Path) -> None:
     environment = {**os.environ, "TRLPATCH_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -12,7 +12,7 @@ import pytest
 from tests.cpu.stack import installed, metadata_version
 from tests.golden.sources import RELEASES_TOML, ROOT, Stack, pinned, stacks
 from tests.golden.store import read
-from tests.tox_ini import default_environments, environments, expand, tox
+from tests.tox_environments import by_default, environments, told
 from trlpatch.cli import cli
 from trlpatch.rewrite.registry import patches
 from trlpatch.source.releases import NEWEST_TESTED, OLDEST_SUPPORTED, parse_release
@@ -22,11 +22,6 @@ RELEASES = pinned()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = sorted((ROOT / "trlpatch").rglob("*.py"))
 LONGEST_FILE = 400
-
-
-def releases_of(tier: str) -> set[str]:
-    """Return the releases that have an environment `trl<release>-<tier>`."""
-    return {match[1] for name in environments() if (match := re.fullmatch(rf"trl([0-9.]+)-{tier}", name))}
 
 
 def test_releases_are_sorted_and_bounded_by_what_the_package_says() -> None:
@@ -45,27 +40,18 @@ def test_releases_are_complete() -> None:
         assert release.cpu in stacks(), release.version
 
 
-def test_every_release_has_a_golden_environment() -> None:
-    assert releases_of("golden") == RELEASES.keys()
-
-
-def test_every_release_whose_stack_is_pinned_has_a_cpu_environment() -> None:
-    runnable = {name for name, stack in stacks().items() if stack.requirements}
-    expected = {release.version for release in RELEASES.values() if release.cpu in runnable}
-    assert releases_of("cpu") == expected
-    labelled = tox()["tox"]["labels"].split("=")[1].strip()
-    assert {name.removeprefix("trl").removesuffix("-cpu") for name in expand(labelled)} == expected
-
-
-def test_every_release_of_the_older_stack_has_an_environment_on_the_newer_one() -> None:
-    assert releases_of("cpu5") == {release.version for release in RELEASES.values() if release.cpu == "cpu4"}
+def test_every_release_has_its_environments() -> None:
+    goldens = {f"trl{version}-golden" for version in RELEASES}
+    trained = {f"trl{version}-cpu" for version in RELEASES}
+    on_newer_stack = {f"trl{release.version}-cpu5" for release in RELEASES.values() if release.cpu == "cpu4"}
+    of_releases = {name for name in environments() if name.startswith("trl")}
+    assert of_releases == goldens | trained | on_newer_stack
 
 
 def test_a_plain_tox_runs_what_the_tiers_say() -> None:
-    default = default_environments()
-    on_cpu = {name for name in default if name.endswith("-cpu")}
-    assert on_cpu == {f"trl{release.version}-cpu" for release in RELEASES.values() if release.tier == "cpu"}
-    assert default - on_cpu == {"lint", "types", "unit", "golden"}
+    releases = [f"trl{release.version}-cpu" for release in RELEASES.values() if release.tier == "cpu"]
+    fixed = ["lint", "types", "unit", "unit-torch", "coverage", "golden"]
+    assert by_default() == [*fixed, *(f"engine-{stack}" for stack in ("cpu4", "cpu5")), *releases]
 
 
 def test_a_plain_tox_trains_on_both_stacks_from_the_oldest_release_to_the_newest() -> None:
@@ -74,34 +60,27 @@ def test_a_plain_tox_trains_on_both_stacks_from_the_oldest_release_to_the_newest
     assert {chosen[0].version, chosen[-1].version} == {next(iter(RELEASES)), list(RELEASES)[-1]}
 
 
+def test_the_table_of_tests_names_what_there_is() -> None:
+    text = (ROOT / "docs/tests.md").read_text(encoding="utf-8")
+    assert [name for name in re.findall(r"tests/[\w/]+\.py", text) if not (ROOT / name).is_file()] == []
+    trained = [release.version for release in RELEASES.values() if release.tier == "cpu"]
+    assert f"\n{', '.join(trained)}: the oldest, the newest" in text
+
+
 def test_every_environment_says_what_it_is_for() -> None:
-    for name, section in environments().items():
-        description = tox()[section].get("description", "")
+    for name, description in environments().items():
         assert description, name
-        # tox takes `word:` at the start of a line for a condition and leaves the line out elsewhere.
-        assert not re.match(r"[\w.\-]+:", description), name
+        assert description != "[no description]", name
 
 
-def real_runs() -> dict[str, Stack]:
-    """Return the environments of one release that train with it, each with its stack."""
-    found = {f"trl{release.version}-cpu": stacks()[release.cpu] for release in RELEASES.values()}
-    return found | {f"trl{version}-cpu5": stacks()["cpu5"] for version in releases_of("cpu5")}
-
-
-def test_descriptions_of_real_runs_name_the_pins_of_their_stack() -> None:
-    for environment, stack in real_runs().items():
-        assert stack.requirements is not None
-        pins = dict(re.findall(r"^([\w-]+)==(\S+)$", stack.requirements.read_text(encoding="utf-8"), re.MULTILINE))
-        description = tox()[environments()[environment]]["description"]
-        named = dict(re.findall(r"(vLLM|transformers|torch|peft) ([0-9.]+\d)", description))
-        others = {name: pins[name] for name in ("transformers", "torch", "peft")}
-        assert named == {"vLLM": stack.vllm, **others}, environment
-
-
-def test_real_runs_differ_in_nothing_but_their_stack() -> None:
-    sections = sorted({environments()[name] for name in real_runs()})
-    first, *others = ({key: tox()[name][key] for key in tox()[name] if key != "description"} for name in sections)
-    assert others == [first] * 2
+@pytest.mark.parametrize("stack", stacks().values(), ids=lambda stack: stack.name)
+def test_descriptions_of_stacks_are_those_of_their_pins(stack: Stack) -> None:
+    assert stack.requirements is not None
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", stack.requirements.read_text(encoding="utf-8"), re.MULTILINE))
+    named = dict(re.findall(r"(vLLM|transformers|torch|peft) ([0-9.]+\d)", stack.description))
+    full = {"vLLM": stack.vllm, **{name: pins[name] for name in ("transformers", "torch", "peft")}}
+    assert named == {name: ".".join(version.split(".")[:2]) for name, version in full.items()}
+    assert stack.description in environments()[f"engine-{stack.name}"]
 
 
 def test_stack_requirements_pin_everything() -> None:
@@ -126,8 +105,7 @@ def test_vllm_metadata_says_the_version_of_the_stack(stack: Stack) -> None:
 @pytest.mark.parametrize("tool", ["ruff", "mypy", "import-linter"])
 def test_tools_are_pinned_alike_in_tox_and_pyproject(tool: str) -> None:
     pin = next(line for line in PYPROJECT["project"]["optional-dependencies"]["dev"] if line.startswith(f"{tool}=="))
-    sections = [tox()[name].get("deps", "") for name in ("testenv:lint", "testenv:types")]
-    assert pin in " ".join(sections).split()
+    assert pin in told("config", "-e", "lint,types", "-k", "deps").split()
 
 
 def test_demo_extra_holds_the_newest_tested_trl() -> None:

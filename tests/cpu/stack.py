@@ -1,6 +1,12 @@
-"""Train with one pinned TRL release on a real vLLM CPU engine: `python -m tests.cpu.stack trl1.9.2-cpu [pytest args]`.
+"""Run a tier of tests on the stacks of golden/releases.toml: `python -m tests.cpu.stack trl1.9.2-cpu [pytest args]`.
 
-`trl0.26.0-cpu` runs on the stack that golden/releases.toml names for the release, `trl0.26.0-cpu5` on the stack cpu5.
+    unit-torch      the tier torch, on every stack, without TRL and with vLLM hidden; measures coverage
+    engine-cpu5     the tier engine, with the newest release of that stack
+    trl1.9.2-cpu    the tier release, on the stack that golden/releases.toml names for the release
+    trl0.26.0-cpu5  the same on the stack cpu5
+
+With arguments of your own an environment of the last two kinds runs what they name of all that needs an engine
+(`-m cpu`), so `trl1.9.2-cpu tests/cpu/test_adapters.py` is the tier engine with another release.
 
 A stack (torch, vLLM, transformers, ...) is installed once, into `.tox/stacks/<name>` or `$TRLPATCH_STACKS/<name>`, and
 shared by all releases that run on it: each release is its unpacked wheel in front on PYTHONPATH. A tox environment of
@@ -9,7 +15,6 @@ its own per release would install 3 GB each time, and tox recreates a directory 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,11 +22,11 @@ import socket
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tests.golden.sources import ROOT, Stack, pinned, stacks, unpacked, wheel_cache
+from filelock import FileLock
+
+from tests.golden.sources import ROOT, PinnedRelease, Stack, pinned, stacks, unpacked, wheel_cache
 from trlpatch.source.locate import find_trl
 
 METADATA = Path(__file__).parent / "vllm_metadata"
@@ -41,23 +46,57 @@ ENGINE_ENVIRONMENT = {
 }
 
 
-def main(environment: str, pytest_arguments: list[str]) -> int:
-    """Run the tests of `trl<release>-cpu` or `trl<release>-<stack>`; return pytest's status."""
+WORKERS = ["-n", "2", "--dist", "loadfile"]
+"""Fixtures of a module are engines and trainings: a file stays in one process."""
+
+
+def main(environment: str, arguments: list[str]) -> int:
+    """Run the tests of an environment; return pytest's status, the first that is not 0."""
+    if environment == "unit-torch":
+        return max(torch_tier(stack, arguments or ["tests"]) for stack in stacks().values())
+    if environment.startswith("engine-"):
+        stack = _stack(environment.removeprefix("engine-"), environment)
+        newest = [release for release in pinned().values() if release.cpu == stack.name][-1]
+        return engine_tier(stack, newest, "engine", arguments)
     version, _, tier = environment.removeprefix("trl").partition("-")
     release = pinned().get(version)
     if release is None:
         sys.exit(f"{environment}: TRL {version} is not in golden/releases.toml")
-    stack = stacks().get(release.cpu if tier in ("", "cpu") else tier)
+    return engine_tier(
+        _stack(release.cpu if tier in ("", "cpu") else tier, environment), release, "release", arguments
+    )
+
+
+def _stack(name: str, environment: str) -> Stack:
+    stack = stacks().get(name)
     if stack is None:
-        sys.exit(f"{environment}: no stack is called {tier}; golden/releases.toml has {', '.join(stacks())}")
-    if stack.requirements is None:
-        sys.exit(f"{environment}: TRL {version} runs on stack {stack.name} ({stack.description})")
+        sys.exit(f"{environment}: no stack is called {name}; golden/releases.toml has {', '.join(stacks())}")
+    return stack
+
+
+def engine_tier(stack: Stack, release: PinnedRelease, tier: str, arguments: list[str]) -> int:
+    """Run a tier that needs a real engine, or what `arguments` name of both."""
     python = installed(stack)
     tree = unpacked(release, wheel_cache())
-    print(f"TRL {version} on {stack.name}: {stack.description}", flush=True)
-    command = [str(python), "-m", "pytest", "-W", "default", "-m", "cpu", *(pytest_arguments or ["tests"])]
+    print(f"TRL {release.version} on {stack.name}: {stack.description}", flush=True)
+    chosen = ["-m", "cpu", *arguments] if arguments else ["--tier", tier, *WORKERS, "tests"]
     # Tests have homes of their own; what vLLM notes about its models is the same in all of them.
     environ = {**environment_of(tree), "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
+    return _run([str(python), "-m", "pytest", "-W", "default", *chosen], environ)
+
+
+def torch_tier(stack: Stack, arguments: list[str]) -> int:
+    """Run the tier that needs no engine, and leave its coverage in .coverage-torch-<stack>."""
+    coverage = [str(installed(stack)), "-m", "coverage"]
+    print(f"Without TRL and vLLM on {stack.name}: {stack.description}", flush=True)
+    environ = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    environ["COVERAGE_FILE"] = str(ROOT / f".coverage-torch-{stack.name}")
+    pytest = ["run", "-m", "pytest", "-W", "default", "--tier", "torch", "-n", "2", "--dist", "worksteal", *arguments]
+    _run([*coverage, "erase"], environ)
+    return _run([*coverage, *pytest], environ) or _run([*coverage, "combine", "--quiet"], environ)
+
+
+def _run(command: list[str], environ: dict[str, str]) -> int:
     return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
 
 
@@ -82,12 +121,13 @@ def installed(stack: Stack) -> Path:
     home = folder / stack.name
     python, pins = home / "bin" / "python", home / "pins"
     wanted = _fingerprint(stack)
-    with _only_one(folder / f"{stack.name}.lock"):
+    with FileLock(folder / f"{stack.name}.lock"):
         if not pins.is_file() or pins.read_text(encoding="utf-8") != wanted:
             print(f"Installing {stack.name} ({stack.description}) in {home}; this takes minutes", flush=True)
             shutil.rmtree(home, ignore_errors=True)
             venv.create(home, with_pip=True)
-            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+            # Most modules are never imported: Python compiles those that are.
             subprocess.run([*install, "-r", str(stack.requirements)], check=True)
             version = {**os.environ, "TRLPATCH_VLLM_METADATA": metadata_version(stack)}
             subprocess.run([*install, "--no-deps", *stack.no_deps, str(METADATA)], check=True, env=version)
@@ -101,7 +141,7 @@ def metadata_version(stack: Stack) -> str:
 
 
 def _fingerprint(stack: Stack) -> str:
-    assert stack.requirements is not None
+    assert stack.requirements is not None, stack.name
     pins = [stack.requirements.read_text(encoding="utf-8"), *stack.no_deps, metadata_version(stack), sys.version]
     pins += [path.read_text(encoding="utf-8") for path in sorted(METADATA.iterdir()) if path.is_file()]
     return hashlib.sha256("\n".join(pins).encode()).hexdigest()
@@ -113,13 +153,6 @@ def free_port() -> int:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-@contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    with lock.open("w", encoding="utf-8") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -318,6 +318,7 @@ def test_sizes_come_from_the_shapes(checkpoint: Path) -> None:
 # Training, as the README says.
 
 
+@pytest.mark.release
 def test_grpo_as_the_readme_shows_it(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.cpu.fast_training", str(out)]

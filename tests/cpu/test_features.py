@@ -15,7 +15,7 @@ from tests.cpu.features import ALGORITHMS, SCENARIOS
 from tests.cpu.scenarios import TOLERANCE, report_of
 from trlpatch.source.locate import find_trl
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.release]
 
 Rollouts = list[dict[str, Any]]
 

@@ -9,7 +9,7 @@ import pytest
 from tests.cpu.scenarios import TOLERANCE, mean, train
 from trlpatch.source.locate import find_trl
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.release]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from trlpatch.source.locate import find_trl
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.release,
     pytest.mark.skipif(
         find_trl().release >= (1, 13), reason="TRL 1.13 dropped Liger's GRPO loss; its layers need a GPU"
     ),

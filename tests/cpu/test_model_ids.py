@@ -8,7 +8,7 @@ import pytest
 
 from tests.cpu.scenarios import report_of
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.release]
 
 
 def test_trl_loads_the_model_and_each_rollout_has_the_adapter_of_its_step(tmp_path: Path) -> None:

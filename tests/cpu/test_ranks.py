@@ -23,6 +23,7 @@ from trlpatch.source.releases import NEWEST_TESTED
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.release,
     pytest.mark.skipif(
         find_trl().release not in ((0, 18, 0), (0, 28, 0), NEWEST_TESTED),
         reason="takes minutes: run with the oldest and the newest release of each stack only",

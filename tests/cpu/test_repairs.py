@@ -11,7 +11,7 @@ from tests.cpu.scenarios import train
 from tests.cpu.training import PATTERN, PROMPT_LIMIT
 from trlpatch.source.locate import find_trl
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.release]
 
 ENGINE_TRUNCATES = {"grpo": ((0, 24), (0, 26)), "rloo": ((0, 24), (0, 27))}
 """From which release, and until which, the engine is asked to truncate prompts to `max_prompt_length`."""

@@ -11,6 +11,7 @@ from trlpatch.source.locate import find_trl
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.release,
     pytest.mark.skipif(
         find_trl().release < (0, 26), reason="TRL calls rollout_func in process from 0.26 on: no rollout to look at"
     ),

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.release,
     pytest.mark.skipif(find_trl().release < (0, 26), reason="TRL has tools from 0.26 on"),
     pytest.mark.skipif(
         int(transformers.__version__.partition(".")[0]) < 5,

@@ -15,7 +15,7 @@ from trlpatch.engine.attach import attach_engine, attached_engine, detach_engine
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_load_lora_follows_the_model(engine: Any) -> None:
     assert model.load_lora() is not first
 
 
+@pytest.mark.cpu
 def test_load_lora_reads_a_saved_adapter(engine: Any, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
     model = attach_engine(lora_model(), engine)
     with pytest.raises(ValueError, match=r"expected a directory with adapter_config\.json"):
         model.load_lora(str(tmp_path))

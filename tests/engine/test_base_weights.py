@@ -17,7 +17,7 @@ from trlpatch.engine.backend import backend_of  # noqa: E402
 from trlpatch.engine.lora_limits import unsupported_reason  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 def engine_with(model: Any, *, dtype: Any = torch.float32, wrapped: bool = True) -> RecordingEngineStub:

@@ -10,7 +10,7 @@ from trlpatch.engine.memory import device
 from trlpatch.engine.memory.device import GIB
 from trlpatch.engine.memory.headroom import HeadroomMonitor
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from trlpatch.engine.sharing.aliasing import base_parameters  # noqa: E402
 from trlpatch.engine.sharing.names import EngineNames  # noqa: E402
 from trlpatch.errors import CannotShare, EngineMismatch  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 def engine_of(directory: Path, **settings: Any) -> tuple[Any, Any]:

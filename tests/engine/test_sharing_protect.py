@@ -20,7 +20,7 @@ from trlpatch.engine.attach import save_lora  # noqa: E402
 from trlpatch.engine.sharing import check_frozen, protect, unprotect  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, SharedWeights  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 @pytest.fixture

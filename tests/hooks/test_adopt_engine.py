@@ -19,7 +19,7 @@ from trlpatch.hooks.trainers import args_of
 from trlpatch.options import Options
 from trlpatch.options import activate as set_options
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 class Owner:
@@ -90,16 +90,16 @@ def test_what_gets_no_lora(model: Any) -> None:
     assert built(model, logprobs_mode="raw_logprobs") == {"model": "m", "logprobs_mode": "raw_logprobs"}
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("changes", "rank"), [({"r": 4}, 8), ({"r": 9}, 16), ({"rank_pattern": {"o_proj": 33}}, 64)])
 def test_lora_is_added_with_a_legal_rank(changes: dict[str, Any], rank: int) -> None:
-    pytest.importorskip("vllm")
     found = built(lora_model(**changes), logprobs_mode="processed_logprobs")
     lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
     assert found == {"model": "m", "logprobs_mode": "processed_logprobs", **lora}
 
 
+@pytest.mark.cpu
 def test_the_log_probability_mode_is_added_where_trl_names_none() -> None:
-    pytest.importorskip("vllm")
     assert built(lora_model())["logprobs_mode"] == "processed_logprobs"
     assert "logprobs_mode" not in built(base_model())
 

@@ -22,7 +22,7 @@ from trlpatch.errors import (  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 from trlpatch.options import activate as set_options  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 @dataclass

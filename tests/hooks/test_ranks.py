@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 from trlpatch.errors import EngineMismatch  # noqa: E402
 from trlpatch.hooks import ranks  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ pytest.importorskip("peft")
 from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub
 from tests.fakes.models import lora_model, randomize
 from trlpatch import hooks
+from trlpatch.engine.adapter_sync import registry
 from trlpatch.engine.attach import attach_engine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import RolloutFuncIgnored
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 class Engine(RecordingEngineStub):
@@ -101,7 +102,9 @@ def test_outside_of_it_the_engine_is_vllms_own() -> None:
     assert trainer.names() == [None]
 
 
-def test_a_sleeping_engine_wakes_for_it_and_sleeps_again() -> None:
+def test_a_sleeping_engine_wakes_for_it_and_sleeps_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "names_separate_prefixes", lambda: True)
+
     def rolls_out(prompts: list[str], trainer: Trainer) -> None:
         trainer.llm.generate(prompts)
 

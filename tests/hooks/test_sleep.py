@@ -32,7 +32,7 @@ from trlpatch.errors import StaleAdapter
 from trlpatch.options import Options
 from trlpatch.options import activate as set_options
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 tags = pytest.mark.parametrize("tells_tags", [True, False], ids=["executor here", "executor elsewhere"])
 epochs = pytest.mark.parametrize("epoch", EPOCHS)

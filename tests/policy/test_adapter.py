@@ -13,7 +13,7 @@ from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.policy.adapter import adapter_tensors, base_of, lora_view, unwrap  # noqa: E402
 from trlpatch.policy.change_detection import fingerprint  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 class Wrapper(torch.nn.Module):

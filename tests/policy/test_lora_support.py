@@ -11,7 +11,7 @@ from tests.fakes.models import base_model, lora_model  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 from trlpatch.policy.lora_support import unsupported_reason  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 
 def reason(model: Any) -> str | None:

@@ -21,6 +21,7 @@ if not CHOSEN and importlib.util.find_spec("trl") is None:
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.release,
     pytest.mark.skipif(bool(LACKING), reason=f"importing TRL's trainers needs {', '.join(LACKING)}"),
 ]
 
