@@ -1,4 +1,4 @@
-"""Hooks before a commit, changelog fragments and releases follow what pyproject.toml says."""
+"""Hooks before a commit, changelog fragments, releases and findings have the form that is written down for them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ HOOKS: list[dict[str, Any]] = [
 ]
 RELEASE: dict[Any, Any] = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
 FRAGMENTS = sorted(path for path in (ROOT / TOWNCRIER["directory"]).iterdir() if path.name != "README.md")
+FINDINGS = sorted((ROOT / "findings").glob("*.sh"))
 
 
 @pytest.mark.parametrize("tool", ["ruff", "import-linter"])
@@ -67,3 +68,16 @@ def test_actions_of_the_release_are_pinned_by_their_commit() -> None:
     used = [step["uses"] for job in RELEASE["jobs"].values() for step in job["steps"] if "uses" in step]
     assert used
     assert all(re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", action) for action in used)
+
+
+@pytest.mark.parametrize("path", FINDINGS, ids=lambda path: path.stem)
+def test_findings_have_their_form_and_a_row_in_the_list(path: Any) -> None:
+    text = path.read_text(encoding="utf-8")
+    head, _, body = text.partition("set -euo pipefail\n")
+    for word in ("# One would guess:", "# What happens:", "# Source: ", "# Versions: ", "# Seen:\n#   "):
+        assert word in head, word
+    assert re.search(r"# Versions: .*\b20\d\d-\d\d-\d\d\.", head)
+    assert "trap 'rm -rf \"$work\"' EXIT" in body
+    assert "assert " in body
+    assert "trlpatch" not in body
+    assert f"[{path.stem}]({path.name})" in (ROOT / "findings/README.md").read_text(encoding="utf-8")
