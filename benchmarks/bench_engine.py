@@ -158,13 +158,13 @@ def hand_over(trainer: Any, way: str) -> dict[str, Any]:
     sync = timer(owner.sync_weights, change, repeats=12)
     found = {"sync_ms": sync}
     if way != "stock":
-        from trlpatch.engine.adapters import InMemory
+        from trlpatch.engine.adapter_sync.publisher import Registration
         from trlpatch.engine.state import state_of
         from trlpatch.hooks import lora_request
 
         found["lora_request_ms"] = timer(lambda: lora_request(owner, owner.llm), lambda: None, repeats=12)
         state = state_of(owner.llm)
-        state.handover, state.published = InMemory(owner.llm), None
+        state.handover, state.published = Registration(owner.llm), None
         found["registered_anew_ms"] = timer(owner.sync_weights, lambda: set_adapter(trainer.model, seed=1), repeats=8)
         state.handover = state.published = None
     return found

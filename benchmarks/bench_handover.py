@@ -123,7 +123,7 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
     import torch
 
     from trlpatch import hooks
-    from trlpatch.engine.adapters import InMemory, OnDisk
+    from trlpatch.engine.adapter_sync.publisher import AdapterFiles, Registration
     from trlpatch.engine.state import state_of
 
     owner, state = Owner(policy, engine), state_of(engine)
@@ -159,7 +159,7 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
 
     rows["lora_request, after a hand_over"] = timed(lambda: hooks.lora_request(owner, engine), hand_over_a_change)
     rows["lora_request, the adapter has changed"] = timed(lambda: hooks.lora_request(owner, engine))
-    for name, other in (("registered anew each time", InMemory(engine)), ("through files", OnDisk(engine))):
+    for name, other in (("registered anew each time", Registration(engine)), ("through files", AdapterFiles(engine))):
         state.handover, state.published = other, None
         rows[f"hand_over ({name})"] = timed(lambda: hooks.hand_over(owner))
     return rows

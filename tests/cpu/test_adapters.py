@@ -18,20 +18,23 @@ vllm = pytest.importorskip("vllm")
 from peft import LoraConfig  # noqa: E402
 
 import trlpatch  # noqa: E402
-from trlpatch.engine import adapters  # noqa: E402
+from trlpatch.engine.adapter_sync import publisher, registry  # noqa: E402
 from trlpatch.engine.attach import detach_engine  # noqa: E402
-from trlpatch.engine.handover import registry  # noqa: E402
-from trlpatch.engine.lora_view import lora_view  # noqa: E402
 from trlpatch.engine.probes import legal_rank, legal_ranks, max_lora_rank, sleep_enabled, worker_lora_manager  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch  # noqa: E402
+from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
 TOLERANCE = 1e-4  # float32 on both sides; 3e-6 was measured
 MOVED = 1e-2  # what a forgotten adapter changes at the least; 0.1 to 1.4 was measured
 
-WAYS = {"in place": adapters.InPlace, "registered anew": adapters.InMemory, "through files": adapters.OnDisk}
+WAYS = {
+    "in place": publisher.BufferCopy,
+    "registered anew": publisher.Registration,
+    "through files": publisher.AdapterFiles,
+}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +153,7 @@ def test_a_fixed_name_would_serve_the_older_adapter(engine: Any, model: Path) ->
     words = engine.get_tokenizer()
     long = [{"prompt_token_ids": (words("one two three four ")["input_ids"] * 30)[:150]}]
     params = vllm.SamplingParams(max_tokens=4, temperature=0.0, logprobs=0)
-    handover, fixed = adapters.InMemory(engine), registry.fresh_request(Path("/nonexistent/fixed"))
+    handover, fixed = publisher.Registration(engine), registry.fresh_request(Path("/nonexistent/fixed"))
     gaps = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "fresh_request", lambda _: fixed)
@@ -169,7 +172,7 @@ def test_a_fixed_name_would_serve_the_older_adapter(engine: Any, model: Path) ->
 
 def test_files_are_private_and_only_the_newest_stays(engine: Any, model: Path) -> None:
     state = state_of(engine)
-    state.handover, state.published = adapters.OnDisk(engine), None
+    state.handover, state.published = publisher.AdapterFiles(engine), None
     policy = trlpatch.attach_engine(tiny.policy(model), engine)
     first = Path(trlpatch.lora_request(policy).lora_path)
     tiny.move(policy, seed=1)
@@ -193,7 +196,7 @@ def test_an_evicted_adapter_is_handed_over_again(way: Any, model: Path, tmp_path
         assert gap(way, other, policy.load_lora(str(tmp_path / str(seed)))) < TOLERANCE
     assert live.lora_int_id not in worker_lora_manager(way).list_adapters()
     again = trlpatch.lora_request(policy)
-    if not isinstance(state_of(way).handover, adapters.OnDisk):  # its files are still there
+    if not isinstance(state_of(way).handover, publisher.AdapterFiles):  # its files are still there
         assert again.lora_name != live.lora_name
         # Asked of the worker itself: an error inside a step leaves vLLM with a request that never ends.
         worker_lora_manager(way).remove_adapter(live.lora_int_id)
@@ -387,7 +390,7 @@ def test_names_are_not_reused_after_detaching(engine: Any, model: Path) -> None:
 def test_what_the_engine_says_of_itself(engine: Any) -> None:
     assert max_lora_rank(engine) == 16
     assert not sleep_enabled(engine)
-    assert isinstance(adapters.choose_handover(engine), adapters.InPlace)
+    assert isinstance(publisher.choose_adapter_sync(engine), publisher.BufferCopy)
     assert registry.names_separate_prefixes()
     assert {8, 16, 32, 64} <= set(legal_ranks())
     assert (legal_rank(9), legal_rank(513)) == (16, None)

@@ -22,7 +22,7 @@ import trlpatch  # noqa: E402
 from tests.cpu.fast import PARAMS, SMALL, draw_seeds, random_state, rollout  # noqa: E402
 from trlpatch import FastLanguageModel  # noqa: E402
 from trlpatch.engine import build, probes  # noqa: E402
-from trlpatch.engine.lora_view import lora_view  # noqa: E402
+from trlpatch.engine.build import lora_arguments  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import (  # noqa: E402
     AdapterNotExpressible,
@@ -37,6 +37,7 @@ from trlpatch.errors import (  # noqa: E402
     UnknownArgument,
     VllmStyleArguments,
 )
+from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -78,7 +79,7 @@ def test_the_model_carries_its_engine(loaded: tuple[Any, Any]) -> None:
     assert isinstance(engine, vllm.LLM)
     assert (probes.max_lora_rank(engine), probes.max_model_len(engine)) == (16, 256), "9 is no rank vLLM allows"
     assert probes.logprobs_mode(engine) == "processed_logprobs"
-    assert not engine.llm_engine.vllm_config.scheduler_config.async_scheduling
+    assert "async_scheduling" not in lora_arguments(16), "vLLM's default, which it turns off on a CPU itself"
     assert probes.executor(engine) is not None, "the worker lives in this process"
     assert model.dtype == torch.float32 == engine.llm_engine.vllm_config.model_config.dtype
     assert not model.training
@@ -303,7 +304,7 @@ def test_engine_arguments_are_those_of_the_signature() -> None:
 def test_sizes_come_from_the_shapes(checkpoint: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trlpatch.fast.memory import weight_bytes
+    from trlpatch.loading.memory import weight_bytes
 
     config = AutoConfig.from_pretrained(checkpoint)
     with torch.device("meta"):

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.engine.allocator_stub import LAYOUT, DeviceStub, ExecutorStub, SleepyEngineStub, WorkerStub, cumem_stub
-from trlpatch.engine import device, guards
+from trlpatch.engine import guards
+from trlpatch.engine.memory import device
+from trlpatch.engine.memory.sleep import put_to_sleep
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
-from trlpatch.engine.sleep import put_to_sleep
 from trlpatch.engine.state import state_of
 from trlpatch.engine.worker_extension import KvCacheSleep
 

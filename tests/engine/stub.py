@@ -9,8 +9,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from trlpatch.engine.cumem import discard_kv_cache
-from trlpatch.engine.lora_view import AdapterTensors, LoraWeights, adapter_tensors
+from trlpatch.engine.memory.cumem import discard_kv_cache
+from trlpatch.policy.adapter import AdapterTensors, LoraWeights, adapter_tensors
 
 
 class ExecutorStub:
@@ -92,7 +92,7 @@ class RecordingEngineStub:
 
 
 class RecordingHandover:
-    """An AdapterHandover that keeps the tensors it was given."""
+    """An AdapterSync that keeps the tensors it was given."""
 
     def __init__(self) -> None:
         self.published: list[AdapterTensors] = []

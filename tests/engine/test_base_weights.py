@@ -15,7 +15,7 @@ from tests.engine.stub import RecordingEngineStub  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.base_weights import base_mismatch  # noqa: E402
 from trlpatch.engine.expressible import why_not  # noqa: E402
-from trlpatch.engine.lora_view import lora_view  # noqa: E402
+from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 

@@ -10,8 +10,8 @@ peft = pytest.importorskip("peft")
 from tests.engine.models import base_model, lora_model  # noqa: E402
 from tests.engine.stub import RecordingEngineStub  # noqa: E402
 from trlpatch.engine.expressible import rank_of, why_not_lora, why_not_on_engine  # noqa: E402
-from trlpatch.engine.lora_view import lora_view  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
+from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 

@@ -17,8 +17,8 @@ from tests.engine.stub import RecordingEngineStub  # noqa: E402
 from tests.gpu.sharing_archs import ARCHITECTURES, VOCABULARY, checkpoint  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.sharing import model_over_engine, overlaps, verify_overlap, why_not_shareable  # noqa: E402
+from trlpatch.engine.sharing.aliasing import base_parameters  # noqa: E402
 from trlpatch.engine.sharing.names import EngineNames  # noqa: E402
-from trlpatch.engine.sharing.overlap import base_parameters  # noqa: E402
 from trlpatch.errors import CannotShare, EngineMismatch  # noqa: E402
 
 pytestmark = pytest.mark.cpu

@@ -14,20 +14,20 @@ import pytest
 
 from tests.engine.sleep_rig import ALL, KV, Rig
 from tests.engine.stub import RecordingEngineStub
-from trlpatch.engine import cumem, device, sleep_mode, training_room
 from trlpatch.engine.describe import describe, describe_engines
-from trlpatch.engine.device import GIB
+from trlpatch.engine.memory import cumem, device, headroom, sleep_mode
+from trlpatch.engine.memory.device import GIB
+from trlpatch.engine.memory.headroom import HeadroomMonitor
+from trlpatch.engine.memory.sleep import put_to_sleep, sleep_default, wake, why_no_sleep_mode
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
-from trlpatch.engine.sleep import put_to_sleep, sleep_default, wake, why_no_sleep_mode
 from trlpatch.engine.state import forget, state_of
-from trlpatch.engine.training_room import TrainingRoom
 from trlpatch.errors import InvalidOption
 from trlpatch.options import Options, activate
 
 
 @pytest.fixture(autouse=True)
 def default_options(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(training_room, "sample", lambda model: (getattr(model, "weight", None),))
+    monkeypatch.setattr(headroom, "sample", lambda model: (getattr(model, "weight", None),))
     activate(None)
     yield
     activate(None)
@@ -102,7 +102,7 @@ def test_the_margin_is_two_gibibytes_at_the_least(free: float, enough: bool, mon
     peaks = iter([5 * GIB, 6 * GIB])
     monkeypatch.setattr(device, "free_bytes", lambda where=None: int(free * GIB))
     monkeypatch.setattr(device, "reserved_bytes", lambda where=None: (5 * GIB, next(peaks)))
-    room, policy = TrainingRoom(), PolicyStub()
+    room, policy = HeadroomMonitor(), PolicyStub()
     room.begin(weights=4 * GIB, weights_unmapped=True, model=policy)
     policy.step()
     assert bool(room.end()) == room.suffices == enough  # free - 1 - 4 >= 2
@@ -127,8 +127,8 @@ def test_a_peak_that_was_reset_tells_nothing(training: Training) -> None:
     training.peak -= 1
     wake(rig.engine, rig.state, WEIGHTS)
     wake(rig.engine, rig.state, KV_CACHE)
-    assert not rig.state.training_room.suffices
-    assert rig.state.training_room.left is None
+    assert not rig.state.headroom.suffices
+    assert rig.state.headroom.left is None
 
 
 def test_kv_sleep_as_asked(rig: Rig) -> None:

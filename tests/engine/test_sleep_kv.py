@@ -15,9 +15,10 @@ import pytest
 
 from tests.engine.allocator_stub import RELEASES
 from tests.engine.sleep_rig import ALL, KV, Rig
-from trlpatch.engine import cumem, guards, kv_sleep
+from trlpatch.engine import guards
+from trlpatch.engine.memory import cumem, kv_sleep
+from trlpatch.engine.memory.sleep import wake
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
-from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, forget, state_of
 from trlpatch.engine.worker_extension import KvCacheSleep
 from trlpatch.errors import EngineAsleep, EngineBusy, EngineWithoutSleep, NotEnoughMemory, SharedWeights

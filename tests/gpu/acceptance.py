@@ -229,7 +229,7 @@ class Acceptance:
         """Milliseconds of one hand-over: in place, and registering anew."""
         import torch
 
-        from trlpatch.engine.adapters import InMemory
+        from trlpatch.engine.adapter_sync.publisher import Registration
         from trlpatch.engine.state import state_of
 
         state = state_of(self.engine)
@@ -245,7 +245,7 @@ class Acceptance:
             return 1e3 * (time.perf_counter() - started)
 
         in_place = [one() for _ in range(20)]
-        state.handover, state.published = InMemory(self.engine), None
+        state.handover, state.published = Registration(self.engine), None
         anew = [one() for _ in range(10)]
         state.handover = state.published = None
         return {"in_place_ms": median(in_place[5:]), "anew_ms": median(anew[3:])}

@@ -15,8 +15,8 @@ from trlpatch import hooks
 from trlpatch.engine.attach import attach_engine, attached_engine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
-from trlpatch.hooks.owner import args_of
 from trlpatch.hooks.settings import set_options
+from trlpatch.hooks.trainers import args_of
 from trlpatch.options import Options
 
 pytestmark = pytest.mark.cpu

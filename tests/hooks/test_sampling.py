@@ -89,6 +89,16 @@ def test_structural_values_belong_to_trl(name: str) -> None:
         hooks.sampling_params(args, dict)
 
 
+@pytest.mark.parametrize("seed", [0, 3407])
+def test_one_seed_for_all_completions_is_refused(seed: int) -> None:
+    for given in ({"seed": seed}, trlpatch.vLLMSamplingParams(seed=seed), vllm.SamplingParams(seed=seed)):
+        with pytest.raises(ProtectedSamplingParam, match=rf"sets seed={seed}: .* nothing would be learned"):
+            GRPOConfig(vllm_sampling_params=given)
+    args = SimpleNamespace(vllm_sampling_params={"seed": seed})
+    with pytest.raises(ProtectedSamplingParam, match="nothing would be learned"):
+        hooks.sampling_params(args, dict)
+
+
 def test_max_tokens_belongs_to_trainers_that_pad_by_it() -> None:
     assert GRPOConfig(vllm_sampling_params={"max_tokens": 5}).vllm_sampling_params == {"max_tokens": 5}
     with pytest.raises(ProtectedSamplingParam, match="max_tokens"):
@@ -102,11 +112,11 @@ def test_what_is_not_a_set_of_json_values(given: Any) -> None:
 
 
 def test_given_values_win_and_the_rest_stays_trls() -> None:
-    args = GRPOConfig(vllm_sampling_params=trlpatch.vLLMSamplingParams(top_k=5, stop=["x"], seed=0))
+    args = GRPOConfig(vllm_sampling_params=trlpatch.vLLMSamplingParams(top_k=5, stop=["x"], seed=None))
     trainer = SimpleNamespace(args=args)
     for owner in (args, trainer):
         made = hooks.sampling_params(owner, vllm.SamplingParams)(n=2, top_k=50, seed=7, max_tokens=9)
-        assert (made.n, made.top_k, made.seed, made.max_tokens, made.stop) == (2, 5, 0, 9, ["x"])
+        assert (made.n, made.top_k, made.seed, made.max_tokens, made.stop) == (2, 5, None, 9, ["x"])
 
 
 def test_without_given_values_it_is_trls_own_class() -> None:

@@ -9,13 +9,13 @@ import types
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trlpatch.engine import guards, live, probes
+from trlpatch.engine import guards, live_request, probes
+from trlpatch.engine.adapter_sync.shape_check import directory_misfit
 from trlpatch.engine.base_weights import weights_now
-from trlpatch.engine.handover.fit import directory_misfit
-from trlpatch.engine.lora_view import PEFT_PREFIX, base_of, lora_view, unwrap
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine
+from trlpatch.policy.adapter import PEFT_PREFIX, base_of, lora_view, unwrap
 
 _ENGINE = "vllm_engine"
 _METHODS = ("load_lora", "save_lora", "fast_generate")
@@ -123,7 +123,7 @@ def _load_lora(self: Any, name: str | None = None, load_tensors: bool | None = N
     """
     live_adapter = name is None if load_tensors is None else load_tensors
     if live_adapter:
-        return live.require_request(self, attached_engine(self))
+        return live_request.require_request(self, attached_engine(self))
     directory = Path(name or "")
     if name is None or not (directory / "adapter_config.json").is_file():
         raise ValueError(
@@ -185,6 +185,6 @@ def _fast_generate(self: Any, *args: Any, lora_request: Any = _LIVE, **kwargs: A
     """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model."""
     llm = attached_engine(self)
     if lora_request is _LIVE:
-        lora_request = None if lora_view(self) is None else live.require_request(self, llm)
+        lora_request = None if lora_view(self) is None else live_request.require_request(self, llm)
     with state_of(llm).supplying(None):  # inside a rollout_func, too, None is the base model
         return llm.generate(*args, lora_request=lora_request, **kwargs)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trlpatch.engine import probes
-from trlpatch.engine.fingerprint import as_integers
-from trlpatch.engine.lora_view import LoraView
+from trlpatch.policy.adapter import LoraView
+from trlpatch.policy.change_detection import as_integers
 
 _SAMPLED_LAYERS = 4
 

@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trlpatch.engine import cumem, probes
-from trlpatch.engine.notices import logger
+from trlpatch.engine import probes
+from trlpatch.engine.memory import cumem
 from trlpatch.engine.state import forget
+from trlpatch.log import logger
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
@@ -55,8 +56,8 @@ def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
     """What makes an engine serve the adapter of a trainer in this process.
 
     `max_lora_rank` is rounded up to a value that this vLLM accepts. Log-probabilities are those that TRL's importance
-    sampling compares with, and nothing is in flight between two calls (async scheduling is on by default in this
-    process from vLLM 0.19.1).
+    sampling compares with. Scheduling stays asynchronous where vLLM makes it so: without it the device waits for the
+    host between two decoding steps. What that leaves in flight is drained at every hand-over, sleep and wake.
 
     Raises:
         ValueError: no rank that large is legal.
@@ -73,8 +74,6 @@ def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
             "this vLLM has no logprobs_mode (0.10.0 has): it reports raw log-probabilities, and TRL's importance "
             "sampling correction is biased unless temperature is 1 and top_p, top_k and min_p are off"
         )
-    if "async_scheduling" in known:
-        arguments["async_scheduling"] = False
     return arguments
 
 

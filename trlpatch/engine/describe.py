@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.engine import probes
-from trlpatch.engine.kv_sleep import asleep
+from trlpatch.engine.memory.kv_sleep import asleep
 from trlpatch.engine.state import EngineState, known_engines
 
 

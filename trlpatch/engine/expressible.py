@@ -10,8 +10,8 @@ from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.base_weights import base_mismatch, changed_since
-from trlpatch.engine.lora_view import LoraView
 from trlpatch.engine.state import state_of
+from trlpatch.policy.adapter import LoraView
 
 # PEFT initialisations that subtract from the base weights: the engine's checkpoint is then not the trainer's
 # base.

@@ -10,10 +10,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-from trlpatch.engine import cumem, kv_sleep, probes
+from trlpatch.engine import probes
+from trlpatch.engine.drain import drain
+from trlpatch.engine.memory import cumem, kv_sleep
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.state import EngineState
 from trlpatch.errors import EngineAsleep, SharedWeights
@@ -39,6 +42,7 @@ class Guards:
     """The guarded methods of one engine; instance attributes, so that other engines keep vLLM's own."""
 
     def __init__(self, engine: Any, state: EngineState) -> None:
+        self._engine = weakref.ref(engine)
         self._inner = engine.llm_engine
         self._executor = probes.executor(engine)
         self._state = state
@@ -93,13 +97,14 @@ class Guards:
             raise SharedWeights(
                 f"sleep(level={level}) of an engine whose weights are the trainer's own: it would unmap them under "
                 "the trainer. A patched trainer gives back the KV cache alone; by hand: "
-                "trlpatch.engine.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
+                "trlpatch.engine.memory.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
             )
         sleeping = self._asleep()
         if WEIGHTS in sleeping:  # vLLM ignores it, whatever the level
             return original(level, *args, **kwargs)
         if sleeping == {KV_CACHE}:
             self._inner.wake_up([KV_CACHE])
+        drain(self._engine())
         result = original(level, *args, **kwargs)
         slept(self._state, level)
         return result

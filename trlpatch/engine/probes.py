@@ -79,6 +79,11 @@ def executor(llm: object) -> Any:
     return _reach(llm, "llm_engine", "model_executor")
 
 
+def engine_core(llm: object) -> Any:
+    """The EngineCore when it lives in this process (`InprocClient.engine_core`), else None."""
+    return _reach(llm, "llm_engine", "engine_core", "engine_core")
+
+
 def worker_lora_manager(llm: object) -> Any:
     """The worker's LoRA manager when the worker lives in this process and has one, else None."""
     worker = _reach(executor(llm), "driver_worker")

@@ -16,7 +16,7 @@ GIVEN = "_set_kwargs"
 def vLLMSamplingParams(**kwargs: Any) -> SamplingParams:
     """A `vllm.SamplingParams` that remembers which values were given explicitly (attribute `_set_kwargs`).
 
-    For `GRPOConfig(vllm_sampling_params=vLLMSamplingParams(min_p=0.1, seed=3407))`: only the given values
+    For `GRPOConfig(vllm_sampling_params=vLLMSamplingParams(min_p=0.1))`: only the given values
     replace TRL's. Copies and pickles remember them too. Unknown names raise TypeError, as vLLM does.
     """
     return _remembering(kwargs)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from trlpatch.engine.training_room import TrainingRoom
+from trlpatch.engine.memory.headroom import HeadroomMonitor
 
 if TYPE_CHECKING:
-    from trlpatch.engine.adapters import AdapterHandover
+    from trlpatch.engine.adapter_sync.publisher import AdapterSync
     from trlpatch.engine.base_weights import Weight
     from trlpatch.engine.guards import Guards
-    from trlpatch.engine.lora_view import PeftLayers
+    from trlpatch.policy.adapter import PeftLayers
 
 Holds = Literal["checkpoint", "adapter", "policy"]
 """Where the policy is inside the engine: nowhere yet (the weights it was built from), in the adapter that was
@@ -47,7 +47,7 @@ class EngineState:
     """The workers unmapped their KV cache, and the executor in the engine's own process does not know."""
     sleep_method: str = ""
     """How it was put to sleep last, or why it stays awake, in words; empty before the first time."""
-    training_room: TrainingRoom = field(default_factory=TrainingRoom)
+    headroom: HeadroomMonitor = field(default_factory=HeadroomMonitor)
     """What training leaves free on the device, measured from a sleep to the wake after it."""
     live_request: Callable[[], Any] | None = None
     """Gives the LoRARequest for a request that names none, while a trainer's `rollout_func` runs; else None."""
@@ -59,7 +59,7 @@ class EngineState:
     """The owner's own sync is running on our behalf."""
     holds: Holds = "checkpoint"
     published: Published | None = None
-    handover: AdapterHandover | None = None
+    handover: AdapterSync | None = None
     base_verdict: weakref.WeakKeyDictionary[PeftLayers, str | None] = field(default_factory=weakref.WeakKeyDictionary)
     """PEFT layers as they were found -> why the engine's base weights are not those under them, or None when they are.
 

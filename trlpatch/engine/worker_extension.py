@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import cumem
+from trlpatch.engine.memory import cumem
 from trlpatch.engine.probes import KV_CACHE
 
 DISCARD, WAKE = "trlpatch_discard_kv_cache", "trlpatch_wake_kv_cache"

@@ -4,8 +4,11 @@ Importing this imports no torch, vllm, peft, transformers or trl: it happens whi
 imported.
 """
 
+from trlpatch.hooks.adapter_sync import hand_over
 from trlpatch.hooks.adopt_engine import engine, generation
-from trlpatch.hooks.compat import (
+from trlpatch.hooks.configure import configure
+from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.repairs import (
     given,
     guided_decoding_field,
     guided_decoding_params,
@@ -23,12 +26,9 @@ from trlpatch.hooks.compat import (
     warnings_issued,
     weight_sender,
 )
-from trlpatch.hooks.configure import configure
-from trlpatch.hooks.lora_request import lora_request
 from trlpatch.hooks.rollout_func import rollout_func, rollout_func_server
 from trlpatch.hooks.sampling import normalize_sampling, sampling_params
 from trlpatch.hooks.sleep import reload_weights, sleep, wake_up
-from trlpatch.hooks.sync import hand_over
 
 __all__ = [
     "configure",

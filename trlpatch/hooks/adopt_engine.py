@@ -8,13 +8,13 @@ from typing import Any
 
 from trlpatch.engine import expressible, probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
-from trlpatch.engine.lora_view import lora_view
-from trlpatch.engine.notices import once
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.hooks import ranks
-from trlpatch.hooks.owner import binding
 from trlpatch.hooks.settings import options
+from trlpatch.hooks.trainers import binding
+from trlpatch.log import log_once
+from trlpatch.policy.adapter import lora_view
 
 
 def engine(owner: Any, model: Any, build: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +50,7 @@ class _Reuse:
         state_of(self._engine).attached = True
         share_in_copies(self._engine)
         ranks.restore()
-        once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
+        log_once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
         return self._engine
 
 
@@ -94,7 +94,7 @@ def _lora_arguments(owner: Any, model: Any, given: dict[str, Any]) -> dict[str, 
                 'use a plain LoRA adapter, or PatchFastRL(adapter="auto") for TRL\'s full-weight sync'
             )
         name = type(owner).__name__
-        once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
+        log_once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
         return {}
     added: dict[str, Any] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
     if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):

@@ -7,14 +7,14 @@ from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine
-from trlpatch.engine.notices import once, warn_once
 from trlpatch.engine.sharing import check_frozen
 from trlpatch.engine.state import state_of
 from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
 from trlpatch.hooks import ranks
-from trlpatch.hooks.owner import never_touched
 from trlpatch.hooks.sampling import normalize_sampling
 from trlpatch.hooks.settings import options
+from trlpatch.hooks.trainers import never_touched
+from trlpatch.log import log_once, warn_once
 
 _DEMANDED = ("on", "kv")
 
@@ -52,7 +52,7 @@ def configure(trainer: Any, model: Any, args: Any) -> None:
             check_frozen(model)
             _match(trainer, args, engine)
     elif wanted:
-        once(
+        log_once(
             trainer,
             f"{type(trainer).__name__}: the attached engine is not used, args ask for a vLLM server "
             "(vllm_mode='server')",

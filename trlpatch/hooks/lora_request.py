@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine import adapters
+from trlpatch.engine.adapter_sync import publisher
 from trlpatch.engine.attach import attached_engine
-from trlpatch.engine.live import require_request
+from trlpatch.engine.live_request import require_request
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
-from trlpatch.hooks.owner import serves_remotely
+from trlpatch.hooks.adapter_sync import AdapterPath, adapter_path, hand_over, resync
 from trlpatch.hooks.sleep import awake_with_live_weights
-from trlpatch.hooks.sync import AdapterPath, adapter_path, hand_over, resync
+from trlpatch.hooks.trainers import serves_remotely
 
 
 def lora_request(owner: Any, engine: Any, given: Any = None) -> Any:
@@ -32,9 +32,9 @@ def lora_request(owner: Any, engine: Any, given: Any = None) -> Any:
     if path.live and _disabled(path):
         return None
     if path.live and path.view is not None:
-        request = adapters.current_request(path.view, path.view.base, state)
+        request = publisher.current_request(path.view, path.view.base, state)
         if request is None and hand_over(owner):
-            request = adapters.current_request(path.view, path.view.base, state)
+            request = publisher.current_request(path.view, path.view.base, state)
             if request is None:
                 raise StaleAdapter(
                     f"a rollout of {type(owner).__name__} would not use the current adapter: it changed, or was "

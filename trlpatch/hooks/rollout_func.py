@@ -8,12 +8,12 @@ from typing import Any
 
 from trlpatch.engine import guards
 from trlpatch.engine.attach import attached_engine
-from trlpatch.engine.notices import once, warn_once
 from trlpatch.engine.state import state_of
 from trlpatch.errors import RolloutFuncIgnored
 from trlpatch.hooks.lora_request import lora_request
-from trlpatch.hooks.owner import args_of, engine_of, serves_remotely
 from trlpatch.hooks.sleep import sleep
+from trlpatch.hooks.trainers import args_of, engine_of, serves_remotely
+from trlpatch.log import log_once, warn_once
 
 
 def rollout_func(trainer: Any, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -35,7 +35,7 @@ def rollout_func(trainer: Any, function: Callable[..., Any] | None) -> Callable[
             return function(*args, **kwargs)
         state = state_of(engine)
         guards.install(engine, state)
-        once(engine, "what rollout_func generates without a lora_request carries the adapter being trained")
+        log_once(engine, "what rollout_func generates without a lora_request carries the adapter being trained")
         with state.supplying(lambda: lora_request(trainer, engine)):
             result = function(*args, **kwargs)
         if getattr(args_of(trainer), "vllm_enable_sleep_mode", False):

@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trlpatch.engine.notices import once, warn_once
 from trlpatch.engine.sampling_params import GIVEN, explicit_values
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
-from trlpatch.hooks.owner import args_of
+from trlpatch.hooks.trainers import args_of
+from trlpatch.log import log_once, warn_once
 
 FIELD = "vllm_sampling_params"
 
@@ -67,7 +67,7 @@ def _plain(config: Any, given: Any) -> dict[str, Any]:
                 f"{where}: expected vLLMSamplingParams, vllm.SamplingParams or a dict, found {type(given).__name__}"
             )
         if not hasattr(given, GIVEN):
-            once(
+            log_once(
                 given,
                 f"{where}: a plain SamplingParams does not say which values you gave; those that differ from vLLM's "
                 f"defaults are used ({', '.join(sorted(found)) or 'none'}). trlpatch.vLLMSamplingParams remembers "
@@ -107,6 +107,14 @@ def _refuse_protected(config_name: str, values: Mapping[str, Any]) -> None:
             raise ProtectedSamplingParam(
                 f"{config_name}.{FIELD} sets {name!r}, which belongs to TRL: {protected[name]}. Leave it out"
             )
+    if values.get("seed") is not None:
+        # TRL sends each prompt num_generations times, and vLLM seeds a generator per request.
+        raise ProtectedSamplingParam(
+            f"{config_name}.{FIELD} sets seed={values['seed']!r}: vLLM would seed every request with it, all "
+            "completions of a prompt would be the same one, every advantage zero, and nothing would be learned. Leave "
+            "it out; for repeatable runs seed the engine, once for all requests: LLM(seed=...) (FastLanguageModel's "
+            "has seed 0)"
+        )
 
 
 def sampling_params(owner: Any, build: Callable[..., Any]) -> Callable[..., Any]:

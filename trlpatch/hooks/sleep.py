@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from trlpatch.engine import probes
-from trlpatch.engine import sleep as pools
-from trlpatch.engine.notices import once
+from trlpatch.engine.memory import sleep as pools
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.state import EngineState, state_of
-from trlpatch.hooks.owner import model_of, serves_remotely
+from trlpatch.hooks.adapter_sync import resync
 from trlpatch.hooks.settings import options
-from trlpatch.hooks.sync import resync
+from trlpatch.hooks.trainers import model_of, serves_remotely
+from trlpatch.log import log_once
 
 
 def sleep(owner: Any, engine: Any, level: int | None = None) -> None:
@@ -29,7 +29,7 @@ def sleep(owner: Any, engine: Any, level: int | None = None) -> None:
     if options().sleep == "off":
         return
     if not probes.sleep_enabled(engine):
-        once(engine, "the engine stays awake while training: it was built without enable_sleep_mode=True")
+        log_once(engine, "the engine stays awake while training: it was built without enable_sleep_mode=True")
         return
     pools.put_to_sleep(engine, state, _level(engine, state, level), model=model_of(owner))
 
@@ -63,7 +63,7 @@ def reload_weights(owner: Any, engine: Any, **_: Any) -> None:
     https://github.com/huggingface/trl/issues/5312; discarded weights are pushed from the trainer instead.
     """
     if engine is not None:
-        once(
+        log_once(
             engine,
             "reload_weights is not run: it would replace the policy by the checkpoint on disk (trl #5312)",
         )

@@ -8,9 +8,9 @@ single architectures.
 
 from __future__ import annotations
 
+from trlpatch.engine.sharing.aliasing import overlaps, verify_overlap
 from trlpatch.engine.sharing.build import model_over_engine, why_not_shareable
 from trlpatch.engine.sharing.logits import compare_logits
-from trlpatch.engine.sharing.overlap import overlaps, verify_overlap
 from trlpatch.engine.sharing.protect import check_frozen, protect, unprotect
 
 __all__ = [

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.sharing.eligibility import engine_reason
 from trlpatch.engine.sharing.names import EngineNames
-from trlpatch.engine.sharing.refusals import engine_reason
 from trlpatch.errors import CannotShare
 
 

@@ -11,9 +11,9 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from trlpatch.engine.lora_view import base_of
-from trlpatch.engine.sharing.overlap import base_parameters
+from trlpatch.engine.sharing.aliasing import base_parameters
 from trlpatch.errors import SharedWeights
+from trlpatch.policy.adapter import base_of
 
 
 @dataclass(frozen=True)

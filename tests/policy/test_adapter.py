@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from tests.engine.models import base_model, lora_model, randomize  # noqa: E402
+from trlpatch.policy.adapter import adapter_tensors, base_of, lora_view, unwrap  # noqa: E402
+from trlpatch.policy.change_detection import fingerprint  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+
+class Wrapper(torch.nn.Module):
+    """As DistributedDataParallel, DataParallel and DeepSpeedEngine keep the model."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, torch.compile, lambda m: Wrapper(torch.compile(m))])
+def test_the_model_is_found_under_wrappers(wrap: Any) -> None:
+    model = lora_model()
+    assert unwrap(wrap(model)) is model
+    assert base_of(wrap(model)) is model.get_base_model()
+    view = lora_view(wrap(model))
+    assert view is not None
+    assert view.active == ("default",)
+    assert len(view.layers) == 6
+
+
+def test_a_model_without_an_adapter_has_no_view() -> None:
+    assert lora_view(base_model()) is None
+    assert lora_view("some/model") is None
+    assert lora_view(None) is None
+    assert lora_view(lora_model().merge_and_unload()) is None
+
+
+def test_adapters_that_transformers_added_itself_are_seen() -> None:
+    from peft import LoraConfig
+
+    model = base_model()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    view = lora_view(model)
+    assert view is not None
+    assert len(view.pairs(view.active[0])) == 2
+
+
+def test_keys_are_those_of_a_saved_peft_adapter() -> None:
+    from peft import get_peft_model_state_dict
+
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    saved = get_peft_model_state_dict(model)
+    ours = adapter_tensors(view.weights("default")).tensors
+    assert set(ours) == set(saved)
+    assert {name: tuple(t.shape) for name, t in ours.items()} == {name: tuple(t.shape) for name, t in saved.items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"lora_alpha": 3},
+        {"lora_alpha": 4},
+        {"rank_pattern": {"q_proj": 2, "o_proj": 7}, "alpha_pattern": {"v_proj": 40}},
+    ],
+)
+def test_scaling_and_ranks_are_folded_into_the_copies(changes: dict[str, Any]) -> None:
+    model = lora_model(**changes)
+    randomize(model)
+    view = lora_view(model)
+    assert view is not None
+    adapter = adapter_tensors(view.weights("default"))
+    for path, layer in view.layers:
+        a = adapter.tensors[f"base_model.model.{path}.lora_A.weight"]
+        b = adapter.tensors[f"base_model.model.{path}.lora_B.weight"]
+        assert a.shape[0] == b.shape[1] == adapter.rank
+        torch.testing.assert_close(b @ a, layer.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [4, 8])
+def test_copies_never_alias_the_training_weights(dtype: Any, alpha: int) -> None:
+    model = lora_model(lora_alpha=alpha).to(dtype)
+    randomize(model)
+    view = lora_view(model)
+    assert view is not None
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for tensor in adapter_tensors(view.weights("default")).tensors.values():
+        tensor.mul_(3.0)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
+def test_an_optimizer_step_moves_the_fingerprint(settings: dict[str, bool]) -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    assert fingerprint(view) == before
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **settings)
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    assert fingerprint(view) == before
+    optimizer.step()
+    assert fingerprint(view) != before
+
+
+def test_scaling_and_the_active_adapter_are_part_of_the_fingerprint() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    view.layers[0][1].scaling["default"] *= 2
+    assert fingerprint(view) != before
+    view.layers[0][1].scaling["default"] /= 2
+    assert fingerprint(view) == before
+    with model.disable_adapter():
+        assert view.disabled
+        assert fingerprint(view) != before
+
+
+def test_writes_that_torch_does_not_count_are_seen() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    _, a, _, _ = view.pairs("default")[0]
+    counted = a._version
+    a.data[0, 0] += 1e-6
+    assert a._version == counted
+    assert fingerprint(view) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_without_version_counters(dtype: Any) -> None:
+    with torch.inference_mode():
+        model = lora_model().to(dtype)
+        view = lora_view(model)
+        assert view is not None
+        before = fingerprint(view)
+        assert fingerprint(view) == before
+        randomize(model)
+        assert fingerprint(view) != before
+
+
+def layers(model: Any) -> list[tuple[str, Any]]:
+    view = lora_view(model)
+    assert view is not None
+    return list(view.layers)
+
+
+def test_a_model_is_walked_once() -> None:
+    model = lora_model()
+    first = lora_view(model)
+    torch.nn.functional.relu(torch.ones(1))
+    second = lora_view(model)
+    assert first is not None
+    assert second is not None
+    assert second.found is first.found
+    assert second.weights("default") is first.weights("default")
+    torch.nn.Sequential(torch.nn.Linear(1, 1))  # registers a module, in whatever model
+    third = lora_view(model)
+    assert third is not None
+    assert third.found is not first.found
+
+
+def replaced_block(model: Any) -> None:
+    layers = model.get_base_model().model.layers
+    layers[1] = lora_model(target_modules=["q_proj"]).get_base_model().model.layers[1]
+
+
+def deleted_block(model: Any) -> None:
+    del model.get_base_model().model.layers[0]
+
+
+def inserted_block(model: Any) -> None:
+    layers = model.get_base_model().model.layers
+    layers.insert(0, layers[1])
+
+
+def bare_dictionary(model: Any) -> None:
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention._modules["q_proj"] = attention.q_proj.base_layer
+
+
+def new_target(model: Any) -> None:
+    from peft import LoraConfig
+
+    model.add_adapter("more", LoraConfig(r=2, target_modules=["k_proj"]))
+
+
+@pytest.mark.parametrize("change", [replaced_block, deleted_block, inserted_block, bare_dictionary, new_target])
+def test_what_changes_the_layers_is_noticed(change: Any) -> None:
+    model = lora_model()
+    before = layers(model)
+    change(model)
+    found = layers(model)
+    assert found != before
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    assert found == [item for item in base.named_modules() if isinstance(item[1], BaseTunerLayer)]
+
+
+def test_the_active_adapter_and_its_weights_are_those_of_this_moment() -> None:
+    model = lora_model()
+    model.add_adapter("other", model.peft_config["default"])
+    view = lora_view(model)
+    assert view is not None
+    assert view.active == ("default",)
+    view.weights("other")
+    model.set_adapter("other")
+    assert view.active == ("other",)
+    model.base_model.set_adapter(["default", "other"])
+    assert view.active == ("default", "other")
+    view.layers[0][1].set_adapter("other")
+    assert view.active == ("other", "default")
+    model.set_adapter("other")
+    model.delete_adapter("other")
+    assert view.active == ("default",)
+    assert view.weights("other").paths == ()
+    view.layers[0][1].merge()
+    assert view.merged
+
+
+@pytest.mark.parametrize("change", ["address", "parameter", "scaling"])
+def test_weights_are_others_when_they_are_elsewhere(change: str) -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = view.weights("default")
+    randomize(model)
+    assert view.weights("default") is before
+    layer = view.layers[0][1]
+    if change == "address":
+        layer.lora_A["default"].weight.data = layer.lora_A["default"].weight.data.clone()
+    elif change == "parameter":
+        layer.lora_A["default"].weight = torch.nn.Parameter(layer.lora_A["default"].weight.data)
+    else:
+        layer.scaling["default"] = 3.0
+    after = view.weights("default")
+    assert after is not before
+    assert after.a[0] is layer.lora_A["default"].weight
+    assert after.scalings[0] == layer.scaling["default"]
+
+
+def test_a_model_is_not_kept_alive() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    fingerprint(view)
+    gone = weakref.ref(view.base)
+    del model, view
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moves_that_cancel_out_are_seen(dtype: Any) -> None:
+    model = lora_model().to(dtype)
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    _, a, _, _ = view.pairs("default")[0]
+    bits = a.detach().view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[0, 0] += 1
+    bits[0, 1] -= 1
+    assert fingerprint(view) != before
+    bits[0, 0] -= 1
+    bits[0, 1] += 1
+    assert fingerprint(view) == before
+
+
+def test_large_adapters_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces share one buffer, and weights of two dtypes and one larger than a piece are among them."""
+    from trlpatch.policy import change_detection as module
+
+    monkeypatch.setattr(module, "_COLUMNS", 8)
+    monkeypatch.setattr(module, "_CHUNK", 40)
+    model = lora_model()
+    randomize(model)
+    view = lora_view(model)
+    assert view is not None
+    weights = view.weights("default")
+    weights.b[2].data = weights.b[2].data.bfloat16()
+    weights.a[1].data = weights.a[1].data.t().contiguous().t()
+    before = fingerprint(view)
+    assert fingerprint(view) == before
+    for parameter in (*weights.a, *weights.b):
+        elements = parameter.data if not parameter.is_contiguous() else parameter.data.view(-1)
+        for where in (0, -1):
+            old = elements[where].clone()
+            elements[where] += 1
+            assert fingerprint(view) != before
+            elements[where] = old
+            assert fingerprint(view) == before

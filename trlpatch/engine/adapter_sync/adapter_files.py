@@ -1,0 +1,78 @@
+"""Files for an engine whose worker is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+from trlpatch.engine.adapter_sync import registry
+from trlpatch.errors import AdapterNotExpressible
+from trlpatch.policy.adapter import LoraWeights, adapter_tensors
+
+_MEMORY = Path("/dev/shm")
+
+
+class AdapterFiles:
+    """Writes the adapter to a private directory, in memory where there is /dev/shm, for the engine to load."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = weakref.ref(engine)
+        parent = _MEMORY if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) else None
+        self._directory = Path(tempfile.mkdtemp(prefix="trlpatch-adapter-", dir=parent))  # mode 0700
+        self.remove_files = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._current: Any = None
+
+    @property
+    def description(self) -> str:
+        """For `trlpatch.status()`."""
+        return f"through files in {self._directory.parent}"
+
+    def publish(self, weights: LoraWeights) -> Any:
+        """Write the tensors and have the engine read them at once; see AdapterSync."""
+        from safetensors.torch import save_file
+
+        engine = self._engine()
+        adapter = adapter_tensors(weights)
+        request = registry.fresh_request(self._directory)
+        path = Path(request.lora_path)
+        path.mkdir(mode=0o700)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": "",
+            "r": adapter.rank,
+            "lora_alpha": adapter.rank,
+            "target_modules": list(adapter.targets),
+            "bias": "none",
+        }
+        save_file(
+            {name: tensor.cpu() for name, tensor in adapter.tensors.items()},
+            path / "adapter_model.safetensors",
+        )
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        try:
+            self._call(engine, "add_lora", request)
+        except ValueError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise AdapterNotExpressible(f"vLLM refuses the adapter: {error}") from error
+        old, self._current = self._current, request
+        if old is not None:
+            self._call(engine, "remove_lora", old.lora_int_id)
+            shutil.rmtree(old.lora_path, ignore_errors=True)
+        return request
+
+    def holds(self, request: Any) -> bool:
+        """Tell whether this is the newest version."""
+        # Evicted or not, vLLM can read it again: the newest version's files are kept.
+        return self._current is request
+
+    @staticmethod
+    def _call(engine: Any, method: str, argument: Any) -> None:
+        function = getattr(getattr(engine, "llm_engine", None), method, None)
+        if callable(function):
+            function(argument)

@@ -1,0 +1,39 @@
+"""Registering the adapter anew: correct for every layer that vLLM has, at the cost of copies and of `set_lora`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from trlpatch.engine.adapter_sync import registry
+from trlpatch.policy.adapter import LoraWeights, adapter_tensors
+
+
+class Registration:
+    """Registers every version with the worker's LoRA manager, which lives in this process, under a new id."""
+
+    def __init__(self, engine: Any, reason: str | None = None) -> None:
+        self._engine = weakref.ref(engine)
+        self._reason = reason
+        self._current: int | None = None
+
+    @property
+    def description(self) -> str:
+        """For `trlpatch.status()`."""
+        return "registered anew each time" + (f" ({self._reason})" if self._reason else "")
+
+    def publish(self, weights: LoraWeights) -> Any:
+        """Register copies with the worker; see AdapterSync."""
+        worker = registry.worker_of(self._engine())
+        request = registry.fresh_request(registry.NOWHERE)
+        lora = registry.lora_model(worker, adapter_tensors(weights).tensors, weights, request.lora_int_id)
+        if self._current is not None:
+            worker._adapter_manager.remove_adapter(self._current)
+            self._current = None
+        registry.register(worker, lora)
+        self._current = request.lora_int_id
+        return request
+
+    def holds(self, request: Any) -> bool:
+        """Ask the worker's registry."""
+        return request.lora_int_id in registry.worker_of(self._engine()).list_adapters()

@@ -1,0 +1,71 @@
+"""Has an adapter the shape of the engine's model?
+
+vLLM copies a tensor that is too small into a corner of its buffer, and passes over modules that the model has not,
+both without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from trlpatch.engine import probes
+from trlpatch.policy.adapter import PEFT_PREFIX
+
+Shape = tuple[str, int, int]
+"""A module by vLLM's name, its input and its output features."""
+
+
+def misfit(manager: Any, shapes: Iterable[Shape]) -> str | None:
+    """The first of `shapes` that the LoRA manager's model has not, in words; None when it has them all."""
+    slices = {
+        member: (packed, at) for packed, members in manager.packed_modules.items() for at, member in enumerate(members)
+    }
+    for name, *wanted in shapes:
+        packed, at = slices.get(name, (name, 0))
+        module = manager.modules.get(packed)
+        if module is None:
+            return f"the engine's model has no LoRA layer for {name!r}"
+        has = _features(module, at)
+        if has is not None and tuple(wanted) != has:
+            return f"{name!r} takes {wanted[0]} to {wanted[1]} features in the adapter, {has[0]} to {has[1]} here"
+    return None
+
+
+def directory_misfit(llm: Any, directory: Path) -> str | None:
+    """As `misfit`, of an adapter that PEFT saved; None also where neither file nor engine can be looked into here."""
+    worker = probes.worker_lora_manager(llm)
+    file = directory / "adapter_model.safetensors"
+    if worker is None or not file.is_file():
+        return None
+    manager = worker._adapter_manager
+    return misfit(manager, _saved(file, probes.rename_mapper(manager.model)))
+
+
+def _features(module: Any, at: int) -> tuple[int, int] | None:
+    """(input, output) features of one slice of a linear LoRA layer; None for other layers, and for sharded ones."""
+    a, b = getattr(module, "lora_a_stacked", None), getattr(module, "lora_b_stacked", None)
+    if not isinstance(a, tuple) or not isinstance(b, tuple) or not at < min(len(a), len(b)):
+        return None
+    if getattr(module, "tp_size", 1) > 1 or hasattr(module, "w13_lora_a_stacked"):
+        return None
+    return int(a[at].shape[-1]), int(b[at].shape[-2])
+
+
+def _saved(file: Path, mapper: Any) -> list[Shape]:
+    from safetensors import safe_open
+
+    sides: dict[str, dict[str, int]] = {}
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118 - not a mapping
+            path, found, side = key.removeprefix(PEFT_PREFIX).partition(".lora_")
+            if found and side in ("A.weight", "B.weight"):
+                sides.setdefault(path, {})[side[0]] = tensors.get_slice(key).get_shape()[1 if side[0] == "A" else 0]
+    names = [f"{path}.weight" for path in sides]
+    renamed = names if mapper is None else [one for name in names for one in mapper.apply_list([name])[:1] or [name]]
+    return [
+        (name.removesuffix(".weight"), side["A"], side["B"])
+        for name, side in zip(renamed, sides.values(), strict=True)
+        if len(side) == 2
+    ]

@@ -1,0 +1,46 @@
+"""The request of the adapter as it is now, for code that has a model and an engine but no trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trlpatch.engine import expressible
+from trlpatch.engine.adapter_sync import publisher
+from trlpatch.engine.memory.sleep import wake
+from trlpatch.engine.state import state_of
+from trlpatch.errors import AdapterNotExpressible, StaleAdapter
+from trlpatch.policy.adapter import lora_view
+
+
+def require_request(model: Any, engine: Any) -> Any:
+    """Wake the engine and return the live adapter's LoRARequest, handing the adapter over if it moved.
+
+    None while the adapter is disabled (the policy is the base model then). Raises AdapterNotExpressible when
+    the engine cannot serve the adapter, StaleAdapter when a level-2 sleep discarded the engine's weights.
+    """
+    state = state_of(engine)
+    wake(engine, state, "weights")
+    if state.weights_lost:
+        raise StaleAdapter(
+            "a live adapter request was asked for, but a level-2 sleep discarded the engine's weights and only the "
+            "trainer can push them: roll out from the trainer, or attach an engine (it sleeps at level 1)"
+        )
+    wake(engine, state, "kv_cache")
+    view = lora_view(model)
+    reason = "it has no PEFT adapter" if view is None else expressible.why_not(view, engine)
+    if view is None or reason is not None:
+        raise AdapterNotExpressible(
+            f"a live LoRA request was asked for {type(model).__name__}, but vLLM cannot serve it: {reason}"
+        )
+    if view.disabled:
+        return None
+    request = publisher.current_request(view, view.base, state)
+    if request is None:
+        publisher.publish(view, view.base, engine)
+        request = publisher.current_request(view, view.base, state)  # waits until it has arrived
+    if request is None:
+        raise StaleAdapter(
+            f"a live adapter request was asked for {type(model).__name__}, but the adapter changed, or was evicted, "
+            "while it was handed over; do not train it from another thread while it generates"
+        )
+    return request

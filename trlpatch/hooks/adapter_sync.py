@@ -1,0 +1,125 @@
+"""Where TRL synchronises weights: hand the adapter over, or let TRL push every weight."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from trlpatch.engine import expressible
+from trlpatch.engine.adapter_sync import publisher
+from trlpatch.engine.drain import drain
+from trlpatch.engine.memory.sleep import wake
+from trlpatch.engine.probes import WEIGHTS
+from trlpatch.engine.state import EngineState, state_of
+from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
+from trlpatch.hooks.settings import options
+from trlpatch.hooks.trainers import engine_of, model_of, own_sync, serves_remotely
+from trlpatch.log import log_once
+from trlpatch.policy.adapter import LoraView, lora_view
+
+
+@dataclass(frozen=True)
+class AdapterPath:
+    """Whether rollouts of one owner can carry its adapter as a request; `reason` is None when they can."""
+
+    view: LoraView | None
+    reason: str | None
+
+    @property
+    def live(self) -> bool:
+        """Do rollouts carry the adapter?"""
+        return self.view is not None and self.reason is None
+
+
+def adapter_path(owner: Any, engine: Any) -> AdapterPath:
+    """Decide between a LoRA request and TRL's own sync; the engine's weights must be awake."""
+    view = lora_view(model_of(owner))
+    if view is None:
+        return AdapterPath(None, "the model has no PEFT adapter (full fine-tuning)")
+    if options().adapter == "off":
+        return AdapterPath(view, 'adapter="off"')
+    return AdapterPath(view, expressible.why_not(view, engine))
+
+
+def hand_over(owner: Any) -> bool:
+    """Replace TRL's weight sync: True when the adapter was handed to the engine, False when TRL must push
+    weights.
+
+    False in server mode, for full fine-tuning, for adapters that vLLM cannot serve and with adapter="off";
+    the reason is logged once per owner. With adapter="request" those reasons (but for server mode) raise
+    AdapterNotExpressible. A sleeping engine's weights are woken first: TRL 0.28.0 syncs before it wakes, into
+    unmapped memory. The adapter is handed over whether or not it seems to have changed. Raises SharedWeights instead
+    of returning False when the engine computes with the trainer's own weights: merged ones must not be pushed there.
+    """
+    engine = engine_of(owner)
+    if engine is None or serves_remotely(owner):
+        return False
+    state = state_of(engine)
+    wake(engine, state, WEIGHTS)
+    drain(engine)  # TRL's own push writes into the weights, too
+    path = adapter_path(owner, engine)
+    reason = path.reason
+    if path.view is not None and reason is None:
+        try:
+            publisher.publish(path.view, path.view.base, engine)
+            return True
+        except AdapterNotExpressible as error:
+            reason = str(error)
+            state.base_verdict[path.view.found] = reason
+    if options().adapter == "request":
+        raise AdapterNotExpressible(
+            f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '
+            'that vLLM can serve; use PatchFastRL(adapter="auto") to let TRL push full weights instead'
+        )
+    _refuse_to_push(owner, state, str(reason))
+    if path.view is None:
+        log_once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
+    else:
+        level = logging.INFO if options().adapter == "off" else logging.WARNING
+        log_once(
+            owner,
+            f"{type(owner).__name__}: TRL's own full-weight sync runs instead of LoRA requests: {reason}",
+            level=level,
+        )
+    state.policy_pushed()
+    return False
+
+
+def _refuse_to_push(owner: Any, state: EngineState, why: str) -> None:
+    if state.shared_weights:
+        raise SharedWeights(
+            f"synchronising {type(owner).__name__}: TRL would push full weights ({why}) into an engine whose base "
+            "weights are the trainer's own, and change what it trains on; expected a LoRA adapter that vLLM can "
+            "serve. Use one, or load the model separately and call trlpatch.attach_engine(model, llm)"
+        )
+
+
+def resync(owner: Any, engine: Any, state: EngineState, why: str) -> None:
+    """Run the owner's own (patched) sync now, because the engine does not hold the policy.
+
+    Raises StaleAdapter when the owner has no sync, or its sync did not help, SharedWeights when the engine computes
+    with the trainer's own weights.
+    """
+    _refuse_to_push(owner, state, why)
+    sync = own_sync(owner)
+    if sync is None or state.syncing:
+        raise StaleAdapter(
+            f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and it has no weight sync "
+            "to run; expected an attached engine (it keeps its weights) or a trainer with its own sync"
+        )
+    log_once(
+        owner,
+        f"{type(owner).__name__}: weights are synchronised again before this rollout: {why}",
+        level=logging.DEBUG,
+    )
+    state.syncing = True
+    try:
+        sync()
+    finally:
+        state.syncing = False
+    if state.weights_lost:
+        raise StaleAdapter(
+            f"a rollout of {type(owner).__name__} would not use the current policy: {why}, and its sync pushed "
+            "nothing; check that the `adapter_sync` patch is applied: trlpatch.status()"
+        )

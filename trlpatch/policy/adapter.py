@@ -1,0 +1,275 @@
+"""The LoRA adapter inside a training model: its layers, its tensors, copies of them.
+
+Walking a 7B model takes milliseconds and would happen before every rollout, so what only a registered, replaced or
+deleted module can change is kept per base model (`PeftLayers`) and checked instead of walked again.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import weakref
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter, is_
+from typing import Any
+
+from trlpatch.policy.registrations import registrations
+
+# Containers that DDP, torch.compile, FSDP1 and activation checkpointing put around modules, inside a dotted
+# path.
+_WRAPPER_PART = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DDP, DeepSpeed, FSDP1 and torch.compile wrappers."""
+    while True:
+        children = getattr(model, "_modules", None) or {}
+        inner = children.get("_orig_mod")
+        if inner is None:
+            inner = children.get("_fsdp_wrapped_module")
+        if inner is None and len(children) == 1:  # DDP, DataParallel, DeepSpeedEngine: one child called "module"
+            inner = children.get("module")
+        if inner is None:
+            return model
+        model = inner
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model under wrappers and PEFT: the object that PEFT puts its layers into."""
+    model = unwrap(model)
+    get_base_model = getattr(model, "get_base_model", None)
+    return unwrap(get_base_model()) if callable(get_base_model) else model
+
+
+@dataclass(frozen=True, eq=False)
+class LoraWeights:
+    """The parameters of one adapter, one entry per adapted layer: the training tensors themselves, only to be read.
+
+    As long as these are the same tensors at the same addresses with the same scalings, the same object is returned:
+    what depends on nothing else may be kept with it (`derived`).
+    """
+
+    paths: tuple[str, ...]
+    """In the transformers model."""
+    a: list[Any]
+    """lora_A weights, [r, in]."""
+    b: list[Any]
+    """lora_B weights, [out, r]."""
+    scalings: list[float]
+    addresses: list[int]
+    """Of every A, then of every B; empty when some have no storage in this process."""
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What was computed from the identity of these tensors, not from their values."""
+
+    @cached_property
+    def rank(self) -> int:
+        """The largest rank, after rank_pattern."""
+        return max(int(a.shape[0]) for a in self.a)
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """Last components of the adapted modules' paths, sorted."""
+        return tuple(sorted({path.rpartition(".")[2] for path in self.paths}))
+
+
+class _Sites:
+    """Where the parameters of one adapter are found, and what was found there last."""
+
+    def __init__(self, layers: tuple[tuple[str, Any], ...], adapter: str) -> None:
+        adapted = [(path, layer) for path, layer in layers if adapter in getattr(layer, "lora_A", {})]
+        self._paths = tuple(path for path, _ in adapted)
+        self._a = [layer.lora_A._modules for _, layer in adapted]
+        self._b = [layer.lora_B._modules for _, layer in adapted]
+        self._scalings = [layer.scaling for _, layer in adapted]
+        self._last: LoraWeights | None = None
+
+    def read(self, adapter: str) -> LoraWeights:
+        a = _weights([modules[adapter] for modules in self._a])
+        b = _weights([modules[adapter] for modules in self._b])
+        scalings = [scaling[adapter] for scaling in self._scalings]
+        addresses = _addresses(a + b)
+        last = self._last
+        if (
+            last is None
+            or addresses != last.addresses
+            or scalings != last.scalings
+            or not all(map(is_, a, last.a))
+            or not all(map(is_, b, last.b))
+        ):
+            last = self._last = LoraWeights(self._paths, a, b, scalings, addresses)
+        return last
+
+
+def _weights(modules: list[Any]) -> list[Any]:
+    try:
+        # A tenth of the time that nn.Module.__getattr__ takes.
+        return [module._parameters["weight"] for module in modules]
+    except KeyError:
+        return [module.weight for module in modules]
+
+
+def _addresses(weights: list[Any]) -> list[int]:
+    try:
+        return [weight.data_ptr() for weight in weights]
+    except RuntimeError:  # sharded parameters have no storage of their own
+        return []
+
+
+class PeftLayers:
+    """The PEFT layers of one base model as a walk found them."""
+
+    def __init__(self, base: Any) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._count = registrations.count()
+        found = [(path, module) for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+        self.layers = tuple((_WRAPPER_PART.sub("", path).lstrip("."), module) for path, module in found)
+        self._modules = [module for _, module in found]
+        self._sites: dict[str, _Sites] = {}
+        # Every step of every path, to notice deletions. Holds no reference to `base`, whose key in `_walks` is weak.
+        steps: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        for path, _ in found:
+            module = base
+            for name in path.split(".") if path else ():
+                children = module._modules
+                module = children[name]
+                steps[id(children), name] = (children, name, module)
+        self._parents = [children for children, _, _ in steps.values()]
+        self._names = [name for _, name, _ in steps.values()]
+        self._children = [child for _, _, child in steps.values()]
+
+    def stands(self) -> bool:
+        """Would a walk find the same layers again?"""
+        return self._count == registrations.count() and all(
+            map(is_, map(dict.get, self._parents, self._names), self._children)
+        )
+
+    def weights(self, adapter: str) -> LoraWeights:
+        """The parameters of an adapter now."""
+        sites = self._sites.get(adapter)
+        if sites is not None:
+            try:
+                return sites.read(adapter)
+            except KeyError:  # deleted from some layers, which registers nothing
+                pass
+        sites = self._sites[adapter] = _Sites(self.layers, adapter)
+        return sites.read(adapter)
+
+    def state(self, name: str) -> list[Any]:
+        """One attribute of every layer."""
+        return list(map(attrgetter(name), self._modules))
+
+
+_walks: weakref.WeakKeyDictionary[Any, PeftLayers] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class LoraView:
+    """The PEFT layers of one model.
+
+    `configs` maps adapter names to PEFT configs; `found` holds the layers.
+    """
+
+    base: Any
+    configs: dict[str, Any]
+    found: PeftLayers
+
+    @property
+    def layers(self) -> tuple[tuple[str, Any], ...]:
+        """(path in the transformers model, PEFT layer), in the model's order."""
+        return self.found.layers
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters that the forward pass adds, each once."""
+        found = self.found.state("active_adapter")  # a name, or a list of them
+        if found and found.count(found[0]) == len(found):
+            del found[1:]
+        return tuple(dict.fromkeys(name for names in found for name in ([names] if isinstance(names, str) else names)))
+
+    @property
+    def disabled(self) -> bool:
+        """True inside `with model.disable_adapter():`, when the policy is the base model."""
+        return bool(self.layers) and all(self.found.state("disable_adapters"))
+
+    @property
+    def merged(self) -> bool:
+        """Is an adapter merged into the base weights of some layer?"""
+        return any(self.found.state("merged"))
+
+    def weights(self, adapter: str) -> LoraWeights:
+        """The parameters of every linear layer of the adapter."""
+        return self.found.weights(adapter)
+
+    def pairs(self, adapter: str) -> list[tuple[str, Any, Any, float]]:
+        """(path, lora_A weight [r, in], lora_B weight [out, r], scaling) of every linear layer of the
+        adapter.
+        """
+        weights = self.weights(adapter)
+        return list(zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True))
+
+
+def lora_view(model: Any) -> LoraView | None:
+    """The PEFT layers of a model (wrapped or not), or None when the model has no PEFT adapter at all."""
+    if sys.modules.get("peft") is None:
+        return None
+    outer, base = unwrap(model), base_of(model)
+    configs = getattr(outer, "peft_config", None)
+    if not isinstance(configs, dict) or not callable(getattr(base, "named_modules", None)):
+        return None
+    found = _walks.get(base)
+    if found is None or not found.stands():
+        found = _walks[base] = PeftLayers(base)
+    # `merge_and_unload()` leaves `peft_config` on the base model and takes the layers away.
+    if not found.layers and outer is base:
+        return None
+    return LoraView(base, configs, found)
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    """Copies that vLLM may keep and scale.
+
+    `tensors` has PEFT's key names; every A is [rank, in] in the training dtype, every B [out, rank] in
+    float32 with the layer's scaling multiplied in, so vLLM is told `lora_alpha = rank` and scales by one.
+    That is right for rsLoRA, `rank_pattern` and `alpha_pattern` on every release (vLLM below 0.32 ignores the
+    patterns), and rounds once.
+    """
+
+    tensors: dict[str, Any]
+    rank: int
+    targets: tuple[str, ...]
+    """Last components of the adapted modules' paths, sorted."""
+
+
+PEFT_PREFIX = "base_model.model."
+"""What stands before a path of the transformers model in a saved PEFT adapter."""
+
+
+def tensor_names(path: str) -> tuple[str, str]:
+    """The names of A and B of a layer in a saved PEFT adapter."""
+    return f"{PEFT_PREFIX}{path}.lora_A.weight", f"{PEFT_PREFIX}{path}.lora_B.weight"
+
+
+def adapter_tensors(weights: LoraWeights) -> AdapterTensors:
+    """Scaled copies of the adapter, padded with zeros to one rank.
+
+    vLLM multiplies lora_B in place, and its `.to(device, dtype)` returns the caller's own tensor when nothing
+    changes: the training weights themselves must never be handed over.
+    """
+    import torch
+
+    rank = weights.rank
+    tensors: dict[str, Any] = {}
+    with torch.no_grad():
+        for path, a, b, scaling in zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True):
+            own_a = a.detach().clone()
+            own_b = b.detach().to(torch.float32) * scaling
+            missing = rank - a.shape[0]
+            if missing:
+                own_a = torch.cat([own_a, own_a.new_zeros(missing, own_a.shape[1])], dim=0)
+                own_b = torch.cat([own_b, own_b.new_zeros(own_b.shape[0], missing)], dim=1)
+            name_a, name_b = tensor_names(path)
+            tensors[name_a], tensors[name_b] = own_a.contiguous(), own_b.contiguous()
+    return AdapterTensors(tensors, rank, weights.targets)
