@@ -192,6 +192,19 @@ def test_rules_cover_all_that_the_rewriter_imports(fake_trl):
     assert {Path(file).name for file in imported - rules} == {"errors.py"}
 
 
+def test_rules_know_a_development_version_by_its_metadata(tmp_path, monkeypatch):
+    # An editable install has another version after each commit: another key, never an error.
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    seen = {rules_digest()}
+    for version in ("0.1.1.dev3+g1234567", "0.1.1.dev4+g89abcde.d20261127"):
+        metadata = tmp_path / f"trlpatch-{version}.dist-info"
+        metadata.mkdir()
+        assert caching._version("trlpatch") == metadata.name
+        seen.add(rules_digest())
+        metadata.rmdir()
+    assert len(seen) == 3
+
+
 def test_warm_start_reads_and_does_not_rewrite(fake_trl, patch_grpo, monkeypatch):
     cold = patch_grpo()
     assert set(cold.cache.values()) == {"miss"}
