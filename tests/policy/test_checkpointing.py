@@ -20,6 +20,8 @@ from trlpatch.policy.checkpointing import (  # noqa: E402
     set_auto_checkpointing,
 )
 
+pytestmark = pytest.mark.torch
+
 LAYERS = 6
 A_LAYER = GIB // 64
 """Bytes that a layer's activations take for one token, on the device made up here."""
