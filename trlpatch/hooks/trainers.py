@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.hooks.protocols import TrainerArguments
+from trlpatch.trl_names import ENGINE_ATTRIBUTES, LEFT_ALONE_TRAINERS, SYNC_METHODS
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -21,14 +22,13 @@ T = TypeVar("T")
 _args_of_generation: weakref.WeakKeyDictionary[object, TrainerArguments] = weakref.WeakKeyDictionary()
 _under_construction: list[TrainerArguments] = []
 
-_EXCLUDED = frozenset({"NashMDTrainer", "XPOTrainer"})
 # TRL 0.18 to 1.13: both override `training_step` and call transformers' `generate` in it, whatever `use_vllm` says.
 EXCLUDED = "because NashMD and XPO generate with transformers in a training step of their own: TRL runs as it is"
 
 
 def is_excluded_trainer(trainer: object) -> bool:
     """Is it a NashMD or XPO trainer, or made from one? Their rollouts do not run on the engine that they inherit."""
-    return any(cls.__name__ in _EXCLUDED for cls in type(trainer).__mro__)
+    return any(cls.__name__ in LEFT_ALONE_TRAINERS for cls in type(trainer).__mro__)
 
 
 def generation_of(owner: object) -> object:
@@ -40,7 +40,7 @@ def generation_of(owner: object) -> object:
 def engine_of(owner: object) -> RolloutEngine | None:
     """The in-process engine, or None (server mode, or transformers generation)."""
     holder = generation_of(owner)
-    for name in ("llm", "vllm_engine"):  # trlpatch.rewrite.edits writes calls with the same names
+    for name in ENGINE_ATTRIBUTES:
         found: RolloutEngine | None = getattr(holder, name, None)
         if found is not None:
             return found
@@ -63,7 +63,7 @@ def serves_remotely(owner: object) -> bool:
 def own_sync(owner: object) -> Callable[[], object] | None:
     """TRL's own weight sync of this owner; None where it has no method for it (OnlineDPO below 0.23)."""
     for holder in (generation_of(owner), owner):
-        for name in ("sync_weights", "_move_model_to_vllm"):
+        for name in SYNC_METHODS:
             found = getattr(holder, name, None)
             if callable(found):
                 sync: Callable[[], object] = found
