@@ -158,7 +158,7 @@ def hand_over(trainer: Any, way: str) -> dict[str, Any]:
     sync = timer(owner.sync_weights, change, repeats=12)
     found = {"sync_ms": sync}
     if way != "stock":
-        from trlpatch.engine.adapter_sync.publisher import Registration
+        from trlpatch.engine.publisher import Registration
         from trlpatch.engine.state import state_of
         from trlpatch.hooks import lora_request
 

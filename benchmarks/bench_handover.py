@@ -123,7 +123,7 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
     import torch
 
     from trlpatch import hooks
-    from trlpatch.engine.adapter_sync.publisher import AdapterFiles, Registration
+    from trlpatch.engine.publisher import AdapterFiles, Registration
     from trlpatch.engine.state import state_of
 
     owner, state = Owner(policy, engine), state_of(engine)

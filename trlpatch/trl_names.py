@@ -9,4 +9,5 @@ SYNC_METHODS = ("sync_weights", "_move_model_to_vllm")
 LEFT_ALONE_TRAINERS = ("NashMDTrainer", "XPOTrainer")
 """Subclasses of OnlineDPOTrainer (up to TRL 1.13) that inherit its engine and do not roll out on it."""
 
+# TRL 0.18 to 1.13: both override `training_step` and call transformers' `generate` in it, whatever `use_vllm` says.
 LEFT_ALONE_REASON = "TRL rolls them out with transformers, not on the engine that they inherit from OnlineDPO"

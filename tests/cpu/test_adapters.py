@@ -18,7 +18,8 @@ vllm = pytest.importorskip("vllm")
 from peft import LoraConfig  # noqa: E402
 
 import trlpatch  # noqa: E402
-from trlpatch.engine.adapter_sync import publisher, registry  # noqa: E402
+from trlpatch.engine import publisher  # noqa: E402
+from trlpatch.engine.adapter_sync import registry  # noqa: E402
 from trlpatch.engine.attach import detach_engine  # noqa: E402
 from trlpatch.engine.backend import backend_of  # noqa: E402
 from trlpatch.engine.probes import legal_rank, legal_ranks, max_lora_rank, sleep_enabled, worker_lora_manager  # noqa: E402

@@ -19,8 +19,8 @@ pytest.importorskip("vllm")
 
 from tests.fakes.engine import RecordingEngineStub  # noqa: E402
 from tests.fakes.models import lora_model, randomize  # noqa: E402
-from trlpatch.engine import guards  # noqa: E402
-from trlpatch.engine.adapter_sync import publisher, registry  # noqa: E402
+from trlpatch.engine import guards, publisher  # noqa: E402
+from trlpatch.engine.adapter_sync import registry  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402

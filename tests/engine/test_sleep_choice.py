@@ -18,9 +18,9 @@ from trlpatch.engine.describe import describe, describe_engines
 from trlpatch.engine.memory import cumem, device, headroom, sleep_mode
 from trlpatch.engine.memory.device import GIB
 from trlpatch.engine.memory.headroom import HeadroomMonitor
-from trlpatch.engine.memory.sleep import put_to_sleep, sleep_default, wake
 from trlpatch.engine.memory.sleep_mode import unsupported_reason
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
+from trlpatch.engine.sleep import put_to_sleep, sleep_default, wake
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import InvalidOption
 

@@ -21,8 +21,8 @@ from tests.fakes.allocator import DeviceStub  # noqa: E402
 from tests.fakes.sleep_rig import ALL, KV, real_module  # noqa: E402
 from trlpatch.engine import guards, probes  # noqa: E402
 from trlpatch.engine.memory import device  # noqa: E402
-from trlpatch.engine.memory.sleep import put_to_sleep, wake  # noqa: E402
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS  # noqa: E402
+from trlpatch.engine.sleep import put_to_sleep, wake  # noqa: E402
 from trlpatch.engine.state import forget, state_of  # noqa: E402
 from trlpatch.errors import EngineAsleep, EngineBusy, NotEnoughMemory, SharedWeights  # noqa: E402
 

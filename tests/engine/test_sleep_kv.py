@@ -17,8 +17,8 @@ from tests.fakes.allocator import RELEASES
 from tests.fakes.sleep_rig import ALL, KV, Rig
 from trlpatch.engine import guards
 from trlpatch.engine.memory import cumem
-from trlpatch.engine.memory.sleep import wake
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
+from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import forget, state_of
 from trlpatch.engine.worker_extension import EXTENSION, KvCacheSleep
 from trlpatch.errors import EngineAsleep, EngineBusy, EngineWithoutSleep, NotEnoughMemory, SharedWeights

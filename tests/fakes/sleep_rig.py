@@ -11,8 +11,8 @@ import pytest
 from tests.fakes.allocator import LAYOUT, DeviceStub, ExecutorStub, SleepyEngineStub, WorkerStub, cumem_stub
 from trlpatch.engine import guards
 from trlpatch.engine.memory import device
-from trlpatch.engine.memory.sleep import put_to_sleep
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
+from trlpatch.engine.sleep import put_to_sleep
 from trlpatch.engine.state import state_of
 from trlpatch.engine.worker_extension import KvCacheSleep
 

@@ -196,7 +196,7 @@ class Acceptance:
 
     def cycles(self) -> dict[str, Any]:
         """Sleep, an update while asleep, wake, score: twenty times."""
-        from trlpatch.engine.memory import sleep as pools
+        from trlpatch.engine import sleep as pools
         from trlpatch.engine.state import state_of
 
         state = state_of(self.engine)
@@ -230,7 +230,7 @@ class Acceptance:
         """Milliseconds of one hand-over: in place, and registering anew."""
         import torch
 
-        from trlpatch.engine.adapter_sync.publisher import Registration
+        from trlpatch.engine.publisher import Registration
         from trlpatch.engine.state import state_of
 
         state = state_of(self.engine)

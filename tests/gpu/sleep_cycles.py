@@ -85,7 +85,7 @@ class Run:
 
     def kv_only_cycles(self) -> dict[str, Any]:
         from trlpatch.engine.memory import cumem
-        from trlpatch.engine.memory.sleep import put_to_sleep, wake
+        from trlpatch.engine.sleep import put_to_sleep, wake
 
         self.roll_out()
         self.first = self.scores()
@@ -107,7 +107,7 @@ class Run:
 
     def by_hand(self) -> None:
         """What a user does with `llm` directly, around a KV-only sleep."""
-        from trlpatch.engine.memory.sleep import put_to_sleep
+        from trlpatch.engine.sleep import put_to_sleep
         from trlpatch.errors import EngineAsleep, SharedWeights
 
         put_to_sleep(self.llm, self.state, 1)
@@ -125,7 +125,7 @@ class Run:
         import torch
 
         from trlpatch.engine.memory import cumem
-        from trlpatch.engine.memory.sleep import put_to_sleep, wake
+        from trlpatch.engine.sleep import put_to_sleep, wake
         from trlpatch.errors import NotEnoughMemory
 
         put_to_sleep(self.llm, self.state, 1)
@@ -141,7 +141,7 @@ class Run:
         self.same("woken once there is memory")
 
     def level_1(self) -> dict[str, Any]:
-        from trlpatch.engine.memory.sleep import put_to_sleep, wake
+        from trlpatch.engine.sleep import put_to_sleep, wake
 
         self.state.shared_weights = False
         slept, woken, freed = [], [], []

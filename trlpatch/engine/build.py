@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import gc
 import importlib.util
@@ -13,13 +12,13 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.memory import cumem
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import forget
+from trlpatch.engine.vllm_source import class_fields
 from trlpatch.exception_chain import exception_chain
 from trlpatch.log import logger
 
@@ -37,15 +36,10 @@ def engine_argument_names() -> frozenset[str]:
 
     Read from the source of `EngineArgs`: importing vLLM takes seconds and changes this process.
     """
-    spec = importlib.util.find_spec("vllm")
-    for place in (spec and spec.submodule_search_locations) or ():
-        file = Path(place) / "engine" / "arg_utils.py"
-        if file.is_file():
-            for node in ast.parse(file.read_text(encoding="utf-8")).body:
-                if isinstance(node, ast.ClassDef) and node.name == "EngineArgs":
-                    fields = [line.target for line in node.body if isinstance(line, ast.AnnAssign)]
-                    return frozenset(field.id for field in fields if isinstance(field, ast.Name))
-    return _argument_names_of_imported_vllm() if spec is not None else frozenset()
+    fields = class_fields("engine/arg_utils.py", "EngineArgs")
+    if fields is not None:
+        return fields
+    return _argument_names_of_imported_vllm() if importlib.util.find_spec("vllm") is not None else frozenset()
 
 
 def _argument_names_of_imported_vllm() -> frozenset[str]:

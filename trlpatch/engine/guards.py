@@ -90,7 +90,7 @@ class Guards:
             raise SharedWeights(
                 f"sleep(level={level}) of an engine whose weights are the trainer's own: it would unmap them under "
                 "the trainer. A patched trainer gives back the KV cache alone; by hand: "
-                "trlpatch.engine.memory.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
+                "trlpatch.engine.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
             )
         sleeping = self._backend.unmapped()
         if WEIGHTS in sleeping:  # vLLM ignores it, whatever the level

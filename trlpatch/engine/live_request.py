@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from trlpatch.engine import lora_limits
-from trlpatch.engine.adapter_sync import publisher
-from trlpatch.engine.memory.sleep import wake
+from trlpatch.engine import lora_limits, publisher
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
+from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
 from trlpatch.policy.adapter import lora_view

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from trlpatch.engine import lora_limits
-from trlpatch.engine.adapter_sync import publisher
-from trlpatch.engine.memory.sleep import wake
+from trlpatch.engine import lora_limits, publisher
 from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, state_of
 from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
 from trlpatch.hooks.protocols import Owner

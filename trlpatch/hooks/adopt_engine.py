@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
+from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
@@ -104,4 +105,6 @@ def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> 
     added: dict[str, object] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
     if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
         added["logprobs_mode"] = "processed_logprobs"
+    if graphs := compilation_config(given):
+        added["compilation_config"] = graphs
     return added

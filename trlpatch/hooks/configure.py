@@ -14,9 +14,10 @@ from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, Se
 from trlpatch.hooks import ranks
 from trlpatch.hooks.protocols import TrainerArguments, TrainerLike
 from trlpatch.hooks.sampling import normalize_sampling
-from trlpatch.hooks.trainers import EXCLUDED, is_excluded_trainer
+from trlpatch.hooks.trainers import is_excluded_trainer
 from trlpatch.log import log_once, warn_once
 from trlpatch.options import active
+from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -41,7 +42,7 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
     engine = attached_engine(model) if active().colocate != "never" else None
     if is_excluded_trainer(trainer):
         if engine is not None:
-            warn_once(trainer, f"{type(trainer).__name__}: the attached engine is not used, {EXCLUDED}")
+            warn_once(trainer, f"{type(trainer).__name__}: the attached engine is not used: {LEFT_ALONE_REASON}")
         return
     wanted = engine is not None or active().colocate == "always"
     if args is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trlpatch.engine.adapter_sync import publisher
+from trlpatch.engine import publisher
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.live_request import require_request
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trlpatch.engine import probes
-from trlpatch.engine.memory import sleep as pools
+from trlpatch.engine import sleep as pools
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import EngineState, state_of

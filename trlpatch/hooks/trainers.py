@@ -22,9 +22,6 @@ T = TypeVar("T")
 _args_of_generation: weakref.WeakKeyDictionary[object, TrainerArguments] = weakref.WeakKeyDictionary()
 _under_construction: list[TrainerArguments] = []
 
-# TRL 0.18 to 1.13: both override `training_step` and call transformers' `generate` in it, whatever `use_vllm` says.
-EXCLUDED = "because NashMD and XPO generate with transformers in a training step of their own: TRL runs as it is"
-
 
 def is_excluded_trainer(trainer: object) -> bool:
     """Is it a NashMD or XPO trainer, or made from one? Their rollouts do not run on the engine that they inherit."""
