@@ -158,19 +158,63 @@ def layers(model: Any) -> list[tuple[str, Any]]:
     return list(view.layers)
 
 
+def walk(model: Any) -> Any:
+    view = lora_view(model)
+    assert view is not None
+    return view.found
+
+
 def test_a_model_is_walked_once() -> None:
     model = lora_model()
-    first = lora_view(model)
-    torch.nn.functional.relu(torch.ones(1))
-    second = lora_view(model)
-    assert first is not None
-    assert second is not None
-    assert second.found is first.found
-    assert second.weights("default") is first.weights("default")
-    torch.nn.Sequential(torch.nn.Linear(1, 1))  # registers a module, in whatever model
-    third = lora_view(model)
-    assert third is not None
-    assert third.found is not first.found
+    first, weights = walk(model), walk(model).weights("default")
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()  # slices its ModuleList of layers
+    model.get_base_model().model.layers[:1]
+    torch.nn.Sequential(torch.nn.Linear(1, 1))
+    torch.compile(model)
+    lora_model().get_base_model().model.layers.append(torch.nn.Linear(1, 1))
+    assert walk(model) is first
+    assert walk(model).weights("default") is weights
+
+
+def attribute(model: Any) -> None:
+    model.get_base_model().model.layers[0].more = torch.nn.Linear(1, 1)
+
+
+def added(model: Any) -> None:
+    model.get_base_model().model.layers[0].add_module("more", torch.nn.Linear(1, 1))
+
+
+def dictionary_item(model: Any) -> None:
+    model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["more"] = torch.nn.Linear(1, 1)
+
+
+def list_item(model: Any) -> None:
+    model.get_base_model().model.layers.append(torch.nn.Linear(1, 1))
+
+
+def built_elsewhere(model: Any) -> None:
+    more = torch.nn.Sequential()
+    more.append(lora_model().get_base_model().model.layers[0])
+    model.get_base_model().model.more = more
+
+
+def grown_later(model: Any) -> None:
+    """A container that became part of the model after it was walked first."""
+    more = torch.nn.Sequential()
+    model.get_base_model().model.more = more
+    walk(model)
+    more.append(lora_model().get_base_model().model.layers[0])
+
+
+@pytest.mark.parametrize("change", [attribute, added, dictionary_item, list_item, built_elsewhere, grown_later])
+def test_what_is_registered_inside_the_model_is_walked_again(change: Any) -> None:
+    model = lora_model()
+    others, first = walk(lora_model()), walk(model)
+    before = len(first.layers)
+    change(model)
+    assert walk(model) is not first
+    assert len(walk(model).layers) == before + (3 if change in (built_elsewhere, grown_later) else 0)
+    assert others.stands()
 
 
 def replaced_block(model: Any) -> None:
@@ -251,6 +295,23 @@ def test_weights_are_others_when_they_are_elsewhere(change: str) -> None:
     assert after is not before
     assert after.a[0] is layer.lora_A["default"].weight
     assert after.scalings[0] == layer.scaling["default"]
+
+
+def test_a_scaling_that_peft_replaces_is_seen() -> None:
+    """`rescale_adapter_scale` gives every layer another dictionary, and the first one back."""
+    from peft.helpers import rescale_adapter_scale
+
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    with rescale_adapter_scale(model, 0.5):
+        assert view.weights("default").scalings == [1.0] * 6
+        assert fingerprint(view) != before
+    assert view.weights("default").scalings == [2.0] * 6
+    assert fingerprint(view) == before
+    view.layers[0][1].scaling["default"] = 7.0
+    assert view.weights("default").scalings[0] == 7.0
 
 
 def test_a_model_is_not_kept_alive() -> None:

@@ -84,13 +84,14 @@ class _Sites:
         self._paths = tuple(path for path, _ in adapted)
         self._a = [layer.lora_A._modules for _, layer in adapted]
         self._b = [layer.lora_B._modules for _, layer in adapted]
-        self._scalings = [layer.scaling for _, layer in adapted]
+        self._layers = [layer for _, layer in adapted]
         self._last: LoraWeights | None = None
 
     def read(self, adapter: str) -> LoraWeights:
         a = _weights([modules[adapter] for modules in self._a])
         b = _weights([modules[adapter] for modules in self._b])
-        scalings = [scaling[adapter] for scaling in self._scalings]
+        # PEFT's `rescale_adapter_scale` replaces the dictionary itself, and puts the old one back afterwards.
+        scalings = [layer.scaling[adapter] for layer in self._layers]
         addresses = _addresses(a + b)
         last = self._last
         if (
@@ -125,8 +126,9 @@ class PeftLayers:
     def __init__(self, base: Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self._count = registrations.count()
-        found = [(path, module) for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+        everything = list(base.named_modules())
+        self._watch = registrations.watch(module for _, module in everything)
+        found = [(path, module) for path, module in everything if isinstance(module, BaseTunerLayer)]
         self.layers = tuple((_WRAPPER_PART.sub("", path).lstrip("."), module) for path, module in found)
         self._modules = [module for _, module in found]
         self._sites: dict[str, _Sites] = {}
@@ -144,9 +146,7 @@ class PeftLayers:
 
     def is_current(self) -> bool:
         """Would a walk find the same layers again?"""
-        return self._count == registrations.count() and all(
-            map(is_, map(dict.get, self._parents, self._names), self._children)
-        )
+        return not self._watch.moved and all(map(is_, map(dict.get, self._parents, self._names), self._children))
 
     def weights(self, adapter: str) -> LoraWeights:
         """The parameters of an adapter now."""
