@@ -341,11 +341,28 @@ def test_moves_that_cancel_out_are_seen(dtype: Any) -> None:
     assert fingerprint(view) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distance", [1, 2**4])
+def test_a_rectangle_of_moves_that_cancel_out_is_seen(dtype: Any, distance: int) -> None:
+    """+d -d over -d +d leaves the sum of every row and of every column as it was, whatever the rows' length."""
+    model = lora_model().to(dtype)
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    _, a, _, _ = view.pairs("default")[0]
+    bits = a.detach().view(torch.int32 if dtype == torch.float32 else torch.int16)
+    for width in (16, 8, 4):
+        rows = bits.view(-1, width)
+        for sign in (1, -1):
+            for row, column, way in ((0, 1, 1), (0, 3, -1), (2, 1, -1), (2, 3, 1)):
+                rows[row, column] += sign * way * distance
+            assert (fingerprint(view) == before) is (sign == -1)
+
+
 def test_large_adapters_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces share one buffer, and weights of two dtypes and one larger than a piece are among them."""
     from trlpatch.policy import change_detection as module
 
-    monkeypatch.setattr(module, "_COLUMNS", 8)
     monkeypatch.setattr(module, "_CHUNK", 40)
     model = lora_model()
     randomize(model)
