@@ -127,6 +127,8 @@ def take_weights(base: Any, engine: Any) -> None:
     from trlpatch.engine import probes
 
     worker, module = probes.worker_lora_manager(engine), probes.engine_module(engine)
+    assert worker is not None
+    assert module is not None
     inside = {name.replace(".base_layer.", "."): weight for name, weight in module.named_parameters()}
     packed = worker._adapter_manager.packed_modules
     matrices = {path: layer.weight for path, layer in base.named_modules() if isinstance(layer, (torch.nn.Linear,))}

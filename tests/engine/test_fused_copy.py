@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
-from tests.engine.fused_cases import SLOT, adapter, assert_copied, targets  # noqa: E402
+from tests.fakes.adapter_copies import SLOT, adapter, assert_copied, targets  # noqa: E402
 from trlpatch.engine.adapter_sync.fused_copy import FusedCopy, NotFused  # noqa: E402
 
 pytestmark = pytest.mark.cpu

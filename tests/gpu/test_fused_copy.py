@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
-from tests.engine.fused_cases import SLOT, adapter, assert_copied, targets  # noqa: E402
+from tests.fakes.adapter_copies import SLOT, adapter, assert_copied, targets  # noqa: E402
 from trlpatch.engine.adapter_sync.fused_copy import FusedCopy  # noqa: E402
 from trlpatch.policy.adapter import LoraWeights  # noqa: E402
 
@@ -58,7 +58,7 @@ def test_a_rectangle_of_moves_is_seen() -> None:
 
 def test_fused_adamw_is_seen_at_the_shape_of_7b() -> None:
     """Its writes move no version counter; the copy reads after them, on the same stream."""
-    from trlpatch.engine.adapter_sync.fused_copy import Target
+    from trlpatch.engine.adapter_sync.staging import Target
 
     widths = [3584, 3584, 3584, 3584, 3584, 3584, 18944] * 28
     outs = [3584, 512, 512, 3584, 18944, 18944, 3584] * 28

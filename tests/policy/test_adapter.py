@@ -214,7 +214,7 @@ def test_what_is_registered_inside_the_model_is_walked_again(change: Any) -> Non
     change(model)
     assert walk(model) is not first
     assert len(walk(model).layers) == before + (3 if change in (built_elsewhere, grown_later) else 0)
-    assert others.stands()
+    assert others.is_current()
 
 
 def replaced_block(model: Any) -> None:

@@ -36,10 +36,10 @@ def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
         )
     if view.disabled:
         return None
-    request = publisher.current_request(view, view.base, state)
+    request = publisher.current_request(view, view.base, engine)
     if request is None:
         publisher.publish(view, view.base, engine)
-        request = publisher.current_request(view, view.base, state)  # waits until it has arrived
+        request = publisher.current_request(view, view.base, engine)  # waits until it has arrived
     if request is None:
         raise StaleAdapter(
             f"a live adapter request was asked for {type(model).__name__}, but the adapter changed, or was evicted, "

@@ -35,7 +35,8 @@ class Published:
     """One adapter version inside the engine."""
 
     request: LoraRequest
-    fingerprint: tuple[object, ...]
+    fingerprint: tuple[object, ...] | None
+    """What the adapter was; None where the way of adapter sync compares by itself."""
     model: weakref.ref[object]
 
 

@@ -26,9 +26,22 @@ def fingerprint(view: LoraView) -> tuple[object, ...]:
     marks: list[object] = [view.active, view.disabled]
     for adapter in view.active:
         weights = view.weights(adapter)
-        marks += [weights.paths, weights.scalings, weights.addresses]
-        marks += [Sums(sums) for sums in _sums(weights)]
+        marks += [weights.paths, weights.scalings, weights.addresses, *content(weights)]
     return tuple(marks)
+
+
+def content(weights: LoraWeights) -> list[Sums]:
+    """Sums of an adapter's parameters, one per device and element size."""
+    import torch
+
+    sums: ContentSums | None = weights.derived.get("content")
+    if sums is None:
+        tensors = [*weights.a, *weights.b]
+        with torch.inference_mode(False):
+            sums = ContentSums(tensors)
+        if all(weight.is_contiguous() for weight in tensors):
+            weights.derived["content"] = sums  # it looks at the weights' own storage
+    return sums.now()
 
 
 class Sums:
@@ -69,19 +82,24 @@ class _Chunk:
         return self.products.sum()
 
 
-def _sums(weights: LoraWeights) -> list[Tensor]:
-    """The sums of all weights, one tensor per device and element size."""
-    import torch
+class ContentSums:
+    """Sums over some tensors, to be made again and again while they stay where they are.
 
-    groups = weights.derived.get("chunks")
-    if groups is None:
-        # Buffers made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            groups = _chunks([*weights.a, *weights.b])
-        if all(weight.is_contiguous() for weight in (*weights.a, *weights.b)):
-            weights.derived["chunks"] = groups  # they look at the weights' own storage
-    with torch.no_grad():
-        return [torch.stack([chunk.sum() for chunk in chunks]) for chunks in groups]
+    Its buffers can be written outside of inference mode only when it was not made in it.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            self._groups = _chunks(tensors)
+
+    def now(self) -> list[Sums]:
+        """Sum what the tensors hold at this moment; one result per device and element size."""
+        import torch
+
+        with torch.no_grad():
+            return [Sums(torch.stack([chunk.sum() for chunk in chunks])) for chunks in self._groups]
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -118,7 +136,7 @@ def _packed(parts: list[Tensor]) -> list[_Chunk]:
     return [_Chunk(together, buffer[:size], keys[:size], products[:size]) for together, size in pieces]
 
 
-def _keys(size: int) -> Any:
+def _keys(size: int) -> Tensor:
     """Odd numbers without a pattern, the same at every call."""
     import torch
 

@@ -10,9 +10,14 @@ import os
 import weakref
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trlpatch.engine.adapter_sync.staging import Target
 from trlpatch.policy.adapter import LoraWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class NotFused(Exception):  # an answer, caught by the caller
@@ -33,28 +38,20 @@ def kernel_module() -> Any:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where one tensor of an adapter goes: [rows, columns] into the first columns of both."""
-
-    staging: Any
-    slot: Any
-
-
-@dataclass(frozen=True)
 class _Group:
     """Blocks of sources of one dtype: one launch."""
 
-    dtype: Any
-    where: Any
-    hashes: Any
+    dtype: torch.dtype
+    where: Tensor
+    hashes: Tensor
 
 
 @dataclass(frozen=True)
 class _Table:
     """The addresses of one adapter's tensors and of one slot, on the device."""
 
-    rows: Any
-    scales: Any
+    rows: Tensor
+    scales: Tensor
     aligned: bool
 
 
@@ -93,7 +90,7 @@ class FusedCopy:
             ]
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
 
-    def _group(self, dtype: Any, indices: list[int], sources: list[Any]) -> _Group:
+    def _group(self, dtype: torch.dtype, indices: list[int], sources: list[Tensor]) -> _Group:
         import torch
 
         block = self._module.BLOCK
@@ -117,7 +114,7 @@ class FusedCopy:
                 return self._launch(table, targets[0].staging.dtype)
         return self._launch(table, targets[0].staging.dtype)
 
-    def _launch(self, table: _Table, target: Any) -> int:
+    def _launch(self, table: _Table, target: torch.dtype) -> int:
         self._step += 1
         for group in self._groups:
             self._module.copy_and_hash[(group.where.shape[0],)](
@@ -173,7 +170,7 @@ class FusedCopy:
 
 
 @cache
-def _language(dtype: Any, *, bits: bool = False) -> Any:
+def _language(dtype: torch.dtype, *, bits: bool = False) -> Any:
     """Triton's name of a torch dtype, or of the unsigned integers of its size."""
     import torch
     import triton.language as tl

@@ -28,6 +28,15 @@ def structure_of(weights: LoraWeights) -> list[object]:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where one tensor of an adapter goes: into the first columns of both."""
+
+    staging: Tensor
+    slot: Tensor
+    """The part of an engine's buffer that belongs to one slot."""
+
+
+@dataclass(frozen=True)
 class _Group:
     """Layers whose B are of one shape, scaled by one kernel."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trlpatch.engine.adapter_sync.fused_copy import Target
+from trlpatch.engine.adapter_sync.staging import Target
 from trlpatch.policy.adapter import LoraWeights
 
 SLOT = 1
