@@ -314,6 +314,31 @@ def test_a_scaling_that_peft_replaces_is_seen() -> None:
     assert view.weights("default").scalings[0] == 7.0
 
 
+def test_a_snapshot_says_what_was() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before, untouched = view.snapshot(), view.snapshot()
+    assert (before.active, before.disabled, before.merged) == (("default",), False, False)
+    weights = before.weights("default")
+    with model.disable_adapter():
+        view.layers[0][1].scaling["default"] = 7.0
+        assert (before.disabled, view.disabled, before.snapshot().disabled) == (False, True, True)
+        assert untouched.disabled, "asked for the first time"
+        assert before.weights("default") is weights
+        assert view.weights("default").scalings[0] == 7.0
+
+
+def test_layers_that_say_what_their_class_says_are_asked() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    layer = view.layers[0][1]
+    vars(layer).pop("_disable_adapters")
+    vars(layer).pop("merged_adapters")
+    assert (view.disabled, view.merged, view.active) == (False, False, ("default",))
+
+
 def test_a_model_is_not_kept_alive() -> None:
     model = lora_model()
     view = lora_view(model)
