@@ -302,13 +302,69 @@ def test_diff_applies_to_the_upstream_text(trl: Path, trlpatch: Run, tmp_path: P
     assert set(dumped.read_text(encoding="utf-8").splitlines()) == (set(GRPO.splitlines()) - removed) | added
 
 
-def test_diff_is_coloured_only_where_wanted(trl: Path) -> None:
-    from click.testing import CliRunner
+def test_diff_is_coloured_only_where_wanted(trl: Path, trlpatch: Run) -> None:
+    words = ["diff", "grpo", "--trl-path", trl]
+    coloured = trlpatch(*words, FORCE_COLOR="1").stdout
+    plain = trlpatch(*words).stdout
+    assert "\x1b[" in coloured
+    assert "\x1b[" not in plain
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    assert trlpatch(*words, FORCE_COLOR="1", NO_COLOR="1").stdout == plain
 
-    words = ["diff", "grpo", "--trl-path", str(trl)]
-    assert "\x1b[" in CliRunner().invoke(cli, words, color=True).output
-    assert "\x1b[" not in CliRunner(env={"NO_COLOR": "1"}).invoke(cli, words, color=True).output
-    assert "\x1b[" not in CliRunner().invoke(cli, words).output
+
+@pytest.mark.parametrize("words", [["list"], ["plan", "grpo"], ["check"], ["status"]])
+def test_rows_are_whole_lines_without_colour_where_stdout_is_no_terminal(
+    trl: Path, trlpatch: Run, words: list[str]
+) -> None:
+    shown = trlpatch(*words, COLUMNS="40").stdout
+    assert max(map(len, shown.splitlines())) > 80
+    assert "\x1b[" not in shown
+    assert not re.search(r" $", shown, re.MULTILINE)
+    assert trlpatch(*words, COLUMNS="200").stdout == shown
+
+
+def test_a_terminal_gets_colours_and_cells_folded_at_its_width(trl: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{trl}{os.pathsep}{ROOT}", "TERM": "xterm"}
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        environment.pop(name, None)
+    shown = in_terminal(["plan", "grpo"], environment, columns=60)
+    assert "\x1b[1mgrpo\x1b[0m" in shown
+    rows = [line for line in re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines() if line.startswith("    ")]
+    assert len(rows) > 8
+    assert max(map(len, rows)) <= 60
+    assert "\x1b[" not in in_terminal(["plan", "grpo"], {**environment, "NO_COLOR": "1"}, columns=60)
+
+
+def in_terminal(words: list[str], environment: dict[str, str], columns: int) -> str:
+    """What a terminal of so many columns is sent."""
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    command = [sys.executable, "-m", "trlpatch", *words]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment) as process:
+        os.close(theirs)
+        sent = b""
+        while True:
+            try:
+                sent += os.read(ours, 65536)
+            except OSError:  # Linux: the other end is closed
+                break
+    os.close(ours)
+    assert process.returncode == 0, sent
+    return sent.decode().replace("\r\n", "\n")
+
+
+def test_a_script_that_is_run_has_its_random_state(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import random, sys\nfrom trlpatch import patch\nrandom.seed(0)\nprint(patch(), 'rich' in sys.modules)\n"
+        "assert random.random() == random.Random(0).random()\n",
+        encoding="utf-8",
+    )
+    done = trlpatch("run", "script.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("False")
 
 
 def test_diff_exits_1_on_drift_and_prints_what_fits(drifted: Path, trlpatch: Run) -> None:
@@ -362,6 +418,8 @@ def test_status_before_and_after_patching(trl: Path, trlpatch: Run, tmp_path: Pa
     assert after["cache_bytes"] > 0
     shown = trlpatch("status", TRLPATCH_DISABLE="1").stdout
     assert "TRLPATCH_DISABLE is set" in shown
+    assert "TRLPATCH_DISABLE is set" not in trlpatch("status", TRLPATCH_DISABLE="off").stdout
+    fails(trlpatch("status", TRLPATCH_DISABLE="nope"), 2, "TRLPATCH_DISABLE='nope': expected 1 or 0")
     assert f"loading    FastLanguageModel: {'; '.join(after['loading']) or 'everything'}" in shown
 
 

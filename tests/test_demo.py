@@ -7,12 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from trlpatch.demo import tiny, train
+from trlpatch.demo import show, tiny, train
 from trlpatch.demo.show import milestones, sparkline
 from trlpatch.errors import DemoNeedsPackages
+from trlpatch.runtime.report import PatchReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +42,30 @@ def test_milestones_hold_first_and_last(count: int) -> None:
     assert (steps[0], steps[-1]) == (1, count)
     assert len(steps) == min(count, 8)
     assert steps == sorted(set(steps))
+
+
+def test_what_is_shown_is_plain_lines_where_stdout_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = PatchReport(trl="1.16.0", files={"grpo": f"/{'cache' * 30}/grpo_trainer.py"})
+    setting = train.Setting(report, "transformers, because [vLLM] is not installed", {"trl": "1.16.0"}, 12345)
+
+    def at_once(steps: int, seed: int, on_start: Callable[[train.Setting], None], on_step: object) -> train.Result:
+        on_start(setting)
+        return train.Result(setting, (0.25, 0.5, 1.0), 12.3)
+
+    monkeypatch.setattr(show, "train", at_once)
+    show.play(3, 0, quiet=False)
+    shown = capsys.readouterr().out
+    assert "  rollouts   transformers, because [vLLM] is not installed\n" in shown
+    assert f"\n{report}\n" in shown
+    assert (
+        "\nreward per step  ▃▅█\nstep    1     2     3\nreward  0.25  0.50  1.00\n0.25 -> 1.00 in 3 steps, 12 s\n"
+        in shown
+    )
+    assert f"\n  grpo  {report.files['grpo']}\n" in shown
+    show.play(3, 0, quiet=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_corpus_depends_on_the_seed_only() -> None:

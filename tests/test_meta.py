@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.cpu.stack import installed, metadata_version
 from tests.golden.sources import RELEASES_TOML, ROOT, Stack, pinned, stacks
+from tests.golden.store import read
 from tests.tox_ini import default_environments, environments, expand, tox
 from trlpatch.cli import cli
 from trlpatch.rewrite.registry import patches
@@ -151,12 +151,8 @@ def test_every_patch_has_its_file_test_and_entry_in_the_docs() -> None:
 
 
 def test_every_patch_is_in_a_golden() -> None:
-    seen = {
-        step.split("@")[0]
-        for manifest in (ROOT / "golden").glob("*/manifest.json")
-        for file in json.loads(manifest.read_text(encoding="utf-8"))["files"].values()
-        for step in file["plan"]
-    }
+    locks = read().locks.values()
+    seen = {step.split("@")[0] for lock in locks for entry in lock.values() for step in entry["plan"]}
     assert seen == {patch.name for patch in patches()}
 
 

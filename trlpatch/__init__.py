@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from trlpatch.engine.attach import attach_engine
     from trlpatch.engine.sampling_params import vLLMSamplingParams
-    from trlpatch.fast.model import FastLanguageModel
     from trlpatch.hooks.lora_request import live_lora_request as lora_request
+    from trlpatch.loading.model import FastLanguageModel
     from trlpatch.runtime.report import PatchReport
     from trlpatch.runtime.session import PatchFastRL, patch, status, unpatch
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FastLanguageModel": ("trlpatch.fast.model", "FastLanguageModel"),
+    "FastLanguageModel": ("trlpatch.loading.model", "FastLanguageModel"),
     "PatchFastRL": ("trlpatch.runtime.session", "PatchFastRL"),
     "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
     "attach_engine": ("trlpatch.engine.attach", "attach_engine"),

@@ -1,7 +1,10 @@
-"""The command line: parses and prints. What it shows is computed in preview, situation, runtime and demo.
+"""The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
 Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given, 3 the
 installed versions are known not to work together.
+
+rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
+random state of a script under `trlpatch run` is the script's own.
 """
 
 from __future__ import annotations
@@ -9,23 +12,30 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from trlpatch.errors import PatchError, TrlpatchError
+from trlpatch.options import DISABLE
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
     from trlpatch.compatibility.verdict import Verdict
+    from trlpatch.environment import EnvironmentReport
     from trlpatch.preview import FilePreview, Preview
 
 DRIFT = 1
 BAD_INPUT = 2
 KNOWN_BAD = 3
 
-_MARKS = {"applied": "green", "skipped": "bright_black", "failed": "red"}
+GREY = "bright_black"
+
+_MARKS = {"applied": "green", "skipped": GREY, "failed": "red"}
 _STATES = {"tested": "green", "untested": "yellow", "incomplete": "yellow", "known-bad": "red"}
 
 _trl_path = click.option(
@@ -58,11 +68,15 @@ def list_patches(as_json: bool) -> None:
     if as_json:
         _print_json(rows)
         return
+    from rich.text import Text
+
+    from trlpatch.console import grid, show
+
     for row in rows:
-        click.echo(f"{_style(row['patch'], bold=True)}  {row['summary']}")
-        width = max(map(len, row["targets"]))
-        for target, ranges in row["targets"].items():
-            click.echo(f"    {target.ljust(width)}  {'  '.join(ranges)}")
+        show(
+            Text.assemble((row["patch"], "bold"), f"  {row['summary']}"),
+            grid(((target, "  ".join(ranges)) for target, ranges in row["targets"].items()), indent=4),
+        )
 
 
 @cli.command()
@@ -76,13 +90,15 @@ def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_
     if as_json:
         _print_json(found.to_dict())
         return
-    click.echo(_heading(found))
+    from rich.text import Text
+
+    from trlpatch.console import grid, show
+
+    show(_heading(found))
     for file in found.files:
-        click.echo(f"\n{_style(file.source.target.name, bold=True)}  {file.name}")
-        for step in file.plan.steps:
-            click.echo(f"    {step.patch.name.ljust(16)}  fits trl {step.variant.trl}")
-        for skipped in file.plan.skips:
-            click.echo(_style(f"    {skipped.patch.name.ljust(16)}  {skipped.reason}", fg="bright_black"))
+        rows = [(Text(step.patch.name), Text(f"fits trl {step.variant.trl}")) for step in file.plan.steps]
+        rows += [(Text(one.patch.name, GREY), Text(one.reason, GREY)) for one in file.plan.skips]
+        show("", Text.assemble((file.source.target.name, "bold"), f"  {file.name}"), grid(rows, indent=4))
 
 
 @cli.command()
@@ -91,8 +107,10 @@ def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_
 @_skip
 def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str]) -> None:
     """Print the unified diff from TRL's own text to the patched text."""
+    from trlpatch.console import show_diff
+
     found = _preview(trl_path, targets, skip)
-    _print_diff(file.diff() for file in found.files)
+    show_diff("".join(file.diff() for file in found.files))
     _leave_on_drift(found)
 
 
@@ -127,13 +145,13 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
     if as_json:
         _print_json({**found.to_dict(), "versions": versions.to_dict()})
         sys.exit(DRIFT if found.failures else bad)
-    click.echo(_heading(found))
-    width = max((len(file.source.target.name) for file in found.files), default=0)
-    for file in found.files:
-        click.echo(f"  {file.source.target.name.ljust(width)}  {_verdict(found, file)}")
+    from rich.text import Text
+
+    from trlpatch.console import grid, show
+
+    show(_heading(found), grid(((file.source.target.name, _verdict(found, file)) for file in found.files), indent=2))
     _leave_on_drift(found)
-    click.echo(_style("every patch fits", fg="green"))
-    _print_versions(versions)
+    show(Text("every patch fits", "green"), *_facts([], versions))
     sys.exit(bad)
 
 
@@ -144,28 +162,15 @@ def status(as_json: bool) -> None:
 
     What the engines of a running process do is in that process: print(trlpatch.status()).
     """
-    from trlpatch.situation import situation
+    from trlpatch.environment import inspect_environment
 
-    now = situation()
+    now = inspect_environment()
     if as_json:
         _print_json(now.to_dict())
         return
-    click.echo(f"TRL        {now.trl} at {now.where}{' (newer than every tested release)' if now.untested else ''}")
-    if now.disabled:
-        click.echo("disabled   TRLPATCH_DISABLE is set: PatchFastRL() does nothing")
-    writable = "" if now.cache_writable else ", cannot be written: patched text would be kept in memory"
-    click.echo(f"cache      {now.cache} ({now.cache_bytes / 1e6:.1f} MB{writable})")
-    for state, names in (
-        ("cached", [name for name, hit in now.cached.items() if hit]),
-        ("not yet", [name for name, hit in now.cached.items() if not hit]),
-    ):
-        if names:
-            click.echo(f"{state.ljust(11)}{', '.join(names)}")
-    packages = [f"{name} {version}" for name, version in now.packages.items() if version]
-    absent = [name for name, version in now.packages.items() if not version]
-    click.echo(f"installed  {', '.join(packages)}" + (f"; not installed: {', '.join(absent)}" if absent else ""))
-    click.echo(f"loading    FastLanguageModel: {'; '.join(now.loading) or 'everything it can use is installed'}")
-    _print_versions(now.verdict)
+    from trlpatch.console import show
+
+    show(*_facts(_environment_rows(now), now.verdict))
 
 
 @cli.group()
@@ -252,7 +257,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, click.ClickException):
         error.show()
         return BAD_INPUT
-    click.echo(f"{_style('error:', fg='red')} {str(error) or 'aborted'}", err=True)
+    # click drops colours where stderr is no terminal; NO_COLOR (no-color.org) drops them there, too.
+    label = "error:" if os.environ.get("NO_COLOR") else click.style("error:", fg="red")
+    click.echo(f"{label} {str(error) or 'aborted'}", err=True)
     return DRIFT if isinstance(error, PatchError) else BAD_INPUT
 
 
@@ -268,22 +275,46 @@ def _heading(found: Preview) -> str:
     )
 
 
-def _verdict(found: Preview, file: FilePreview) -> str:
+def _verdict(found: Preview, file: FilePreview) -> Text:
+    from rich.text import Text
+
     target = file.source.target.name
     counts = {"applied": 0, "skipped": 0, "failed": 0}
     for outcome in file.rewritten.outcomes:
         counts[outcome.status] += 1
-    texts = [_style(f"{count} {status}", fg=_MARKS[status]) for status, count in counts.items() if count]
+    texts = [Text(f"{count} {status}", _MARKS[status]) for status, count in counts.items() if count]
     if target in found.held_back:
-        texts.append(_style("stays stock: shares an engine with a target that does not fit", fg="yellow"))
-    return ", ".join(texts)
+        texts.append(Text("stays stock: shares an engine with a target that does not fit", "yellow"))
+    return Text(", ").join(texts)
 
 
-def _print_versions(verdict: Verdict) -> None:
-    first, *others = verdict.lines()
-    click.echo(f"versions   {_style(first, fg=_STATES[verdict.state])}")
-    for line in others:
-        click.echo(f"           {line}")
+def _facts(rows: Iterable[tuple[str, str]], verdict: Verdict) -> Iterator[RenderableType]:
+    """Yield named facts and the verdict on versions as a table, and the verdict's pip line, which is for copying."""
+    from rich.text import Text
+
+    from trlpatch.console import grid
+
+    width = len("installed")  # the longest name, in every command
+    state, *lines = verdict.lines()
+    suggestion = [lines.pop()] if verdict.suggestion else []
+    verdict_rows = [("versions", Text(state, _STATES[verdict.state])), *(("", Text(line)) for line in lines)]
+    yield grid([*((name, Text(text)) for name, text in rows), *verdict_rows], first_column=width)
+    yield from (f"{'':{width}}  {line}" for line in suggestion)
+
+
+def _environment_rows(now: EnvironmentReport) -> Iterator[tuple[str, str]]:
+    yield "TRL", f"{now.trl} at {now.where}{' (newer than every tested release)' if now.untested else ''}"
+    if now.disabled:
+        yield "disabled", f"{DISABLE} is set: PatchFastRL() does nothing"
+    writable = "" if now.cache_writable else ", cannot be written: patched text would be kept in memory"
+    yield "cache", f"{now.cache} ({now.cache_bytes / 1e6:.1f} MB{writable})"
+    for state, wanted in (("cached", True), ("not yet", False)):
+        if names := [name for name, hit in now.cached.items() if hit is wanted]:
+            yield state, ", ".join(names)
+    packages = [f"{name} {version}" for name, version in now.packages.items() if version]
+    absent = [name for name, version in now.packages.items() if not version]
+    yield "installed", ", ".join(packages) + (f"; not installed: {', '.join(absent)}" if absent else "")
+    yield "loading", f"FastLanguageModel: {'; '.join(now.loading) or 'everything it can use is installed'}"
 
 
 def _leave_on_drift(found: Preview) -> None:
@@ -292,23 +323,5 @@ def _leave_on_drift(found: Preview) -> None:
         sys.exit(DRIFT)
 
 
-def _print_diff(diffs: Iterable[str]) -> None:
-    for text in diffs:
-        for line in text.splitlines(keepends=True):
-            click.echo(_coloured(line), nl=False)
-
-
-def _coloured(line: str) -> str:
-    if line.startswith(("---", "+++")):
-        return _style(line, bold=True)
-    colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1])
-    return _style(line, fg=colour) if colour else line
-
-
 def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
-
-
-def _style(text: str, **how: Any) -> str:
-    # click drops colours where stdout is no terminal; NO_COLOR (no-color.org) drops them there too.
-    return text if os.environ.get("NO_COLOR") else click.style(text, **how)

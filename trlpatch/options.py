@@ -1,11 +1,13 @@
-"""What a user may ask of `PatchFastRL`, and what the last call asked for.
+"""Options: the arguments of `PatchFastRL`, which of them are in force, and the environment variables.
 
 The active options live here and not with the hooks, so that a warm start imports no hook.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from trlpatch.errors import InvalidOption
@@ -25,21 +27,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The checked arguments of one `PatchFastRL` call.
+    """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
-    Only `skip` changes the patched text. `colocate`, `sleep` and `adapter` are read by the hooks while training.
-
-    Attributes:
-        algorithm: a trainer's short name such as "grpo", or None for every trainer that can use vLLM.
-        colocate: "auto" uses the engine a model carries, "always" also colocates the engine that TRL builds, "never"
-            leaves TRL's own choice.
-        sleep: "auto" follows how the engine was built, "on" demands an engine that can sleep, "off" keeps it awake,
-            "kv" is "on" and gives back the KV cache alone. Otherwise weights that the trainer does not share make
-            way too, until training was measured to leave room for them.
-        adapter: "auto" hands the adapter over whenever the engine can express it, "request" makes that an error
-            otherwise, "off" keeps TRL's own weight sync.
-        on_drift: what happens when a patch does not fit this TRL: an error, or that part of TRL stays stock.
-        skip: names of patches to leave out, kept sorted and without repeats.
+    Only `skip` changes the patched text; it is kept sorted and without repeats. `colocate`, `sleep` and `adapter` are
+    read by the hooks while training.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -69,6 +60,58 @@ class Options:
                 f"skip={self.skip!r}: expected a tuple or list of patch names such as ('sleep',). See: trlpatch list"
             )
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+
+
+DISABLE = "TRLPATCH_DISABLE"
+SLEEP = "TRLPATCH_SLEEP"
+SLEEP_ALIAS = "UNSLOTH_VLLM_STANDBY"
+VLLM_ON_GB10 = "TRLPATCH_VLLM_ON_GB10"
+CACHE_DIR = "TRLPATCH_CACHE_DIR"
+DUMP = "TRLPATCH_DUMP"
+
+SWITCHES = {
+    DISABLE: "whether PatchFastRL() does nothing and TRL stays stock",
+    SLEEP: "whether an engine is built with sleep mode where enable_sleep_mode is not given",
+    SLEEP_ALIAS: f"what {SLEEP} says, in Unsloth's words; {SLEEP} wins",
+    VLLM_ON_GB10: "whether vLLM is used on DGX Spark (GB10)",
+}
+"""The environment variables that are on or off, and what each decides."""
+
+DIRECTORIES = {
+    CACHE_DIR: "where patched files are kept, instead of the user's cache directory",
+    DUMP: "where PatchFastRL() also writes the files that run",
+}
+"""The environment variables that name a directory."""
+
+# The words of click's BOOL. Importing click would cost a warm start 20 ms.
+_ON = frozenset({"1", "true", "t", "yes", "y", "on"})
+_OFF = frozenset({"0", "false", "f", "no", "n", "off"})
+
+
+def read_switch(name: str) -> bool | None:
+    """Return what an environment variable of `SWITCHES` says; None where it is not set, or set to nothing.
+
+    Case and surrounding blanks do not count.
+
+    Raises:
+        InvalidOption: it says neither yes nor no.
+    """
+    value = os.environ.get(name, "")
+    word = value.strip().lower()
+    if not word:
+        return None
+    if word not in _ON | _OFF:
+        raise InvalidOption(
+            f"{name}={value!r}: expected 1 or 0 (or true/false, t/f, yes/no, y/n, on/off): {SWITCHES[name]}. Correct "
+            "it, or unset it."
+        )
+    return word in _ON
+
+
+def read_directory(name: str) -> Path | None:
+    """Return the path that an environment variable of `DIRECTORIES` names; None where it is not set."""
+    value = os.environ.get(name, "")
+    return Path(value).expanduser() if value.strip() else None
 
 
 _active: Options | None = None

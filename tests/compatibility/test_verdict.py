@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from trlpatch.compatibility import tested
 from trlpatch.compatibility.known_bad import RULES, Rule, within
-from trlpatch.compatibility.ran import Ran, everything
 from trlpatch.compatibility.verdict import Verdict, installed, judge
 from trlpatch.source.locate import TrlInstall
 from trlpatch.source.releases import parse_release
 
 RUNS = (
-    Ran("0.23.1", "0.23.0", "4.57.6", "gpu", ("grpo-lora", "rloo-lora"), (), "2026-11-21"),
-    Ran("0.23.1", "0.26.0", "5.17.0", "gpu", ("grpo-lora",), ("grpo-liger",), "2026-11-21"),
-    Ran("0.23.1", "0.23.0", "4.57.6", "cpu", ("grpo-lora",), (), "2026-11-20"),
-    Ran("1.16.0", "0.26.0", "5.17.0", "gpu", ("grpo-lora",), (), "2026-11-21"),
-    Ran("1.16.0", "0.28.0", "5.23.0", "cpu", ("grpo-lora",), (), "2026-11-21"),
-    Ran("0.24.0", "0.30.0", "5.19.0", "gpu", (), ("grpo-lora",), "2026-11-21"),
+    tested.TestedRun("0.23.1", "0.23.0", "4.57.6", "gpu", ("grpo-lora", "rloo-lora"), (), "2026-11-21"),
+    tested.TestedRun("0.23.1", "0.26.0", "5.17.0", "gpu", ("grpo-lora",), ("grpo-liger",), "2026-11-21"),
+    tested.TestedRun("0.23.1", "0.23.0", "4.57.6", "cpu", ("grpo-lora",), (), "2026-11-20"),
+    tested.TestedRun("1.16.0", "0.26.0", "5.17.0", "gpu", ("grpo-lora",), (), "2026-11-21"),
+    tested.TestedRun("1.16.0", "0.28.0", "5.23.0", "cpu", ("grpo-lora",), (), "2026-11-21"),
+    tested.TestedRun("0.24.0", "0.30.0", "5.19.0", "gpu", (), ("grpo-lora",), "2026-11-21"),
 )
 
 METADATA = """\
@@ -55,11 +55,11 @@ def described(tmp_path: Path) -> Path:
 def test_a_release_that_trained_on_these_versions_is_tested() -> None:
     found = verdict("0.23.1", "0.23.0", "4.57.6")
     assert found.state == "tested"
-    assert [(ran.device, ran.passed) for ran in found.ran] == [
+    assert [(run.device, run.passed) for run in found.runs] == [
         ("gpu", ("grpo-lora", "rloo-lora")),
         ("cpu", ("grpo-lora",)),
     ]
-    assert (found.findings, found.instead) == ((), "")
+    assert (found.findings, found.suggestion) == ((), "")
 
 
 @pytest.mark.parametrize(("vllm", "transformers"), [("0.23.4+cu130", "4.57.1"), ("0.23.0+cpu", "4.57.6")])
@@ -76,7 +76,7 @@ def test_patch_releases_and_builds_of_vllm_and_transformers_count_as_the_ones_th
 )
 def test_versions_that_did_not_run_are_untested(trl: str, vllm: str, transformers: str) -> None:
     found = verdict(trl, vllm, transformers)
-    assert (found.state, found.ran, found.findings) == ("untested", (), ())
+    assert (found.state, found.runs, found.findings) == ("untested", (), ())
 
 
 def test_what_is_missing_is_said_and_not_judged() -> None:
@@ -99,7 +99,7 @@ def test_known_bad_versions_come_with_the_reason_and_upstreams_link(versions: di
     found = verdict(**versions)
     assert found.state == "known-bad"
     (finding,) = found.findings
-    assert word in finding.because
+    assert word in finding.reason
     assert finding.source.startswith("https://github.com/")
 
 
@@ -121,7 +121,7 @@ def test_neighbours_of_known_bad_versions_and_what_patches_cure_are_not_bad(vers
 
 def test_every_rule_is_sourced_and_in_pep_440() -> None:
     for rule in RULES:
-        assert rule.source.startswith("https://github.com/"), rule.because
+        assert rule.source.startswith("https://github.com/"), rule.reason
         assert len(rule.versions) > 1, "one package alone is never the reason"
         for name, ranges in rule.versions.items():
             Requirement(f"{name}{ranges}")
@@ -142,6 +142,13 @@ def test_versions_on_which_every_run_failed_are_known_bad() -> None:
     assert [finding.source for finding in found.findings] == ["docs/matrix.md"]
 
 
+def test_the_names_in_json_are_kept() -> None:
+    bad, good = verdict("1.16.0", "0.24.0", "4.57.6").to_dict(), verdict("0.23.1", "0.23.0", "4.57.6").to_dict()
+    assert list(bad) == ["state", "versions", "findings", "ran", "notes", "instead"]
+    assert [list(finding) for finding in bad["findings"]] == [["because", "source"]]
+    assert list(good["ran"][0]) == ["trl", "vllm", "transformers", "device", "passed", "failed", "date"]
+
+
 def test_a_failure_beside_what_passed_is_a_note() -> None:
     found = verdict("0.23.1", "0.26.0", "5.17.0")
     assert found.state == "tested"
@@ -152,7 +159,7 @@ def test_what_trl_demands_of_the_others_is_read_from_its_metadata(described: Pat
     beside = {"accelerate": "1.9.0", "peft": "0.12.0"}
     found = verdict("1.16.0", "0.26.0", "4.56.1", root=described, **beside)
     assert found.state == "known-bad"
-    assert {finding.because for finding in found.findings if finding.source == "metadata of trl"} == {
+    assert {finding.reason for finding in found.findings if finding.source == "metadata of trl"} == {
         "trl 1.16.0 demands accelerate>=1.10.1, and 1.9.0 is there.",
         "trl 1.16.0 demands peft>=0.13.0, and 0.12.0 is there.",
     }
@@ -169,7 +176,7 @@ def test_a_trl_for_a_newer_python_is_known_bad(described: Path) -> None:
     info.write_text(METADATA.format(python=newer), encoding="utf-8")
     found = verdict("1.16.0", "0.26.0", "5.17.0", root=described)
     assert found.state == "known-bad"
-    assert f"demands python{newer}" in found.findings[0].because
+    assert f"demands python{newer}" in found.findings[0].reason
 
 
 def test_trls_own_range_of_vllm_is_a_note_and_no_obstacle(described: Path) -> None:
@@ -193,20 +200,22 @@ def test_trls_own_range_of_vllm_is_a_note_and_no_obstacle(described: Path) -> No
 def test_the_pip_line_names_the_nearest_versions_that_ran(
     versions: tuple[str, str | None, str | None], line: str
 ) -> None:
-    assert verdict(*versions).instead == line
+    assert verdict(*versions).suggestion == line
 
 
 def test_the_pip_line_raises_peft_where_it_is_older_than_in_any_run() -> None:
-    assert verdict("0.23.1", "0.24.0", "4.57.6", peft="0.17.1").instead.endswith('"transformers==4.57.6" "peft>=0.18"')
+    assert verdict("0.23.1", "0.24.0", "4.57.6", peft="0.17.1").suggestion.endswith(
+        '"transformers==4.57.6" "peft>=0.18"'
+    )
 
 
 def test_what_ships_with_the_package_ran_with_known_rules_in_force() -> None:
-    for ran in everything():
+    for run in tested.load():
         found = judge(
-            TrlInstall(Path("/nowhere/trl"), ran.trl, parse_release(ran.trl)),
-            {"vllm": ran.vllm, "transformers": ran.transformers, "peft": "0.18.1"},
+            TrlInstall(Path("/nowhere/trl"), run.trl, parse_release(run.trl)),
+            {"vllm": run.vllm, "transformers": run.transformers, "peft": "0.18.1"},
         )
-        assert found.state == ("tested" if ran.passed else "known-bad"), (ran, found.findings)
+        assert found.state == ("tested" if run.passed else "known-bad"), (run, found.findings)
 
 
 def test_installed_versions_are_those_of_this_environment() -> None:

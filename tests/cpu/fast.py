@@ -78,6 +78,6 @@ PLACES = {
     "while the weights are read": "vllm.v1.worker.cpu_model_runner.CPUModelRunner.load_model",
     "while the KV cache is made": "vllm.v1.engine.core.EngineCore._initialize_kv_caches",
     "when the engine is done": "vllm.entrypoints.llm.load_chat_template",
-    "while transformers reads": "trlpatch.fast.loading.load_transformers_model",
-    "while comparing": "trlpatch.fast.loading._compare",
+    "while transformers reads": "trlpatch.loading.loading.load_transformers_model",
+    "while comparing": "trlpatch.loading.loading._compare",
 }

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from tests.cpu.stack import ENGINE_ENVIRONMENT, METADATA, free_port
 from tests.golden.sources import ROOT
-from trlpatch.compatibility.declared import without_local
+from trlpatch.compatibility.requirements import without_local
 
 TESTS = ["tests/cpu/test_grpo.py", "tests/cpu/test_rloo.py", "tests/cpu/test_repairs.py"]
 

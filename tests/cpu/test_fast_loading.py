@@ -20,7 +20,7 @@ pytest.importorskip("vllm")
 from tests.cpu.fast import PLACES, SMALL, Surroundings, draw_seeds, interrupt, random_state, rollout  # noqa: E402
 from trlpatch import FastLanguageModel  # noqa: E402
 from trlpatch.errors import EngineMismatch  # noqa: E402
-from trlpatch.fast import loading  # noqa: E402
+from trlpatch.loading import loading  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -103,8 +103,8 @@ def test_a_model_that_computes_something_else_is_refused(
     real = loading.load_transformers_model
     kept: list[Any] = []
 
-    def load_another(asked: Any, config: Any, dtype: Any) -> Any:
-        model = real(dataclasses.replace(asked, model_name=str(other)), config, dtype)
+    def load_another(config: Any, hf_config: Any, dtype: Any) -> Any:
+        model = real(dataclasses.replace(config, model_name=str(other)), hf_config, dtype)
         kept.append(weakref.ref(model))
         return model
 

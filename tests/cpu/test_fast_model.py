@@ -304,7 +304,7 @@ def test_engine_arguments_are_those_of_the_signature() -> None:
 def test_sizes_come_from_the_shapes(checkpoint: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trlpatch.fast.memory import weight_bytes
+    from trlpatch.loading.memory import weight_bytes
 
     config = AutoConfig.from_pretrained(checkpoint)
     with torch.device("meta"):

@@ -1,20 +1,25 @@
 """Count the places of a TRL that concern an in-process vLLM engine, with `ast` alone.
 
 This is the second opinion on the rewriter: it shares no code with it and reads the whole package, so it also finds an
-engine in a file that the target table does not know. Print the counts of a release with
+engine in a file that the target table does not know. `pytest tests/golden --golden-update` surveys a release that
+tests/golden/anchors.json lacks and leaves the others as they are. By hand:
 
-    python -m tests.golden.survey 1.16.0 [version ...]
+    python -m tests.golden.survey 1.16.0 [version ...]            # print the counts
+    python -m tests.golden.survey --write 1.16.0 [version ...]    # and make them the expected ones
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
-import sys
+import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 Counts = dict[str, dict[str, int]]
+EXPECTED = Path(__file__).with_name("anchors.json")
 
 NOT_IN_PROCESS = {
     "trl/scripts/vllm_serve.py": "the server's own engine, in another process",
@@ -73,9 +78,36 @@ def dumps(counts: dict[str, Counts]) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
-if __name__ == "__main__":
+def recorded(path: Path = EXPECTED) -> dict[str, Counts]:
+    """Return the expected counts by release."""
+    found: dict[str, Counts] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def record(counts: dict[str, Counts], releases: Iterable[str], path: Path = EXPECTED) -> None:
+    """Make `counts` the expected ones, in the order of `releases` and of these only."""
+    path.write_text(dumps({v: counts[v] for v in releases if v in counts}), encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Print, and with `--write` expect, the counts of the releases on the command line."""
     from tests.golden.sources import pinned, unpacked, wheel_cache
 
+    parser = argparse.ArgumentParser(prog="python -m tests.golden.survey")
+    parser.add_argument("--write", action="store_true", help=f"make them the expected ones, in {EXPECTED.name}")
+    parser.add_argument("version", nargs="*", help="pinned releases; all, if none is named")
+    arguments = parser.parse_args()
     releases = pinned()
-    wanted = sys.argv[1:] or list(releases)
-    print(dumps({v: survey(unpacked(releases[v], wheel_cache()) / "trl") for v in wanted}), end="")
+    wanted = arguments.version or list(releases)
+    if unknown := sorted(set(wanted) - releases.keys()):
+        parser.error(f"{', '.join(unknown)}: not in golden/releases.toml")
+    if arguments.write and os.environ.get("CI"):
+        parser.error("--write is refused because CI is set: expected counts are reviewed by people")
+    counts = {version: survey(unpacked(releases[version], wheel_cache()) / "trl") for version in wanted}
+    print(dumps(counts), end="")
+    if arguments.write:
+        record(counts if counts.keys() == releases.keys() else {**recorded(), **counts}, releases)
+
+
+if __name__ == "__main__":
+    main()

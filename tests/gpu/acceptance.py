@@ -196,7 +196,7 @@ class Acceptance:
 
     def cycles(self) -> dict[str, Any]:
         """Sleep, an update while asleep, wake, score: twenty times."""
-        from trlpatch.engine import sleep as pools
+        from trlpatch.engine.memory import sleep as pools
         from trlpatch.engine.state import state_of
 
         state = state_of(self.engine)

@@ -118,7 +118,7 @@ def _rules() -> list[str]:
     lines += ["| versions | why | |", "|---|---|---|"]
     for rule in RULES:
         versions = " with ".join(f"{name} {ranges}" for name, ranges in rule.versions.items())
-        lines.append(f"| {versions} | {rule.because} | {_linked(rule.source)} |")
+        lines.append(f"| {versions} | {rule.reason} | {_linked(rule.source)} |")
     return lines
 
 

@@ -17,7 +17,7 @@ from trlpatch.errors import UnparsableVersion
 from trlpatch.source.releases import parse_release
 
 MATRIX = ROOT / "docs" / "matrix.json"
-SUMMARY = ROOT / "trlpatch" / "compatibility" / "ran.json"
+SUMMARY = ROOT / "trlpatch" / "compatibility" / "tested.json"
 DEVICES = ("gpu", "cpu")
 STACKS = ("tf4", "tf5", "cpu4", "cpu5")
 SLEEPS = ("", "1", "2", "kv")

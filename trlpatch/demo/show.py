@@ -7,8 +7,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
+from trlpatch.console import grid, show, stdout_console
 from trlpatch.demo.train import REWARD, Result, Setting, train
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -17,7 +18,7 @@ COLUMNS = 8
 
 def play(steps: int, seed: int, *, quiet: bool) -> Result:
     """Run the demo and show it on the terminal; `quiet` shows the progress bar only."""
-    out = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    out = stdout_console(quiet=quiet)
     err = Console(stderr=True)
     starting = err.status("importing torch and TRL, building a model", spinner="line")
     bar = Progress(
@@ -73,30 +74,32 @@ def milestones(count: int, columns: int = COLUMNS) -> list[int]:
 
 
 def _introduce(out: Console, setting: Setting) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
-    out.print("[bold]GRPO with LoRA on a model of 2 layers and random weights[/bold]")
-    out.print(f"  installed  {versions}")
-    out.print(f"  adapter    {setting.trainable:,} trainable parameters")
-    out.print(f"  rollouts   {setting.rollouts}")
-    out.print(f"  reward     {REWARD}\n")
-    out.print(str(setting.report), markup=False)
-    out.print()
+    facts = {
+        "installed": ", ".join(f"{name} {version}" for name, version in setting.versions.items()),
+        "adapter": f"{setting.trainable:,} trainable parameters",
+        "rollouts": setting.rollouts,
+        "reward": REWARD,
+    }
+    title = Text("GRPO with LoRA on a model of 2 layers and random weights", "bold")
+    show(title, grid(facts.items(), indent=2), "", setting.report, "", console=out)
 
 
 def _conclude(out: Console, result: Result) -> None:
     rewards = result.rewards
     if rewards:
-        table = Table(box=None, pad_edge=False)
-        table.add_column("step")
-        for step in milestones(len(rewards)):
-            table.add_column(str(step), justify="right")
-        table.add_row("reward", *(f"{rewards[step - 1]:.2f}" for step in milestones(len(rewards))))
-        out.print(f"\nreward per step  {sparkline(rewards)}")
-        out.print(table)
-        out.print(
-            f"[bold]{rewards[0]:.2f} -> {rewards[-1]:.2f}[/bold] in {len(rewards)} steps, {result.seconds:.0f} s\n"
+        steps = milestones(len(rewards))
+        change = Text(f"{rewards[0]:.2f} -> {rewards[-1]:.2f}", "bold")
+        show(
+            "",
+            f"reward per step  {sparkline(rewards)}",
+            grid([["step", *map(str, steps)], ["reward", *(f"{rewards[step - 1]:.2f}" for step in steps)]]),
+            Text.assemble(change, f" in {len(rewards)} steps, {result.seconds:.0f} s"),
+            "",
+            console=out,
         )
-    out.print("The patched source that ran:")
-    for target, file in result.setting.report.files.items():
-        out.print(f"  {target}  {file}", markup=False)
-    out.print("What was changed in it: trlpatch diff grpo")
+    show(
+        "The patched source that ran:",
+        *(f"  {target}  {file}" for target, file in result.setting.report.files.items()),
+        "What was changed in it: trlpatch diff grpo",
+        console=out,
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.loading.model import LINEARS
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -84,8 +86,8 @@ def with_lora(base: Any) -> Any:
     """Return `base` as a PEFT model with a LoRA on every linear layer of its blocks."""
     from peft import LoraConfig, get_peft_model
 
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS), task_type="CAUSAL_LM")
+    return get_peft_model(base, settings)
 
 
 def save(base: Any, tokens: Any, directory: Path) -> None:

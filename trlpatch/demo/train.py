@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.demo import tiny
 from trlpatch.errors import DemoNeedsPackages
+from trlpatch.versions import installed_version
 
 if TYPE_CHECKING:
     from trlpatch.runtime.report import PatchReport
@@ -194,7 +194,7 @@ def _require_packages() -> None:
 
 def _versions() -> dict[str, str]:
     names = ("trl", "torch", "transformers", "peft", "vllm")
-    return {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name) is not None}
+    return {name: version for name in names if (version := installed_version(name)) is not None}
 
 
 def _drop_printing_callbacks(trainer: Any) -> None:

@@ -20,6 +20,7 @@ from trlpatch.engine import probes
 from trlpatch.engine.memory import cumem
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import forget
+from trlpatch.exception_chain import exception_chain
 from trlpatch.log import logger
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -154,7 +155,7 @@ class ProcessGroups:
 
 def forget_frames(error: BaseException) -> None:
     """Drop the local variables of the finished frames that `error` and its causes hold, and with them the memory."""
-    for one in _chain(error):
+    for one in exception_chain(error):
         traceback.clear_frames(one.__traceback__)
         for frame, _ in traceback.walk_tb(one.__traceback__):
             _ = frame.f_locals  # up to Python 3.12 a frame keeps the dictionary of an earlier look until the next one
@@ -223,25 +224,13 @@ def _set_unless_given(name: str, value: str) -> Iterator[None]:
         os.environ.pop(name, None)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The exception and those it was raised from, each once."""
-    chain: list[BaseException] = []
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is not None and one not in chain:
-            chain.append(one)
-            waiting += [one.__cause__, one.__context__]
-    return chain
-
-
 def _unfinished(error: BaseException) -> list[object]:
     """The parts of an engine (LLM, LLMEngine, EngineCore, executor) whose construction `error` ended, outermost first.
 
     Nothing but the frames of the exception refers to them: `LLM(...)` has not returned.
     """
     found: list[object] = []
-    for one in _chain(error):
+    for one in exception_chain(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):
             part = frame.f_locals.get("self")
             if any(name in getattr(part, "__dict__", {}) for name in _INSIDE) and not any(part is it for it in found):

@@ -1,4 +1,4 @@
-"""What every `vllm.LLM` has in common as a rollout backend, wherever its workers run."""
+"""The part of a rollout backend that is the same for every `vllm.LLM`, wherever its workers run."""
 
 from __future__ import annotations
 

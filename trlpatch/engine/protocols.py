@@ -46,6 +46,12 @@ class LLMEngine(Protocol):
     def sleep(self, level: int = 1) -> None:
         """Unmap the KV cache, and (level 1: to the CPU; 2: for good) the weights."""
 
+    def add_lora(self, lora_request: LoraRequest) -> bool:
+        """Have every worker load an adapter from its directory."""
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Have every worker drop an adapter."""
+
     def add_request(self, request_id: str, prompt: object, params: object) -> object:
         """Queue one request."""
 
@@ -147,16 +153,6 @@ class LoraManager(Protocol):
         """The ids of the registered adapters."""
 
 
-class LoraWorkers(Protocol):
-    """The calls of `LLMEngine` that reach the LoRA managers of all workers, wherever they are."""
-
-    def add_lora(self, lora_request: LoraRequest) -> bool:
-        """Load an adapter from its directory."""
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Drop an adapter."""
-
-
 class WeightsMapper(Protocol):
     """`vllm.model_executor.models.utils.WeightsMapper`: from a checkpoint's names to vLLM's."""
 
@@ -184,9 +180,3 @@ class CuMemAllocator(Protocol):
 
     def discard(self, tags: Collection[str]) -> None:
         """Unmap pools without a copy (0.28)."""
-
-
-class SamplingParams(Protocol):
-    """`vllm.SamplingParams`: a msgspec struct."""
-
-    __struct_fields__: tuple[str, ...]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from trlpatch.engine.sampling_params import GIVEN, explicit_values
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
-from trlpatch.hooks.protocols import TrainerArguments
+from trlpatch.hooks.protocols import GenerationLike, TrainerArguments
 from trlpatch.hooks.trainers import args_of, binding
 from trlpatch.log import log_once, warn_once
 
@@ -150,7 +150,7 @@ def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
     return merged
 
 
-def generation(args: TrainerArguments, build: Callable[..., T]) -> Callable[..., T]:
+def generation(args: TrainerArguments, build: Callable[..., GenerationLike]) -> Callable[..., GenerationLike]:
     """What stands where TRL wrote `VLLMGeneration`: the object it makes knows the trainer's arguments."""
     return binding(args, build)
 

@@ -108,8 +108,7 @@ def changed_since(before: dict[str, Weight] | None, view: LoraView) -> str | Non
     """The first adapted base weight that is not what it was `before` (None: nothing is known) is the reason.
 
     An earlier adapter was merged into it: by the user, or by TRL (GRPO and RLOO 0.22-0.26 and OnlineDPO below 0.27 do
-    that when they get a PEFT model and a `peft_config`). Weights of another dtype or shape than before are passed
-    over.
+    that when they get a PEFT model and a `peft_config`). Weights of another dtype or shape than before do not count.
     """
     if before is None:
         return None

@@ -1,4 +1,4 @@
-"""Was a submodule registered below a module that a cached walk over a model has visited? Then the walk is old."""
+"""Watch module registrations: one below a module that a cached walk over a model has visited makes the walk old."""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trlpatch.options import CACHE_DIR, read_directory
+
 FORMAT = "v1"
 """Name of the layout below the root. Change it when an older trlpatch could not read an entry, or the reverse."""
 
@@ -56,9 +58,9 @@ class CacheRefused(OSError):
 
 def root() -> Path:
     """Return the cache directory: `TRLPATCH_CACHE_DIR`, else the user's cache directory. Creates nothing."""
-    override = os.environ.get("TRLPATCH_CACHE_DIR")
-    if override:
-        return Path(override).expanduser().absolute()
+    override = read_directory(CACHE_DIR)
+    if override is not None:
+        return override.absolute()
     platform: str = sys.platform
     if platform == "linux":
         # What platformdirs answers, without the 15 ms that importing it adds to every warm start.

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trlpatch.runtime.loader import running_file
 
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
 Status = Literal["applied", "skipped", "failed"]
 CacheState = Literal["hit", "miss", "memory", "off"]
+
+_STYLES = {"applied": "green", "skipped": "bright_black", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -94,37 +99,73 @@ class PatchReport:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def __str__(self) -> str:
-        """Return the report as an aligned table."""
-        if self.disabled:
-            return "trlpatch: disabled by TRLPATCH_DISABLE, TRL is stock"
-        rows = [("TARGET", "PATCH", "STATUS", "DETAIL")]
-        rows += [
-            (entry.target, entry.patch, entry.status, entry.reason or f"fits trl {entry.variant}".rstrip())
-            for entry in self.entries
-        ]
-        lines = [f"trlpatch: TRL {self.trl}, {len(self.applied)} patches applied, {self.milliseconds:.0f} ms", ""]
-        lines += _aligned(rows)
-        lines.append("")
-        lines += _aligned(
-            [("TARGET", "CACHE", "FILE THAT RUNS")]
-            + [(target, self.cache.get(target, "off"), file) for target, file in self.files.items()]
-        )
-        lines += _listed("patched in place (imported before PatchFastRL)", self.rebound)
-        lines += _listed("out of reach", self.unfixable)
-        lines += _listed("running from another file: another import hook came first", self.bypassed)
-        lines += _listed("engines", self.engines)
-        lines += _listed("notes", self.notes)
+        """Return the report as plain text: a line per patch and per file, however wide, so that grep finds it."""
+        lines = [self._headline()]
+        for rows in self._tables():
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            padded = (zip(row, widths, strict=True) for row in rows)
+            lines += ["", *("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded)]
+        for title, items in self._lists():
+            lines += ["", f"{title}:", *(f"  {item}" for item in items)]
         return "\n".join(lines)
 
+    def __rich__(self) -> Group:
+        """Return the report for a rich console: the same, with cells that fold at the width of the terminal.
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rich is imported here alone. It draws a random number when it is imported, and `print(PatchFastRL())` leaves
+        the caller's random state as it is.
+        """
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.table import Table
+        from rich.text import Text
 
+        parts: list[RenderableType] = [Text(self._headline())]
+        for head, *rows in self._tables():
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+            for title in head:
+                table.add_column(title, overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in row))
+            parts += [Text(), table]
+        for title, items in self._lists():
+            parts += [Text(f"\n{title}:"), *(Padding(Text(item), (0, 0, 0, 2)) for item in items)]
+        return Group(*parts)
 
-def _listed(title: str, items: Iterable[str]) -> list[str]:
-    found = list(items)
-    return ["", f"{title}:", *(f"  {item}" for item in found)] if found else []
+    def _headline(self) -> str:
+        if self.disabled:
+            return "trlpatch: disabled by TRLPATCH_DISABLE, TRL is stock"
+        return f"trlpatch: TRL {self.trl}, {len(self.applied)} patches applied, {self.milliseconds:.0f} ms"
+
+    def _tables(self) -> Iterator[list[tuple[str, ...]]]:
+        """Yield the patches and the files, each with its head; nothing where trlpatch is disabled."""
+        if self.disabled:
+            return
+        yield [
+            ("TARGET", "PATCH", "STATUS", "DETAIL"),
+            *(
+                (entry.target, entry.patch, entry.status, entry.reason or f"fits trl {entry.variant}".rstrip())
+                for entry in self.entries
+            ),
+        ]
+        yield [
+            ("TARGET", "CACHE", "FILE THAT RUNS"),
+            *((target, self.cache.get(target, "off"), file) for target, file in self.files.items()),
+        ]
+
+    def _lists(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield what else there is to say: a title and its items; nothing where trlpatch is disabled."""
+        if self.disabled:
+            return
+        for title, items in (
+            ("patched in place (imported before PatchFastRL)", self.rebound),
+            ("out of reach", self.unfixable),
+            ("running from another file: another import hook came first", self.bypassed),
+            ("engines", self.engines),
+            ("notes", self.notes),
+        ):
+            if items:
+                yield title, items
 
 
 def _same(found: str | None, expected: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import threading
 import time
@@ -11,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import spec_from_file_location
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import (
@@ -24,7 +22,18 @@ from trlpatch.errors import (
     TrainerAlreadyBuilt,
     UntestedRelease,
 )
-from trlpatch.options import Adapter, Colocate, OnDrift, Options, Sleep, activate
+from trlpatch.options import (
+    DISABLE,
+    DUMP,
+    Adapter,
+    Colocate,
+    OnDrift,
+    Options,
+    Sleep,
+    activate,
+    read_directory,
+    read_switch,
+)
 from trlpatch.runtime import collect as collecting
 from trlpatch.runtime.collect import Collected, Patched
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
@@ -80,8 +89,9 @@ def PatchFastRL(
             the model was loaded, only on whether it carries an engine.
         colocate: "auto" uses the engine that a model carries, "always" also colocates the engine TRL builds itself,
             "never" leaves TRL's choice.
-        sleep: "auto" follows how the engine was built, "on" requires sleep, "kv" requires it and gives back the KV
-            cache only, "off" never sleeps.
+        sleep: "auto" follows how the engine was built, "on" requires an engine that can sleep, "off" keeps it awake,
+            "kv" is "on" and gives back the KV cache alone. Otherwise weights that the trainer does not share make
+            way too, until training was measured to leave room for them.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, "request" raises
             where it cannot, "off" keeps TRL's own weight sync.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
@@ -93,7 +103,7 @@ def PatchFastRL(
 
     Raises:
         TrlNotFound, UnsupportedTrl, UnparsableVersion: there is no TRL that can be patched.
-        UnknownAlgorithm, UnknownPatch, InvalidOption: an argument names nothing.
+        UnknownAlgorithm, UnknownPatch, InvalidOption: an argument names nothing, or TRLPATCH_DISABLE is no yes or no.
         AnchorDrift, PatchError: patches do not fit; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
         OptionsConflict: an earlier call used another `skip`.
@@ -153,7 +163,7 @@ def status() -> PatchReport | None:
 
 def _apply(options: Options, pending: list[Warned]) -> PatchReport:
     global _active, _disabled
-    if _active is None and os.environ.get("TRLPATCH_DISABLE", "").lower() not in ("", "0", "false", "no"):
+    if _active is None and read_switch(DISABLE):
         _disabled = _disabled or PatchReport(disabled=True)
         return _disabled
     _disabled = None
@@ -318,13 +328,13 @@ def _notes(
 
 
 def _dump(install: TrlInstall, patched: Sequence[Patched], pending: list[Warned]) -> None:
-    directory = os.environ.get("TRLPATCH_DUMP")
-    if not directory:
+    place = read_directory(DUMP)
+    if place is None:
         return
     try:
-        collecting.dump(Path(directory), install.version, patched)
+        collecting.dump(place, install.version, patched)
     except OSError as error:
-        pending.append((DumpUnavailable, f"TRLPATCH_DUMP={directory}: {error}"))
+        pending.append((DumpUnavailable, f"{DUMP}={place}: {error}"))
 
 
 def _merged(before: PatchReport, now: PatchReport) -> PatchReport:

@@ -25,8 +25,7 @@ class AdapterSync(Protocol):
     def publish(self, weights: LoraWeights) -> LoraRequest:
         """Make the adapter servable as it is now and return a request for it, of a name never used for another one.
 
-        The version published before is gone then: a request for it may not be used any more. The weights are read
-        only.
+        The version published before is gone then: a request for it may not be used any more. Weights are only read.
 
         Raises:
             AdapterNotExpressible: the engine has no place for one of the adapted modules; the version published before

@@ -7,10 +7,8 @@ import sys
 
 from trlpatch.engine.memory import cumem
 from trlpatch.engine.memory.device import GIB
-from trlpatch.errors import InvalidOption
+from trlpatch.options import SLEEP, SLEEP_ALIAS, read_switch
 
-_SWITCHES = ("TRLPATCH_SLEEP", "UNSLOTH_VLLM_STANDBY")
-_ON, _OFF = {"1", "true", "on", "yes"}, {"0", "false", "off", "no"}
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -20,14 +18,10 @@ def sleep_default() -> bool:
     Raises:
         InvalidOption: a value is neither yes nor no.
     """
-    for name in _SWITCHES:
-        value = os.environ.get(name, "").strip().lower()
-        if value in _ON:
-            return True
-        if value in _OFF:
-            return False
-        if value:
-            raise InvalidOption(f"{name}={os.environ[name]!r}: expected 1 or 0 (the engine sleeps while training)")
+    for name in (SLEEP, SLEEP_ALIAS):
+        said = read_switch(name)
+        if said is not None:
+            return said
     return _cuda()
 
 

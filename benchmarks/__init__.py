@@ -1,0 +1,1 @@
+"""What trlpatch costs and saves, measured; docs/performance.md has the figures."""

@@ -1,0 +1,134 @@
+"""Machines that nobody has at hand: DGX Spark, and Blackwell with an older vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trlpatch.errors import ConflictingArguments, EngineBuildFailed, EngineWithoutSleep
+from trlpatch.loading import platform_checks
+from trlpatch.loading.load_config import LoadConfig
+
+CONFIG = LoadConfig(
+    model_name="m",
+    max_seq_length=256,
+    dtype=None,
+    load_in_4bit=False,
+    fast_inference=True,
+    gpu_memory_utilization=0.5,
+    max_lora_rank=64,
+    float8_kv_cache=False,
+    disable_log_stats=True,
+    token=None,
+    use_gradient_checkpointing=True,
+    load_in_fp8=False,
+    revision=None,
+    trust_remote_code=False,
+    enable_sleep_mode=None,
+    share_weights=None,
+    engine={"enforce_eager": True},
+    model={},
+)
+
+
+def vllm_is(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda _: SimpleNamespace(version=version))
+
+
+def test_an_engine_for_each_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EngineBuildFailed, match=r"a launcher started 2 ranks .*docs/limits.md"):
+        platform_checks.require_one_rank(CONFIG)
+    platform_checks.require_one_rank(dataclasses.replace(CONFIG, fast_inference=False))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    platform_checks.require_one_rank(CONFIG)
+
+
+def test_dgx_spark_generates_natively_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="trlpatch"):
+        settled = platform_checks._native_on_gb10(CONFIG, ["NVIDIA GB10"])
+    assert (settled.fast_inference, dict(settled.engine), settled.without_effect) == (False, {}, ("enforce_eager",))
+    assert "DGX Spark (GB10) found" in caplog.text
+    assert "TRLPATCH_VLLM_ON_GB10=1" in caplog.text
+
+
+def test_dgx_spark_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRLPATCH_VLLM_ON_GB10", "1")
+    assert platform_checks._native_on_gb10(CONFIG, ["NVIDIA GB10"]) is CONFIG
+
+
+def test_other_gpus_are_left_alone() -> None:
+    assert platform_checks._native_on_gb10(CONFIG, ["NVIDIA H200", "NVIDIA GB200"]) is CONFIG
+
+
+@pytest.mark.parametrize("change", [{"share_weights": True}, {"load_in_fp8": True}])
+def test_what_needs_an_engine_is_refused_on_dgx_spark(change: dict[str, Any]) -> None:
+    with pytest.raises(ConflictingArguments, match="TRLPATCH_VLLM_ON_GB10=1"):
+        platform_checks._native_on_gb10(dataclasses.replace(CONFIG, **change), ["NVIDIA GB10"])
+
+
+@pytest.mark.parametrize(
+    ("majors", "version", "given", "expected"),
+    [
+        ([10], "0.14.1", None, "1"),
+        ([9, 10], "0.11.2", None, "1"),
+        ([10], "0.15.0", None, None),
+        ([9], "0.14.1", None, None),
+        ([12], "0.14.1", None, None),
+        ([10], "0.14.1", "0", "0"),
+        ([10], "dev", None, None),
+    ],
+)
+def test_pdl_is_off_on_blackwell_with_an_older_vllm(
+    monkeypatch: pytest.MonkeyPatch, majors: list[int], version: str, given: str | None, expected: str | None
+) -> None:
+    vllm_is(monkeypatch, version)
+    monkeypatch.setenv("TRITON_DISABLE_PDL", given or "")
+    if given is None:
+        monkeypatch.delenv("TRITON_DISABLE_PDL")
+    platform_checks.disable_pdl(majors)
+    assert os.environ.get("TRITON_DISABLE_PDL") == expected
+
+
+@pytest.mark.parametrize(("version", "launches"), [("0.14.1", False), ("0.26.0", True)])
+def test_vllm_is_told_about_pdl(monkeypatch: pytest.MonkeyPatch, version: str, launches: bool) -> None:
+    vllm_is(monkeypatch, version)
+    monkeypatch.setenv("TRITON_DISABLE_PDL", "1")
+    names = ["vllm", "vllm.lora", "vllm.lora.ops", "vllm.lora.ops.triton_ops", "vllm.lora.ops.triton_ops.utils"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    utilities: Any = sys.modules[names[-1]]
+    utilities.supports_pdl = lambda device=None: True
+    platform_checks.without_pdl()
+    assert utilities.supports_pdl("cuda") is launches
+
+
+@pytest.mark.parametrize(
+    ("asked", "switch", "reason", "expected"),
+    [
+        (None, "1", None, True),
+        (None, "0", None, False),
+        (False, "1", "no CUDA", False),
+        (True, "0", None, True),
+        (None, "1", "no CUDA", False),
+    ],
+)
+def test_sleep_mode_is_what_was_asked_for_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, asked: bool | None, switch: str, reason: str | None, expected: bool
+) -> None:
+    monkeypatch.setenv("TRLPATCH_SLEEP", switch)
+    monkeypatch.setattr(platform_checks, "why_no_sleep_mode", lambda: reason)
+    assert platform_checks.sleep_mode(dataclasses.replace(CONFIG, enable_sleep_mode=asked)) is expected
+
+
+def test_sleep_mode_that_cannot_be_had_is_an_error_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform_checks, "why_no_sleep_mode", lambda: "expandable_segments")
+    with pytest.raises(EngineWithoutSleep, match="enable_sleep_mode=True: expandable_segments"):
+        platform_checks.sleep_mode(dataclasses.replace(CONFIG, enable_sleep_mode=True))

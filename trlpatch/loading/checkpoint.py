@@ -1,0 +1,144 @@
+"""The checkpoint before its weights are read: is it there, what is it, how large, and does vLLM adapt it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from trlpatch.errors import ConflictingArguments, LoraNotSupported, ModelNotFound
+from trlpatch.loading.load_config import LoadConfig
+from trlpatch.loading.memory import weight_bytes
+
+
+def read_hf_config(config: LoadConfig) -> Any:
+    """The checkpoint's transformers config.
+
+    Raises:
+        ModelNotFound: the directory does not exist or holds no model; the hub does not know the id, or it cannot be
+            reached and the model is not in its cache.
+        ConflictingArguments: load_in_4bit for a checkpoint that is quantized in another way.
+    """
+    from transformers import AutoConfig
+
+    given = config.model.get("config")
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        return given
+    _require_directory(config.model_name)
+    try:
+        hf_config = AutoConfig.from_pretrained(given or config.model_name, **config.of_tokenizer)
+    except OSError as error:
+        raise ModelNotFound(_not_found(config, error)) from error
+    _require_one_quantization(config, hf_config)
+    if "attn_implementation" in config.model:  # a model over the engine's weights is built from the config alone
+        hf_config._attn_implementation = config.model["attn_implementation"]
+    return hf_config
+
+
+def _require_directory(name: str) -> None:
+    """Refuse paths that are no model directory before the hub is asked for a repository of that name."""
+    place = Path(name).expanduser()
+    if place.is_dir():
+        if (place / "config.json").is_file():
+            return
+        adapter = place / "adapter_config.json"
+        if adapter.is_file():
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ModelNotFound(
+                f"model_name={name!r} is a PEFT adapter without a model; load its base model ({base!r}), then "
+                "PeftModel.from_pretrained(model, directory, is_trainable=True)"
+            )
+        raise ModelNotFound(f"model_name={name!r}: expected a directory with config.json, found none in it")
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_like_a_path or place.is_file():
+        found = "a file" if place.is_file() else "nothing"
+        raise ModelNotFound(f"model_name={name!r}: expected a directory with config.json, found {found} there")
+
+
+def _not_found(config: LoadConfig, error: OSError) -> str:
+    from huggingface_hub import constants, errors
+
+    name, cause = config.model_name, error.__cause__
+    where = f"model_name={name!r}" + (f", revision={config.revision!r}" if config.revision else "")
+    if isinstance(cause, errors.GatedRepoError):
+        return f"{where}: the model is gated; accept its terms on the hub, and pass token= or run `hf auth login`"
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return (
+            f"{where}: no such directory here, and no such model on the hub; check the spelling. A private model "
+            "needs token= or `hf auth login`"
+        )
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return f"{where}: the model has no such revision"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{where}: no such directory here, the model is not in the hub's cache, and HF_HUB_OFFLINE is set; unset "
+            "it, or give the directory of a downloaded model"
+        )
+    if isinstance(cause, errors.LocalEntryNotFoundError):
+        return (
+            f"{where}: no such directory here, not in the hub's cache, and the hub cannot be reached; check the "
+            "network, or give the directory of a downloaded model"
+        )
+    return f"{where}: {error}"
+
+
+def _require_one_quantization(config: LoadConfig, hf_config: Any) -> None:
+    method = quantization_of(hf_config)
+    if config.load_in_4bit and method not in (None, "bitsandbytes"):
+        raise ConflictingArguments(
+            f"model_name={config.model_name!r} is quantized already ({method}), and load_in_4bit=True (the default) "
+            "would quantize it again; set load_in_4bit=False"
+        )
+
+
+def quantization_of(hf_config: Any) -> str | None:
+    """How the checkpoint is quantized ("bitsandbytes", "gptq", ...), None when it is not."""
+    found = getattr(hf_config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def sizes(config: LoadConfig, hf_config: Any, dtype: Any) -> tuple[int, int]:
+    """(bytes of the engine's weights, bytes of transformers' copy), from the shapes alone.
+
+    Raises ConflictingArguments when transformers has no causal language model for the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        raise ConflictingArguments(
+            f"model_name={config.model_name!r}: transformers has no causal language model for "
+            f"{type(hf_config).__name__}: {error}"
+        ) from error
+    bits = 4 if config.load_in_4bit or quantization_of(hf_config) == "bitsandbytes" else None
+    of_trainer = weight_bytes(shapes, dtype.itemsize, bits=bits)
+    of_engine = weight_bytes(shapes, dtype.itemsize, bits=8 if config.load_in_fp8 else bits)
+    return of_engine, of_trainer
+
+
+def require_lora(hf_config: Any) -> None:
+    """Raise LoraNotSupported when vLLM's own model of this architecture takes no LoRA. Imports vLLM's model.
+
+    Architectures that vLLM does not know by name run on its transformers backend, which decides for itself.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.interfaces import supports_lora
+
+    for name in getattr(hf_config, "architectures", None) or ():
+        registered = getattr(ModelRegistry, "models", {}).get(name)
+        load = getattr(registered, "load_model_cls", None)
+        if callable(load):
+            if not supports_lora(load()):
+                raise LoraNotSupported(
+                    f"trlpatch: vLLM has no LoRA for {name}, so an adapter cannot reach its rollouts; set "
+                    "fast_inference=False, or train with TRL's own colocated engine (use_vllm=True), which pushes all "
+                    "weights"
+                )
+            return

@@ -1,0 +1,284 @@
+"""The load configuration: the arguments of `from_pretrained`, named, in range, and given to whom they concern."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trlpatch.engine.build import engine_argument_names
+from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
+from trlpatch.versions import installed_version
+
+OWN = frozenset(
+    {
+        "model_name",
+        "max_seq_length",
+        "dtype",
+        "load_in_4bit",
+        "fast_inference",
+        "gpu_memory_utilization",
+        "max_lora_rank",
+        "float8_kv_cache",
+        "disable_log_stats",
+        "token",
+        "use_gradient_checkpointing",
+        "load_in_fp8",
+        "revision",
+        "trust_remote_code",
+        "enable_sleep_mode",
+        "share_weights",
+    }
+)
+
+INSTEAD = {
+    "model": "model_name",
+    "pretrained_model_name_or_path": "model_name",
+    "max_model_len": "max_seq_length",
+    "torch_dtype": "dtype",
+    "hf_token": "token",
+    "use_auth_token": "token",
+    "kv_cache_dtype": "float8_kv_cache",
+}
+"""Names of vLLM's and transformers' own for what has a parameter here."""
+
+OF_THE_MODEL = frozenset(
+    {
+        "attn_implementation",
+        "cache_dir",
+        "code_revision",
+        "config",
+        "device_map",
+        "experts_implementation",
+        "force_download",
+        "generation_config",
+        "ignore_mismatched_sizes",
+        "key_mapping",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_buffers",
+        "offload_folder",
+        "proxies",
+        "quantization_config",
+        "state_dict",
+        "subfolder",
+        "use_kernels",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    }
+)
+"""Arguments of transformers' `from_pretrained`, which hides most of them in **kwargs."""
+
+TO_THE_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """The checked arguments of one `from_pretrained` call.
+
+    Attributes:
+        engine: further arguments of `vllm.LLM`.
+        model: further arguments of transformers' `from_pretrained`.
+        without_effect: engine arguments that were given although no engine is built.
+    """
+
+    model_name: str
+    max_seq_length: int
+    dtype: Any
+    load_in_4bit: bool
+    fast_inference: bool
+    gpu_memory_utilization: float
+    max_lora_rank: int
+    float8_kv_cache: bool
+    disable_log_stats: bool
+    token: str | None
+    use_gradient_checkpointing: bool | str
+    load_in_fp8: bool
+    revision: str | None
+    trust_remote_code: bool
+    enable_sleep_mode: bool | None
+    share_weights: bool | None
+    engine: Mapping[str, Any]
+    model: Mapping[str, Any]
+    without_effect: tuple[str, ...] = ()
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """What the hub and its cache are asked with."""
+        return {"revision": self.revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
+
+    @property
+    def of_tokenizer(self) -> dict[str, Any]:
+        """What the tokenizer, and the config, are loaded with."""
+        return {**self.hub, **{name: self.model[name] for name in TO_THE_TOKENIZER if name in self.model}}
+
+    @property
+    def why_separate(self) -> str | None:
+        """Why the base weights cannot or shall not be shared, as far as the arguments say; None where they may be."""
+        if self.load_in_4bit:
+            return "4-bit weights are quantized by vLLM and by transformers each in its own layout"
+        if self.load_in_fp8:
+            return "the engine's weights are fp8, the trainer's are not"
+        if self.engine.get("quantization") is not None:
+            return f"the engine's weights are quantized ({self.engine['quantization']})"
+        if self.model.get("quantization_config") is not None:
+            return "the trainer's weights are quantized (quantization_config)"
+        if self.share_weights is False:
+            return "share_weights=False"
+        return None
+
+
+def parse_arguments(values: Mapping[str, Any], further: Mapping[str, Any]) -> LoadConfig:
+    """Check the arguments of a `from_pretrained` call without importing torch, transformers or vLLM.
+
+    Args:
+        values: the named parameters.
+        further: its **kwargs.
+
+    Raises:
+        UnknownArgument: nobody knows one of the names.
+        ConflictingArguments: a value is out of range, or excludes another one.
+        Fp8NeedsEngine, MissingPackage: what is asked for needs an engine, or a package that is not installed.
+    """
+    extra = dict(further)
+    named = dict(values)
+    named["revision"] = extra.pop("revision", None)
+    named["trust_remote_code"] = extra.pop("trust_remote_code", False)
+    named["enable_sleep_mode"] = extra.pop("enable_sleep_mode", None)
+    named["share_weights"] = extra.pop("share_weights", None)
+    check_values(named)
+    of_model = {name: extra.pop(name) for name in OF_THE_MODEL & extra.keys()}
+    known = engine_argument_names()
+    _refuse_unknown(extra, known)
+    fast = bool(named["fast_inference"])
+    made = LoadConfig(
+        **{
+            **named,
+            "model_name": os.fspath(named["model_name"]),
+            "gpu_memory_utilization": float(named["gpu_memory_utilization"]),
+            "use_gradient_checkpointing": _checkpointing(named["use_gradient_checkpointing"]),
+        },
+        engine=extra if fast else {},
+        model=of_model,
+        without_effect=() if fast else tuple(sorted(extra)),
+    )
+    check_combination(made)
+    check_packages(made)
+    return made
+
+
+def check_values(named: Mapping[str, Any]) -> None:
+    """Raise ConflictingArguments for a value that is out of range on its own."""
+    name = named["model_name"]
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise ConflictingArguments(
+            f"model_name={name!r}: expected a directory or the id of a model on the hub, found {type(name).__name__}"
+        )
+    for key in ("max_seq_length", "max_lora_rank"):
+        value = named[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConflictingArguments(f"{key}={value!r}: expected a whole number of at least 1")
+    share = named["gpu_memory_utilization"]
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ConflictingArguments(
+            f"gpu_memory_utilization={share!r}: expected a number above 0 and up to 1, the share of the device's "
+            "whole memory that vLLM may use: weights, activations and KV cache together"
+        )
+    for key in ("load_in_4bit", "fast_inference", "float8_kv_cache", "load_in_fp8", "disable_log_stats"):
+        if not isinstance(named[key], bool):
+            raise ConflictingArguments(f"{key}={named[key]!r}: expected True or False")
+    for key in ("enable_sleep_mode", "share_weights"):
+        if named[key] not in (None, True, False):
+            raise ConflictingArguments(f"{key}={named[key]!r}: expected True, False, or None to leave the choice here")
+    check_gradient_checkpointing(named["use_gradient_checkpointing"])
+
+
+def check_gradient_checkpointing(value: object) -> None:
+    """Raise unless `value` is True, False, "auto" or "unsloth", which scripts written for Unsloth say (True)."""
+    if not isinstance(value, bool) and value not in ("auto", "unsloth"):
+        raise ConflictingArguments(
+            f"use_gradient_checkpointing={value!r}: expected True, False, 'auto' (as many layers as memory "
+            "needs), or 'unsloth', which means True here"
+        )
+
+
+def _checkpointing(value: bool | str) -> bool | str:
+    return value if value == "auto" else bool(value)
+
+
+def check_combination(config: LoadConfig) -> None:
+    """Raise ConflictingArguments or Fp8NeedsEngine for values that exclude each other."""
+    if config.load_in_fp8 and config.load_in_4bit:
+        raise ConflictingArguments(
+            "load_in_fp8=True and load_in_4bit=True (the default): the weights can have one of the two; set "
+            "load_in_4bit=False"
+        )
+    if config.load_in_fp8 and not config.fast_inference:
+        raise Fp8NeedsEngine(
+            "trlpatch: load_in_fp8=True quantizes the weights of the vLLM engine, and fast_inference=False builds "
+            "none; set fast_inference=True, or load_in_fp8=False"
+        )
+    if config.engine.get("quantization") is not None and (config.load_in_4bit or config.load_in_fp8):
+        flag = "load_in_4bit" if config.load_in_4bit else "load_in_fp8"
+        raise ConflictingArguments(
+            f"quantization={config.engine['quantization']!r} and {flag}=True both say how the engine's weights are "
+            f"quantized; set {flag}=False"
+        )
+    if config.model.get("quantization_config") is not None and config.load_in_4bit:
+        raise ConflictingArguments(
+            "quantization_config=... and load_in_4bit=True (the default) both say how the weights are quantized; set "
+            "load_in_4bit=False"
+        )
+    if config.share_weights:
+        reason = config.why_separate or (None if config.fast_inference else "fast_inference=False builds no engine")
+        if reason is not None:
+            raise ConflictingArguments(
+                f"share_weights=True, but {reason}; leave share_weights out, or load with fast_inference=True, "
+                "load_in_4bit=False and load_in_fp8=False"
+            )
+
+
+def check_packages(config: LoadConfig) -> None:
+    """Raise MissingPackage for a package that the configuration needs; none is imported."""
+    for name in ("torch", "transformers", "peft"):
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackage(
+                f"trlpatch: FastLanguageModel needs {name}, which is not installed. Run: pip install {name}"
+            )
+    if config.fast_inference and importlib.util.find_spec("vllm") is None:
+        raise MissingPackage(
+            "trlpatch: fast_inference=True needs vLLM, which is not installed. Run: pip install vllm, or set "
+            "fast_inference=False to generate with transformers"
+        )
+    if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackage(
+            "trlpatch: load_in_4bit=True (the default) needs bitsandbytes, which is not installed. Run: "
+            'pip install "trlpatch[4bit]", or set load_in_4bit=False to load the weights in 16 bits'
+        )
+
+
+def _refuse_unknown(extra: Mapping[str, Any], of_engine: frozenset[str]) -> None:
+    for name in extra:
+        if name in INSTEAD:
+            raise UnknownArgument(f"FastLanguageModel.from_pretrained: use {INSTEAD[name]}= instead of {name}=")
+        if name not in of_engine:
+            raise UnknownArgument(
+                f"FastLanguageModel.from_pretrained: {name}= is not an argument of it, of {_engine_in_words()}, or of "
+                f"transformers' from_pretrained{nearest(name, OWN | OF_THE_MODEL | of_engine)}"
+            )
+
+
+def nearest(name: str, known: frozenset[str]) -> str:
+    """`; did you mean x=?`, or nothing when no known name is like it."""
+    found = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {found[0]}=?" if found else ""
+
+
+def _engine_in_words() -> str:
+    version = installed_version("vllm")
+    return f"the installed vLLM's engine ({version})" if version else "vLLM's engine (vLLM is not installed)"
