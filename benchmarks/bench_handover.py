@@ -131,16 +131,18 @@ def take_weights(base: Any, engine: Any) -> None:
     assert module is not None
     inside = {name.replace(".base_layer.", "."): weight for name, weight in module.named_parameters()}
     packed = worker._adapter_manager.packed_modules
-    matrices = {path: layer.weight for path, layer in base.named_modules() if isinstance(layer, (torch.nn.Linear,))}
+    matrices = {
+        path.removesuffix(".base_layer"): layer.weight
+        for path, layer in base.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".lora_" not in path
+    }
     with torch.no_grad():
         for name, weight in inside.items():
             path = name.removesuffix(".weight")
-            members = [
-                matrices[path.replace(".base_layer", "")] for path in packed.get(path, [path]) if path in matrices
-            ]
-            if members and sum(member.numel() for member in members) == weight.numel() and weight.dim() == 2:
-                rows = weight.split([member.shape[0] for member in members])
-                for member, part in zip(members, rows, strict=True):
+            members = [matrices[member] for member in packed.get(path, [path]) if member in matrices]
+            if members and weight.dim() == 2 and sum(member.numel() for member in members) == weight.numel():
+                parts = weight.split([member.shape[0] for member in members])
+                for member, part in zip(members, parts, strict=True):
                     member.copy_(part)
 
 
@@ -197,6 +199,7 @@ def measure(policy: Any, engine: Any, repeats: int, *, ways: bool) -> dict[str, 
     timed(hand_over, count=2)  # compiles, where there is something to compile
     assert state.adapter_sync is not None
     way = state.adapter_sync.description
+    way += f", {type(getattr(getattr(state.adapter_sync, '_current', None), 'copy', None)).__name__}"
     rows[f"hand_over ({way})"] = timed(hand_over)
     rows["lora_request, a forward after the hand_over"] = timed(lora_request, handed_over)
     rows["lora_request, nothing after the last one"] = timed(lora_request, lambda: None)

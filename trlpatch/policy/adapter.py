@@ -12,7 +12,7 @@ import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.policy.registrations import registrations
@@ -77,6 +77,9 @@ class LoraWeights:
         return tuple(sorted({path.rpartition(".")[2] for path in self.paths}))
 
 
+_WEIGHT, _SCALING = itemgetter("weight"), attrgetter("scaling")
+
+
 class _Sites:
     """Where the parameters of one adapter are found, and what was found there last.
 
@@ -94,15 +97,16 @@ class _Sites:
         self._last: LoraWeights | None = None
 
     def read(self, adapter: str) -> LoraWeights:
-        linears = [modules[adapter] for modules in self._sides]
+        of_adapter = itemgetter(adapter)
+        linears = list(map(of_adapter, self._sides))
         if linears != self._linears:
             self._linears, self._parameters = linears, [linear._parameters for linear in linears]
         try:
-            found = [parameters["weight"] for parameters in self._parameters]
+            found = list(map(_WEIGHT, self._parameters))
         except KeyError:
             found = [linear.weight for linear in linears]
         # PEFT's `rescale_adapter_scale` replaces the dictionary itself, and puts the old one back afterwards.
-        scalings = [layer.scaling[adapter] for layer in self._layers]
+        scalings = list(map(of_adapter, map(_SCALING, self._layers)))
         addresses = _addresses(found)
         last = self._last
         if (
@@ -116,9 +120,12 @@ class _Sites:
         return last
 
 
+_ADDRESS = methodcaller("data_ptr")
+
+
 def _addresses(weights: list[Tensor]) -> list[int]:
     try:
-        return [weight.data_ptr() for weight in weights]
+        return list(map(_ADDRESS, weights))
     except RuntimeError:  # sharded parameters have no storage of their own
         return []
 
@@ -172,7 +179,7 @@ class PeftLayers:
     def state(self, name: str) -> list[Any]:
         """One of PEFT's properties of every layer; it, or the list that it is true for."""
         try:
-            return [attributes[_KEPT_AS[name]] for attributes in self._attributes]
+            return list(map(itemgetter(_KEPT_AS[name]), self._attributes))
         except KeyError:  # a layer says what its class says
             pass
         return list(map(attrgetter(name), self._modules))

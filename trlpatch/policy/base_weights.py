@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_, methodcaller
 from typing import TYPE_CHECKING
 
 from trlpatch.policy.adapter import LoraView
@@ -46,6 +46,7 @@ def weights_now(base: Module) -> dict[str, Weight]:
     return {path: Weight(weight.dtype, tuple(weight.shape), bits[path]) for path, weight in found.items()}
 
 
+_VERSION, _ADDRESS = attrgetter("_version"), methodcaller("data_ptr")
 _SPOT = 512  # elements of every matrix
 
 
@@ -76,14 +77,15 @@ def base_mark(view: LoraView) -> tuple[object, ...]:
     if (
         spots is None
         or not all(map(is_, weights, spots.weights))
-        or [weight.data_ptr() for weight in spots.present] != spots.addresses
+        or list(map(_ADDRESS, spots.present)) != spots.addresses
     ):
         spots = layers.derived["base spots"] = _spots(weights)
     try:
-        versions = [weight._version for weight in spots.present]
+        versions = list(map(_VERSION, spots.present))
     except RuntimeError:  # inference tensors have none
         versions = []
-    merged = [tuple(names) if isinstance(names, list) else names for names in layers.state("merged")]
+    merged = layers.state("merged")
+    merged = [str(names) for names in merged] if any(merged) else []  # the lists themselves grow and shrink
     return (spots.addresses, versions, merged, spots.sums.numbers())
 
 
@@ -101,7 +103,7 @@ def _spots(weights: list[Tensor | None]) -> _Spots:
     with torch.inference_mode(False), torch.no_grad():
         flat = [weight.detach().view(-1) for weight in present if weight.is_contiguous()]
         pieces = [one[(one.numel() - 1) // 2 :][:_SPOT] for one in flat]
-        return _Spots(weights, present, [weight.data_ptr() for weight in present], ContentSums(pieces))
+        return _Spots(weights, present, list(map(_ADDRESS, present)), ContentSums(pieces))
 
 
 def changed_since(before: dict[str, Weight] | None, view: LoraView) -> str | None:

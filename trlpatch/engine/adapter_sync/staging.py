@@ -99,7 +99,13 @@ class Staging:
 
     def accepts(self, weights: LoraWeights) -> bool:
         """Have these weights the layers, ranks, dtypes and devices that this was made for?"""
-        return self._sources(weights) is not None or self._structure == structure_of(weights)
+        accepted = weights.derived.get("accepted by staging")
+        if accepted is not None and accepted() is self:
+            return True
+        if self._structure != structure_of(weights):
+            return False
+        weights.derived["accepted by staging"] = weakref.ref(self)
+        return True
 
     def write(self, weights: LoraWeights) -> None:
         """Fill it with the adapter: A rounded, B scaled in float32 and rounded once."""
