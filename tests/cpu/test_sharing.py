@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 vllm = pytest.importorskip("vllm")
 
 import trlpatch  # noqa: E402
+from tests.fakes.fused import EngineStub  # noqa: E402
 from tests.gpu.sharing_archs import ARCHITECTURES, VOCABULARY, allowed, checkpoint, exercise  # noqa: E402
 from trlpatch.engine.attach import detach_engine  # noqa: E402
 from trlpatch.engine.sharing import (  # noqa: E402
@@ -80,7 +81,7 @@ def load(engine: Any) -> Callable[..., Any]:
             module = manager.create_lora_manager(module, config)
         runner = SimpleNamespace(get_model=lambda: module)
         executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
-        return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config, model_executor=executor))
+        return EngineStub(SimpleNamespace(vllm_config=config, model_executor=executor))
 
     return loaded
 

@@ -19,11 +19,10 @@ from trlpatch.engine.adapter_sync.adapter_files import AdapterFiles
 from trlpatch.engine.adapter_sync.buffer_copy import BufferCopy
 from trlpatch.engine.adapter_sync.protocol import AdapterSync
 from trlpatch.engine.drain import drain
-from trlpatch.engine.llm_backend import LLMBackend
+from trlpatch.engine.llm_backend import LLMBackend, no_worker_model
 from trlpatch.engine.memory import cumem, device
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.protocols import Executor, LoraManager, RolloutEngine
-from trlpatch.errors import CannotShare
 from trlpatch.log import log_once
 from trlpatch.policy.adapter import LoraView
 
@@ -70,7 +69,7 @@ class InProcessBackend(LLMBackend):
         """The module that the worker runs."""
         module = probes.engine_module(self.engine)
         if module is None:
-            raise CannotShare("the engine's worker does not say which torch module it runs")
+            raise no_worker_model()
         return module
 
     def drain(self) -> None:

@@ -8,7 +8,14 @@ from trlpatch.engine import probes
 from trlpatch.engine.drain import unfinished
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS
 from trlpatch.engine.protocols import RolloutEngine
-from trlpatch.errors import EngineBusy, StaleAdapter
+from trlpatch.errors import CannotShare, EngineBusy, StaleAdapter
+
+
+def no_worker_model() -> CannotShare:
+    """Make the error for an engine whose model cannot be looked into."""
+    return CannotShare(
+        "the engine's worker runs in another process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported"
+    )
 
 
 class LLMBackend:

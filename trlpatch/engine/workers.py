@@ -12,12 +12,11 @@ from trlpatch.engine import probes
 from trlpatch.engine.adapter_sync.adapter_files import AdapterFiles
 from trlpatch.engine.adapter_sync.protocol import AdapterSync
 from trlpatch.engine.inprocess import InProcessBackend
-from trlpatch.engine.llm_backend import LLMBackend
+from trlpatch.engine.llm_backend import LLMBackend, no_worker_model
 from trlpatch.engine.memory import device
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS
 from trlpatch.engine.protocols import LLMEngine, RolloutEngine
 from trlpatch.engine.worker_extension import DISCARD, EXTENSION, WAKE
-from trlpatch.errors import CannotShare
 from trlpatch.log import log_once
 from trlpatch.policy.adapter import LoraView
 
@@ -32,12 +31,6 @@ def _adapter_files(engine: RolloutEngine) -> AdapterFiles:
         level=logging.INFO,
     )
     return AdapterFiles(engine)
-
-
-def _no_worker_model() -> CannotShare:
-    return CannotShare(
-        "the engine's worker runs in another process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported"
-    )
 
 
 class ExecutorBackend(InProcessBackend):
@@ -59,7 +52,7 @@ class ExecutorBackend(InProcessBackend):
 
     def worker_model(self) -> Module:
         """It is elsewhere."""
-        raise _no_worker_model()
+        raise no_worker_model()
 
 
 class WorkersBackend(LLMBackend):
@@ -91,7 +84,7 @@ class WorkersBackend(LLMBackend):
 
     def worker_model(self) -> Module:
         """It is elsewhere."""
-        raise _no_worker_model()
+        raise no_worker_model()
 
     def drain(self) -> None:
         """Wait for this process's kernels: batches in flight are the engine core's own business, it finishes them."""
