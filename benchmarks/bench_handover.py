@@ -1,11 +1,13 @@
-"""Milliseconds from a changed LoRA adapter to an engine that has it, for every way of handing it over.
+"""Milliseconds from a trained LoRA adapter to an engine that has it, and of the check before a rollout.
 
-    python benchmarks/bench_handover.py --shape 7b --rank 16 --repeats 20
+    python benchmarks/bench_handover.py --shape 7b --rank 16 --repeats 20      # a GPU
+    VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/bench_handover.py --shape structure   # vLLM's CPU backend
 
 Builds a Qwen2 of the shape with random weights, an adapter on all seven linear layers in float32 and a real vLLM
 engine beside it, on the GPU or vLLM's CPU backend. Prints medians as a Markdown table: `hand_over` is what a patched
-trainer calls where TRL synchronised weights, `lora_request` what it calls before every rollout. The adapter is
-changed, and the device idle, before every timed call; a call has ended when the device is idle again.
+trainer calls where TRL synchronised weights, `lora_request` what it calls before every rollout. Before every timed
+call there is a step as in training (forward, backward, fused AdamW) or, where the row says so, a forward pass alone:
+what a forward pass leaves behind is part of the price. The device is idle before the call, and at its end.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--max-lora-rank", type=int, help="of the engine; the rank, unless given")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--ways", action="store_true", help="also the ways that are taken where buffers are unusual")
     arguments = parser.parse_args()
 
     import torch
@@ -67,7 +70,7 @@ def main() -> None:
         f"torch {torch.__version__}, {device}; medians of {arguments.repeats} calls\n"
     )
     print("| | ms | slowest |\n|---|---|---|")
-    for name, samples in measure(policy, engine, arguments.repeats).items():
+    for name, samples in measure(policy, engine, arguments.repeats, ways=arguments.ways).items():
         print(f"| {name} | {statistics.median(samples):.2f} | {max(samples):.2f} |", flush=True)
 
 
@@ -79,7 +82,6 @@ def build(shape: str, rank: int, max_lora_rank: int, directory: Path) -> tuple[A
     from vllm import LLM
 
     from trlpatch import attach_engine
-    from trlpatch.engine.state import state_of
 
     hidden, inner, layers, heads, kv_heads = SHAPES[shape]
     config = Qwen2Config(
@@ -113,12 +115,38 @@ def build(shape: str, rank: int, max_lora_rank: int, directory: Path) -> tuple[A
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    take_weights(base, engine)
     attach_engine(policy, engine)
-    state_of(engine).base_verdict[base] = None  # its weights are other random ones than the engine's
     return policy, engine
 
 
-def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
+def take_weights(base: Any, engine: Any) -> None:
+    """Give the model the base weights of the engine, as far as they can be read (vLLM's CPU backend repacks them)."""
+    import torch
+
+    from trlpatch.engine import probes
+
+    worker, module = probes.worker_lora_manager(engine), probes.engine_module(engine)
+    assert worker is not None
+    assert module is not None
+    inside = {name.replace(".base_layer.", "."): weight for name, weight in module.named_parameters()}
+    packed = worker._adapter_manager.packed_modules
+    matrices = {
+        path.removesuffix(".base_layer"): layer.weight
+        for path, layer in base.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".lora_" not in path
+    }
+    with torch.no_grad():
+        for name, weight in inside.items():
+            path = name.removesuffix(".weight")
+            members = [matrices[member] for member in packed.get(path, [path]) if member in matrices]
+            if members and weight.dim() == 2 and sum(member.numel() for member in members) == weight.numel():
+                parts = weight.split([member.shape[0] for member in members])
+                for member, part in zip(members, parts, strict=True):
+                    member.copy_(part)
+
+
+def measure(policy: Any, engine: Any, repeats: int, *, ways: bool) -> dict[str, list[float]]:
     """Return the samples of every row, in ms."""
     import torch
 
@@ -128,18 +156,37 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
 
     owner, state = Owner(policy, engine), state_of(engine)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)  # the default of transformers' trainer
+    tokens = torch.arange(16, device=trained[0].device).view(1, -1)
 
     def settle() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    def change() -> None:
+    def forward() -> None:
         with torch.no_grad():
-            torch._foreach_add_(trained, 1e-3)
+            policy(input_ids=tokens)
 
-    def timed(call: Callable[[], Any], before: Callable[[], Any] = change, *, first: bool = False) -> list[float]:
+    def step() -> None:
+        policy(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def hand_over() -> None:
+        if not hooks.hand_over(owner):
+            raise SystemExit("the adapter was not handed over: trlpatch's log says why")
+
+    def lora_request() -> None:
+        hooks.lora_request(owner, engine)
+
+    def handed_over() -> None:
+        step()
+        hand_over()
+        forward()
+
+    def timed(call: Callable[[], Any], before: Callable[[], Any] = step, *, count: int = repeats) -> list[float]:
         samples = []
-        for _ in range(1 if first else repeats):
+        for _ in range(count):
             before()
             settle()
             start = time.perf_counter()
@@ -148,20 +195,19 @@ def measure(policy: Any, engine: Any, repeats: int) -> dict[str, list[float]]:
             samples.append((time.perf_counter() - start) * 1e3)
         return samples
 
-    rows = {"hand_over, the first (registers)": timed(lambda: hooks.hand_over(owner), first=True)}
+    rows = {"hand_over, the first (registers)": timed(hand_over, count=1)}
+    timed(hand_over, count=2)  # compiles, where there is something to compile
     assert state.adapter_sync is not None
     way = state.adapter_sync.description
-    rows[f"hand_over ({way})"] = timed(lambda: hooks.hand_over(owner))
-
-    def hand_over_a_change() -> None:
-        change()
-        hooks.hand_over(owner)
-
-    rows["lora_request, after a hand_over"] = timed(lambda: hooks.lora_request(owner, engine), hand_over_a_change)
-    rows["lora_request, the adapter has changed"] = timed(lambda: hooks.lora_request(owner, engine))
-    for name, other in (("registered anew each time", Registration(engine)), ("through files", AdapterFiles(engine))):
+    way += f", {type(getattr(getattr(state.adapter_sync, '_current', None), 'copy', None)).__name__}"
+    rows[f"hand_over ({way})"] = timed(hand_over)
+    rows["lora_request, a forward after the hand_over"] = timed(lora_request, handed_over)
+    rows["lora_request, nothing after the last one"] = timed(lora_request, lambda: None)
+    rows["lora_request, the adapter has been trained"] = timed(lora_request)
+    others = (("registered anew each time", Registration(engine)), ("through files", AdapterFiles(engine)))
+    for name, other in others if ways else ():
         state.adapter_sync, state.published = other, None
-        rows[f"hand_over ({name})"] = timed(lambda: hooks.hand_over(owner))
+        rows[f"hand_over ({name})"] = timed(hand_over)
     return rows
 
 

@@ -111,6 +111,59 @@ def test_an_adapter_that_is_merged_after_a_training_is_noticed() -> None:
     assert "qkv_proj' differs from" in second
 
 
+def test_the_weights_are_compared_once_as_long_as_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformers forward and a training step leave the base alone."""
+    from trlpatch.engine.state import state_of
+
+    base = base_model()
+    engine, model = engine_with(base), lora_model(attach_engine(base, RecordingEngineStub()))
+    compared = []
+    backend = state_of(engine).backend
+    monkeypatch.setattr(backend, "base_mismatch", lambda view: compared.append(view))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    for _ in range(3):
+        assert reason(model, engine) is None
+        model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
+        optimizer.step()
+    assert len(compared) == 1
+    with torch.no_grad():
+        base.model.layers[1].self_attn.o_proj.weight.add_(0)
+    assert reason(model, engine) is None
+    assert len(compared) == 2, "a write that torch counts"
+
+
+@pytest.mark.parametrize("change", ["written through .data", "other storage", "merged for a while", "fused AdamW"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_weights_that_change_below_a_standing_adapter_are_noticed(change: str, attached: bool) -> None:
+    """No module is registered, and the version counters stand still."""
+    base = base_model()
+    engine = engine_with(base)
+    if attached:
+        engine = RecordingEngineStub()
+        attach_engine(base, engine)
+    model = lora_model(base)
+    randomize(model)
+    view = lora_view(model)
+    assert reason(model, engine) is None
+    weight = base.model.layers[0].self_attn.o_proj.base_layer.weight
+    if change == "written through .data":
+        weight.data.mul_(1.5)
+    elif change == "other storage":
+        weight.data = weight.data * 1.5
+    elif change == "merged for a while":
+        model.merge_adapter()
+        model.unmerge_adapter()
+    else:
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    found = reason(model, engine)
+    assert view is not None
+    assert lora_view(model).found is view.found  # type: ignore[union-attr]
+    assert found is not None
+    assert ("was attached with" if attached else "differs from") in found
+
+
 def test_an_adapter_that_is_merged_is_noticed_where_the_engines_weights_cannot_be_compared() -> None:
     engine = RecordingEngineStub()
     first = lora_model(attach_engine(base_model(), engine))

@@ -235,6 +235,40 @@ def test_buffers_hold_the_adapter_after_every_update(changes: dict[str, Any], dt
     assert [sync.holds(request) for request in requests] == [False, False, True]
 
 
+def test_the_request_stays_while_the_adapter_does() -> None:
+    """Cached prefixes are found by its name."""
+    engine, model = engine_with(), lora_model()
+    randomize(model)
+    first = publish(model, engine)
+    for module in engine.manager.modules.values():
+        module.lora_b_stacked[0].fill_(3.0)
+    assert publish(model, engine) is first
+    assert_holds(engine, model)
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].self_attn.q_proj.lora_A["default"].weight.data[3, 5] += 1e-6
+    second = publish(model, engine)
+    assert second.lora_name != first.lora_name
+    model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] = 9.0
+    third = publish(model, engine)
+    assert third.lora_name != second.lora_name
+    assert_holds(engine, model)
+    state_of(engine).adapter_sync.invalidate()  # type: ignore[union-attr]
+    assert publish(model, engine).lora_name != third.lora_name
+    assert publish(lora_model(), engine).lora_name != publish(model, engine).lora_name
+
+
+def test_a_copy_that_was_interrupted_gets_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, model = engine_with(), lora_model()
+    first = publish(model, engine)
+    randomize(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            publish(model, engine)
+    assert publish(model, engine).lora_name != first.lora_name
+    assert_holds(engine, model)
+
+
 def test_an_update_registers_nothing() -> None:
     engine, model = engine_with(), lora_model()
     publish(model, engine)
@@ -428,7 +462,9 @@ def test_an_engine_keeps_no_tensor_of_a_model_that_is_gone() -> None:
 def test_a_model_keeps_no_tensor_of_an_engine_that_is_gone() -> None:
     engine, model = engine_with(), lora_model()
     publish(model, engine)
-    gone = [weakref.ref(tensor) for tensor in state_of(engine).adapter_sync._current.sources]  # type: ignore[union-attr]
+    targets = state_of(engine).adapter_sync._current.targets  # type: ignore[union-attr]
+    gone = [weakref.ref(tensor) for target in targets for tensor in (target.staging, target.slot)]
+    del targets
     del engine
     gc.collect()
     assert not any(tensor() is not None for tensor in gone)

@@ -96,6 +96,8 @@ class RecordingEngineStub:
 class RecordingAdapterSync:
     """An AdapterSync that keeps the tensors it was given."""
 
+    compares = False
+
     def __init__(self) -> None:
         self.published: list[AdapterTensors] = []
         self.evicted = False

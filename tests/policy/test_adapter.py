@@ -158,19 +158,63 @@ def layers(model: Any) -> list[tuple[str, Any]]:
     return list(view.layers)
 
 
+def walk(model: Any) -> Any:
+    view = lora_view(model)
+    assert view is not None
+    return view.found
+
+
 def test_a_model_is_walked_once() -> None:
     model = lora_model()
-    first = lora_view(model)
-    torch.nn.functional.relu(torch.ones(1))
-    second = lora_view(model)
-    assert first is not None
-    assert second is not None
-    assert second.found is first.found
-    assert second.weights("default") is first.weights("default")
-    torch.nn.Sequential(torch.nn.Linear(1, 1))  # registers a module, in whatever model
-    third = lora_view(model)
-    assert third is not None
-    assert third.found is not first.found
+    first, weights = walk(model), walk(model).weights("default")
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()  # slices its ModuleList of layers
+    model.get_base_model().model.layers[:1]
+    torch.nn.Sequential(torch.nn.Linear(1, 1))
+    torch.compile(model)
+    lora_model().get_base_model().model.layers.append(torch.nn.Linear(1, 1))
+    assert walk(model) is first
+    assert walk(model).weights("default") is weights
+
+
+def attribute(model: Any) -> None:
+    model.get_base_model().model.layers[0].more = torch.nn.Linear(1, 1)
+
+
+def added(model: Any) -> None:
+    model.get_base_model().model.layers[0].add_module("more", torch.nn.Linear(1, 1))
+
+
+def dictionary_item(model: Any) -> None:
+    model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["more"] = torch.nn.Linear(1, 1)
+
+
+def list_item(model: Any) -> None:
+    model.get_base_model().model.layers.append(torch.nn.Linear(1, 1))
+
+
+def built_elsewhere(model: Any) -> None:
+    more = torch.nn.Sequential()
+    more.append(lora_model().get_base_model().model.layers[0])
+    model.get_base_model().model.more = more
+
+
+def grown_later(model: Any) -> None:
+    """A container that became part of the model after it was walked first."""
+    more = torch.nn.Sequential()
+    model.get_base_model().model.more = more
+    walk(model)
+    more.append(lora_model().get_base_model().model.layers[0])
+
+
+@pytest.mark.parametrize("change", [attribute, added, dictionary_item, list_item, built_elsewhere, grown_later])
+def test_what_is_registered_inside_the_model_is_walked_again(change: Any) -> None:
+    model = lora_model()
+    others, first = walk(lora_model()), walk(model)
+    before = len(first.layers)
+    change(model)
+    assert walk(model) is not first
+    assert len(walk(model).layers) == before + (3 if change in (built_elsewhere, grown_later) else 0)
+    assert others.is_current()
 
 
 def replaced_block(model: Any) -> None:
@@ -253,6 +297,48 @@ def test_weights_are_others_when_they_are_elsewhere(change: str) -> None:
     assert after.scalings[0] == layer.scaling["default"]
 
 
+def test_a_scaling_that_peft_replaces_is_seen() -> None:
+    """`rescale_adapter_scale` gives every layer another dictionary, and the first one back."""
+    from peft.helpers import rescale_adapter_scale
+
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    with rescale_adapter_scale(model, 0.5):
+        assert view.weights("default").scalings == [1.0] * 6
+        assert fingerprint(view) != before
+    assert view.weights("default").scalings == [2.0] * 6
+    assert fingerprint(view) == before
+    view.layers[0][1].scaling["default"] = 7.0
+    assert view.weights("default").scalings[0] == 7.0
+
+
+def test_a_snapshot_says_what_was() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    before, untouched = view.snapshot(), view.snapshot()
+    assert (before.active, before.disabled, before.merged) == (("default",), False, False)
+    weights = before.weights("default")
+    with model.disable_adapter():
+        view.layers[0][1].scaling["default"] = 7.0
+        assert (before.disabled, view.disabled, before.snapshot().disabled) == (False, True, True)
+        assert untouched.disabled, "asked for the first time"
+        assert before.weights("default") is weights
+        assert view.weights("default").scalings[0] == 7.0
+
+
+def test_layers_that_say_what_their_class_says_are_asked() -> None:
+    model = lora_model()
+    view = lora_view(model)
+    assert view is not None
+    layer = view.layers[0][1]
+    vars(layer).pop("_disable_adapters")
+    vars(layer).pop("merged_adapters")
+    assert (view.disabled, view.merged, view.active) == (False, False, ("default",))
+
+
 def test_a_model_is_not_kept_alive() -> None:
     model = lora_model()
     view = lora_view(model)
@@ -280,11 +366,28 @@ def test_moves_that_cancel_out_are_seen(dtype: Any) -> None:
     assert fingerprint(view) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("distance", [1, 2**4])
+def test_a_rectangle_of_moves_that_cancel_out_is_seen(dtype: Any, distance: int) -> None:
+    """+d -d over -d +d leaves the sum of every row and of every column as it was, whatever the rows' length."""
+    model = lora_model().to(dtype)
+    view = lora_view(model)
+    assert view is not None
+    before = fingerprint(view)
+    _, a, _, _ = view.pairs("default")[0]
+    bits = a.detach().view(torch.int32 if dtype == torch.float32 else torch.int16)
+    for width in (16, 8, 4):
+        rows = bits.view(-1, width)
+        for sign in (1, -1):
+            for row, column, way in ((0, 1, 1), (0, 3, -1), (2, 1, -1), (2, 3, 1)):
+                rows[row, column] += sign * way * distance
+            assert (fingerprint(view) == before) is (sign == -1)
+
+
 def test_large_adapters_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces share one buffer, and weights of two dtypes and one larger than a piece are among them."""
     from trlpatch.policy import change_detection as module
 
-    monkeypatch.setattr(module, "_COLUMNS", 8)
     monkeypatch.setattr(module, "_CHUNK", 40)
     model = lora_model()
     randomize(model)

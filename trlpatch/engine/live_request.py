@@ -28,6 +28,7 @@ def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
         )
     wake(engine, state, "kv_cache")
     view = lora_view(model)
+    view = None if view is None else view.snapshot()
     reason = "it has no PEFT adapter" if view is None else lora_limits.unsupported_reason(view, engine)
     if view is None or reason is not None:
         raise AdapterNotExpressible(
@@ -35,10 +36,10 @@ def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
         )
     if view.disabled:
         return None
-    request = publisher.current_request(view, view.base, state)
+    request = publisher.current_request(view, view.base, engine)
     if request is None:
         publisher.publish(view, view.base, engine)
-        request = publisher.current_request(view, view.base, state)  # waits until it has arrived
+        request = publisher.current_request(view.snapshot(), view.base, engine)  # waits until it has arrived
     if request is None:
         raise StaleAdapter(
             f"a live adapter request was asked for {type(model).__name__}, but the adapter changed, or was evicted, "

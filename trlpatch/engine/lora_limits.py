@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trlpatch.engine import probes
 from trlpatch.engine.protocols import RolloutEngine
-from trlpatch.engine.state import EngineState, state_of
+from trlpatch.engine.state import BaseVerdict, EngineState, state_of
 from trlpatch.policy import base_weights, lora_support
 from trlpatch.policy.adapter import LoraView
 
@@ -30,9 +30,16 @@ def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
     return _base_verdict(view, state)
 
 
+def refuse(view: LoraView, state: EngineState, reason: str) -> None:
+    """Remember why the engine did not take the adapter: it will not until the model is another one."""
+    state.base_verdict[view.found] = BaseVerdict(base_weights.base_mark(view), reason)
+
+
 def _base_verdict(view: LoraView, state: EngineState) -> str | None:
-    if view.found not in state.base_verdict:
+    mark = base_weights.base_mark(view)
+    verdict = state.base_verdict.get(view.found)
+    if verdict is None or verdict.mark != mark:
         known = state.weights_attached.get(view.base)
         mismatch = state.backend.base_mismatch(view) or base_weights.changed_since(known, view)
-        state.base_verdict[view.found] = mismatch
-    return state.base_verdict[view.found]
+        verdict = state.base_verdict[view.found] = BaseVerdict(mark, mismatch)
+    return verdict.reason

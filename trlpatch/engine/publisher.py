@@ -10,7 +10,7 @@ from trlpatch.engine.adapter_sync.buffer_copy import BufferCopy
 from trlpatch.engine.adapter_sync.protocol import AdapterSync
 from trlpatch.engine.adapter_sync.registration import Registration
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
-from trlpatch.engine.state import EngineState, Published, state_of
+from trlpatch.engine.state import Published, state_of
 from trlpatch.errors import StaleAdapter
 from trlpatch.policy.adapter import LoraView
 from trlpatch.policy.change_detection import fingerprint
@@ -31,10 +31,15 @@ def publish(view: LoraView, model: object, engine: RolloutEngine) -> LoraRequest
     if state.adapter_sync is None:
         state.adapter_sync = backend.new_adapter_sync()
     backend.drain()
-    mark = fingerprint(view)  # before the copies are made: a later change must not look published
-    request = state.adapter_sync.publish(view.weights(view.active[0]))
-    if not registry.names_separate_prefixes() and not backend.reset_prefix_cache():
-        state.published = None
+    sync, weights = state.adapter_sync, view.weights(view.active[0])
+    mark = None if sync.compares else fingerprint(view)  # before the copies: a later change must not look published
+    request = sync.publish(weights)
+    if mark is None and not sync.compares:  # it has just found out that it cannot
+        mark = fingerprint(view)
+        request = sync.publish(weights)
+    published, state.published = state.published, None
+    known = published is not None and published.request is request
+    if not known and not registry.names_separate_prefixes() and not backend.reset_prefix_cache():
         raise StaleAdapter(
             "handing the adapter over: this vLLM would reuse cached prefixes of the version before, and refuses to "
             "drop them while requests are unfinished; finish or abort them first"
@@ -44,14 +49,18 @@ def publish(view: LoraView, model: object, engine: RolloutEngine) -> LoraRequest
     return request
 
 
-def current_request(view: LoraView, model: object, state: EngineState) -> LoraRequest | None:
+def current_request(view: LoraView, model: object, engine: RolloutEngine) -> LoraRequest | None:
     """The request of the adapter as it is now, or None when it has to be handed over (again) first.
 
-    Waits for the device: what was handed over has arrived when it returns.
+    Waits for the device: what was handed over has arrived when it returns. Where handing over is the check, that is
+    what it does.
     """
+    state = state_of(engine)
     published = state.published
     if published is None or state.adapter_sync is None or published.model() is not model:
         return None
-    if not state.adapter_sync.holds(published.request) or published.fingerprint != fingerprint(view):
+    if not state.adapter_sync.holds(published.request):
         return None
-    return published.request
+    if state.adapter_sync.compares:
+        return publish(view, model, engine)
+    return published.request if published.fingerprint == fingerprint(view) else None

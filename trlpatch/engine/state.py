@@ -35,8 +35,19 @@ class Published:
     """One adapter version inside the engine."""
 
     request: LoraRequest
-    fingerprint: tuple[object, ...]
+    fingerprint: tuple[object, ...] | None
+    """What the adapter was; None where the way of adapter sync compares by itself."""
     model: weakref.ref[object]
+
+
+@dataclass(frozen=True)
+class BaseVerdict:
+    """What was found when the engine's base weights were compared with a model's."""
+
+    mark: tuple[object, ...]
+    """What the model's were then (`base_mark`): the verdict holds until they are others."""
+    reason: str | None
+    """Why the engine's are not those, or None when they are."""
 
 
 @dataclass
@@ -67,8 +78,8 @@ class EngineState:
     published: Published | None = None
     adapter_sync: AdapterSync | None = None
     """The way that adapters reach it, chosen at the first hand-over."""
-    base_verdict: weakref.WeakKeyDictionary[PeftLayers, str | None] = field(default_factory=weakref.WeakKeyDictionary)
-    """PEFT layers as they were found -> why the engine's base weights are not those under them, or None when they are.
+    base_verdict: weakref.WeakKeyDictionary[PeftLayers, BaseVerdict] = field(default_factory=weakref.WeakKeyDictionary)
+    """PEFT layers as they were found -> what was found of the engine's base weights and those under them.
 
     Not by base model: an adapter that is merged and unloaded leaves the same model with other weights.
     """

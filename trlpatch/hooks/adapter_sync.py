@@ -38,6 +38,7 @@ def adapter_path(owner: Owner, engine: RolloutEngine) -> AdapterPath:
         return AdapterPath(None, "the model has no PEFT adapter (full fine-tuning)")
     if active().adapter == "off":
         return AdapterPath(view, 'adapter="off"')
+    view = view.snapshot()
     return AdapterPath(view, lora_limits.unsupported_reason(view, engine))
 
 
@@ -68,7 +69,7 @@ def hand_over(owner: Owner) -> bool:
             return True
         except AdapterNotExpressible as error:
             reason = str(error)
-            state.base_verdict[path.view.found] = reason
+            lora_limits.refuse(path.view, state, reason)
     if active().adapter == "request":
         raise AdapterNotExpressible(
             f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '

@@ -34,9 +34,9 @@ def lora_request(owner: Owner, engine: RolloutEngine | None, given: LoraRequest 
     if path.live and _disabled(path):
         return None
     if path.live and path.view is not None:
-        request = publisher.current_request(path.view, path.view.base, state)
+        request = publisher.current_request(path.view, path.view.base, engine)
         if request is None and hand_over(owner):
-            request = publisher.current_request(path.view, path.view.base, state)
+            request = publisher.current_request(path.view.snapshot(), path.view.base, engine)
             if request is None:
                 raise StaleAdapter(
                     f"a rollout of {type(owner).__name__} would not use the current adapter: it changed, or was "

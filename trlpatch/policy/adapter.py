@@ -11,7 +11,8 @@ import sys
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import attrgetter, is_
+from itertools import chain
+from operator import attrgetter, is_, itemgetter, methodcaller
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.policy.registrations import registrations
@@ -76,47 +77,61 @@ class LoraWeights:
         return tuple(sorted({path.rpartition(".")[2] for path in self.paths}))
 
 
+_WEIGHT, _SCALING = itemgetter("weight"), attrgetter("scaling")
+
+
 class _Sites:
-    """Where the parameters of one adapter are found, and what was found there last."""
+    """Where the parameters of one adapter are found, and what was found there last.
+
+    Reads what `nn.Module` keeps in dictionaries, which are the same as long as the modules are: a tenth of the time
+    that `nn.Module.__getattr__` takes.
+    """
 
     def __init__(self, layers: tuple[tuple[str, Module], ...], adapter: str) -> None:
         adapted = [(path, layer) for path, layer in layers if adapter in getattr(layer, "lora_A", {})]
         self._paths = tuple(path for path, _ in adapted)
-        self._a = [layer.lora_A._modules for _, layer in adapted]
-        self._b = [layer.lora_B._modules for _, layer in adapted]
-        self._scalings = [layer.scaling for _, layer in adapted]
+        self._sides = [layer.lora_A._modules for _, layer in adapted] + [layer.lora_B._modules for _, layer in adapted]
+        self._layers = [layer for _, layer in adapted]
+        self._linears: list[Module] = []
+        self._parameters: list[dict[str, Any]] = []
         self._last: LoraWeights | None = None
 
     def read(self, adapter: str) -> LoraWeights:
-        a = _weights([modules[adapter] for modules in self._a])
-        b = _weights([modules[adapter] for modules in self._b])
-        scalings = [scaling[adapter] for scaling in self._scalings]
-        addresses = _addresses(a + b)
+        of_adapter = itemgetter(adapter)
+        linears = list(map(of_adapter, self._sides))
+        if linears != self._linears:
+            self._linears, self._parameters = linears, [linear._parameters for linear in linears]
+        try:
+            found = list(map(_WEIGHT, self._parameters))
+        except KeyError:
+            found = [linear.weight for linear in linears]
+        # PEFT's `rescale_adapter_scale` replaces the dictionary itself, and puts the old one back afterwards.
+        scalings = list(map(of_adapter, map(_SCALING, self._layers)))
+        addresses = _addresses(found)
         last = self._last
         if (
             last is None
             or addresses != last.addresses
             or scalings != last.scalings
-            or not all(map(is_, a, last.a))
-            or not all(map(is_, b, last.b))
+            or not all(map(is_, found, chain(last.a, last.b)))
         ):
-            last = self._last = LoraWeights(self._paths, a, b, scalings, addresses)
+            half = len(found) // 2
+            last = self._last = LoraWeights(self._paths, found[:half], found[half:], scalings, addresses)
         return last
 
 
-def _weights(modules: list[Module]) -> list[Tensor]:
-    try:
-        # A tenth of the time that nn.Module.__getattr__ takes.
-        return [module._parameters["weight"] for module in modules]
-    except KeyError:
-        return [module.weight for module in modules]
+_ADDRESS = methodcaller("data_ptr")
 
 
 def _addresses(weights: list[Tensor]) -> list[int]:
     try:
-        return [weight.data_ptr() for weight in weights]
+        return list(map(_ADDRESS, weights))
     except RuntimeError:  # sharded parameters have no storage of their own
         return []
+
+
+# PEFT's properties of a layer, and where the layer keeps what they say.
+_KEPT_AS = {"active_adapter": "_active_adapter", "disable_adapters": "_disable_adapters", "merged": "merged_adapters"}
 
 
 class PeftLayers:
@@ -125,11 +140,15 @@ class PeftLayers:
     def __init__(self, base: Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self._count = registrations.count()
-        found = [(path, module) for path, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
+        everything = list(base.named_modules())
+        self._watch = registrations.watch(module for _, module in everything)
+        found = [(path, module) for path, module in everything if isinstance(module, BaseTunerLayer)]
         self.layers = tuple((_WRAPPER_PART.sub("", path).lstrip("."), module) for path, module in found)
         self._modules = [module for _, module in found]
+        self._attributes = [vars(module) for module in self._modules]
         self._sites: dict[str, _Sites] = {}
+        self.derived: dict[str, Any] = {}
+        """What was computed from the layers' being these."""
         # Every step of every path, to notice deletions. Holds no reference to `base`, whose key in `_walks` is weak.
         steps: dict[tuple[int, str], tuple[dict[str, Module], str, Module]] = {}
         for path, _ in found:
@@ -144,9 +163,7 @@ class PeftLayers:
 
     def is_current(self) -> bool:
         """Would a walk find the same layers again?"""
-        return self._count == registrations.count() and all(
-            map(is_, map(dict.get, self._parents, self._names), self._children)
-        )
+        return not self._watch.moved and all(map(is_, map(dict.get, self._parents, self._names), self._children))
 
     def weights(self, adapter: str) -> LoraWeights:
         """The parameters of an adapter now."""
@@ -160,7 +177,11 @@ class PeftLayers:
         return sites.read(adapter)
 
     def state(self, name: str) -> list[Any]:
-        """One attribute of every layer."""
+        """One of PEFT's properties of every layer; it, or the list that it is true for."""
+        try:
+            return list(map(itemgetter(_KEPT_AS[name]), self._attributes))
+        except KeyError:  # a layer says what its class says
+            pass
         return list(map(attrgetter(name), self._modules))
 
 
@@ -191,7 +212,12 @@ class LoraView:
     @property
     def disabled(self) -> bool:
         """True inside `with model.disable_adapter():`, when the policy is the base model."""
-        return bool(self.layers) and all(self.found.state("disable_adapters"))
+        return bool(self.switches) and all(self.switches)
+
+    @property
+    def switches(self) -> list[bool]:
+        """Is the adapter disabled, layer by layer?"""
+        return self.found.state("disable_adapters")
 
     @property
     def merged(self) -> bool:
@@ -206,6 +232,39 @@ class LoraView:
         """(path, lora_A weight [r, in], lora_B weight [out, r], scaling) of every linear layer of the adapter."""
         weights = self.weights(adapter)
         return list(zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True))
+
+    def snapshot(self) -> LoraSnapshot:
+        """Take the view of this moment, for one call that asks the same things many times."""
+        return LoraSnapshot(self.base, self.configs, self.found)
+
+
+class LoraSnapshot(LoraView):
+    """A view that asks the model each thing once, and from then on says what it was."""
+
+    @cached_property
+    def active(self) -> tuple[str, ...]:
+        """As LoraView.active."""
+        return super().active
+
+    @cached_property
+    def switches(self) -> list[bool]:
+        """As LoraView.switches."""
+        return super().switches
+
+    @cached_property
+    def merged(self) -> bool:
+        """As LoraView.merged."""
+        return super().merged
+
+    @cached_property
+    def _weights(self) -> dict[str, LoraWeights]:
+        return {}
+
+    def weights(self, adapter: str) -> LoraWeights:
+        """As LoraView.weights."""
+        if adapter not in self._weights:
+            self._weights[adapter] = super().weights(adapter)
+        return self._weights[adapter]
 
 
 def lora_view(model: Any) -> LoraView | None:

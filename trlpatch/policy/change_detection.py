@@ -15,21 +15,33 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_COLUMNS = 4096
-_CHUNK = 2048 * _COLUMNS  # elements gathered at a time: 32 MiB of float32
+_CHUNK = 2**20  # elements gathered at a time: 20 MiB with their keys and products
 
 
 def fingerprint(view: LoraView) -> tuple[object, ...]:
     """Equal as long as the active adapter is unchanged.
 
-    Computing one on a GPU starts some ten kernels per 100 MB and waits for none of them; comparing two waits.
+    Computing one starts three kernels per million parameters and waits for none of them; comparing two waits.
     """
     marks: list[object] = [view.active, view.disabled]
     for adapter in view.active:
         weights = view.weights(adapter)
-        marks += [weights.paths, weights.scalings, weights.addresses]
-        marks += [Sums(sums) for sums in _sums(weights)]
+        marks += [weights.paths, weights.scalings, weights.addresses, *content(weights)]
     return tuple(marks)
+
+
+def content(weights: LoraWeights) -> list[Sums]:
+    """Sums of an adapter's parameters, one per device and element size."""
+    import torch
+
+    sums: ContentSums | None = weights.derived.get("content")
+    if sums is None:
+        tensors = [*weights.a, *weights.b]
+        with torch.inference_mode(False):
+            sums = ContentSums(tensors)
+        if all(weight.is_contiguous() for weight in tensors):
+            weights.derived["content"] = sums  # it looks at the weights' own storage
+    return sums.now()
 
 
 class Sums:
@@ -51,37 +63,51 @@ class Sums:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Flat integer views of some weights, which one kernel gathers in a buffer [rows, _COLUMNS]."""
+    """Flat integer views of some weights, which one kernel gathers in a buffer."""
 
     parts: list[Tensor]
-    """With zeros at the end that fill the last row."""
     buffer: Tensor
+    keys: Tensor
+    products: Tensor
 
-    def sums(self) -> list[Tensor]:
-        """Of the rows and of the columns, int64.
+    def sum(self) -> Tensor:
+        """Sum the elements' bits, each times a number of its place, modulo 2**64.
 
-        A matrix of bits, not a sum per tensor: two elements that move by one bit in opposite directions cancel in
-        a row, but not in their columns as well.
+        Moves that cancel out in a plain sum, or in sums of rows and of columns, do not here.
         """
         import torch
 
-        torch.cat(self.parts, out=self.buffer.view(-1))
-        return [self.buffer.sum(dim, dtype=torch.int64) for dim in (0, 1)]
+        torch.cat(self.parts, out=self.buffer)
+        torch.mul(self.buffer, self.keys, out=self.products)
+        return self.products.sum()
 
 
-def _sums(weights: LoraWeights) -> list[Tensor]:
-    """The sums of all weights, one tensor per device and element size."""
-    import torch
+class ContentSums:
+    """Sums over some tensors, to be made again and again while they stay where they are.
 
-    groups = weights.derived.get("chunks")
-    if groups is None:
-        # Buffers made in inference mode could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            groups = _chunks([*weights.a, *weights.b])
-        if all(weight.is_contiguous() for weight in (*weights.a, *weights.b)):
-            weights.derived["chunks"] = groups  # they look at the weights' own storage
-    with torch.no_grad():
-        return [torch.cat([part for chunk in chunks for part in chunk.sums()]) for chunks in groups]
+    Its buffers can be written outside of inference mode only when it was not made in it.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        import torch
+
+        with torch.no_grad():
+            self._groups = _chunks(tensors)
+
+    def numbers(self) -> list[int]:
+        """Sum as `now` does, and wait for the results."""
+        import torch
+
+        with torch.no_grad():
+            sums = [[chunk.sum() for chunk in chunks] for chunks in self._groups]
+        return [int(number) for some in sums for number in (torch.stack(some).tolist() if some[1:] else some)]
+
+    def now(self) -> list[Sums]:
+        """Sum what the tensors hold at this moment; one result per device and element size."""
+        import torch
+
+        with torch.no_grad():
+            return [Sums(torch.stack([chunk.sum() for chunk in chunks])) for chunks in self._groups]
 
 
 def as_integers(tensor: Tensor) -> Tensor:
@@ -102,6 +128,8 @@ def _chunks(tensors: list[Tensor]) -> list[list[_Chunk]]:
 
 
 def _packed(parts: list[Tensor]) -> list[_Chunk]:
+    import torch
+
     pieces: list[tuple[list[Tensor], int]] = []
     for part in parts:
         size = part.numel()
@@ -110,10 +138,15 @@ def _packed(parts: list[Tensor]) -> list[_Chunk]:
             pieces[-1] = ([*together, part], before + size)
         else:
             pieces.append(([part], size))
-    rows = [-(-size // _COLUMNS) for _, size in pieces]
-    shared = parts[0].new_empty(max(rows), _COLUMNS)
-    fill = parts[0].new_zeros(_COLUMNS)
-    return [
-        _Chunk([*together, fill[: count * _COLUMNS - size]], shared[:count])
-        for (together, size), count in zip(pieces, rows, strict=True)
-    ]
+    size = max(size for _, size in pieces)
+    buffer, keys = parts[0].new_empty(size), _keys(size).to(parts[0].device)
+    products = torch.empty_like(keys)
+    return [_Chunk(together, buffer[:size], keys[:size], products[:size]) for together, size in pieces]
+
+
+def _keys(size: int) -> Tensor:
+    """Odd numbers without a pattern, the same at every call."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**62), 2**62, (size,), generator=generator) * 2 + 1

@@ -88,7 +88,7 @@ def _layer_reason(view: LoraView, adapter: str) -> str | None:
 
 
 def _switch_reason(view: LoraView) -> str | None:
-    switches = view.found.state("disable_adapters")
+    switches = view.switches
     if any(switches) and not all(switches):
         path = next(path for (path, _), off in zip(view.layers, switches, strict=True) if off)
         return f"the adapter is disabled in some layers only, among them {path!r}"

@@ -33,6 +33,11 @@ class AdapterFiles:
         """For `trlpatch.status()`."""
         return f"through files in {self._directory.parent}"
 
+    @property
+    def compares(self) -> bool:
+        """Every version is handed over at a price."""
+        return False
+
     def publish(self, weights: LoraWeights) -> LoraRequest:
         """Write the tensors and have the engine read them at once; see AdapterSync."""
         from safetensors.torch import save_file

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trlpatch.engine.adapter_sync import registry
+from trlpatch.engine.adapter_sync.foreach_copy import ForeachCopy
+from trlpatch.engine.adapter_sync.fused_copy import FusedCopy, NotFused
 from trlpatch.engine.adapter_sync.registration import Registration
 from trlpatch.engine.adapter_sync.slots import Slots, Unexpected, find_slots
-from trlpatch.engine.adapter_sync.staging import Staging
+from trlpatch.engine.adapter_sync.staging import Staging, Target
 from trlpatch.engine.protocols import AdapterManager, LoraManager, LoraModel, LoraRequest, RolloutEngine
 from trlpatch.log import log_once
 from trlpatch.policy.adapter import LoraWeights
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 
 @dataclass
@@ -26,12 +27,13 @@ class _Registered:
 
     lora: LoraModel
     staging: Staging
-    sources: list[Tensor]
-    """Every staging A, then every B."""
     slots: Slots
     slot: int
-    targets: list[Tensor]
-    """The parts of the buffers that `sources` are copied into."""
+    targets: list[Target]
+    """Of every A, then of every B, in the order of the training model."""
+    copy: FusedCopy | ForeachCopy
+    handed_over: tuple[weakref.ref[LoraWeights], int] | None = None
+    """The weights that were copied last, and what the copy said of their contents."""
 
 
 class BufferCopy:
@@ -41,6 +43,9 @@ class BufferCopy:
     the same copy, for all layers at once. When modules or ranks change, or vLLM has dropped the adapter, it is
     registered again, which zeroes what is no longer adapted. The engine must be idle; device work is queued on the
     current stream, which in-process vLLM computes on.
+
+    Publishing is the check, too: everything is copied each time, and the request stays as long as the contents do, so
+    that cached prefixes are good for more than one rollout.
 
     Where the buffers are not as expected every version is registered anew (`Registration`); `description` says why.
     """
@@ -55,6 +60,11 @@ class BufferCopy:
     def description(self) -> str:
         """For `trlpatch.status()`."""
         return "in place" if self._fallback is None else self._fallback.description
+
+    @property
+    def compares(self) -> bool:
+        """Unless every version is registered anew."""
+        return self._fallback is None
 
     def publish(self, weights: LoraWeights) -> LoraRequest:
         """Write the adapter into the engine's buffers; see AdapterSync."""
@@ -72,10 +82,12 @@ class BufferCopy:
                 except Unexpected as reason:
                     return self._fall_back(worker, str(reason)).publish(weights)
             self._current = None  # should a copy fail, the next publish starts over
-            current.staging.write(weights)
-            torch._foreach_copy_(current.targets, current.sources)
+            changes = _copy(current, weights)
+        before, current.handed_over = current.handed_over, (weakref.ref(weights), changes)
+        # Other weights objects have other scalings, perhaps, which are no part of the contents.
+        if self._request is None or before is None or before[0]() is not weights or before[1] != changes:
+            self._request = registry.fresh_request(registry.NOWHERE, lora_id=registry.LIVE_ID)
         self._current = current
-        self._request = registry.fresh_request(registry.NOWHERE, lora_id=registry.LIVE_ID)
         return self._request
 
     def holds(self, request: LoraRequest) -> bool:
@@ -109,7 +121,7 @@ class BufferCopy:
             if registry.LIVE_ID not in manager.lora_index_to_id:
                 registry.activate(worker, registry.LIVE_ID)
             current.slot = manager.lora_index_to_id.index(registry.LIVE_ID)
-            current.targets = current.slots.views(current.slot)
+            current.targets = _targets(current.staging, current.slots, current.slot)
         return current
 
     def _register(self, worker: LoraManager, weights: LoraWeights) -> _Registered:
@@ -119,6 +131,8 @@ class BufferCopy:
             Unexpected: the buffers are not laid out as in the releases known.
             AdapterNotExpressible: before anything was changed.
         """
+        import torch
+
         manager = worker._adapter_manager
         config = worker.lora_config
         if getattr(config, "fully_sharded_loras", False):
@@ -130,15 +144,17 @@ class BufferCopy:
         lora = registry.lora_model(worker, staging.named(weights), weights, registry.LIVE_ID)
         self._current = None
         registry.register(worker, lora)
-        sources = [*staging.a, *staging.b]
-        slots = find_slots(manager, lora, {tensor.data_ptr() for tensor in sources})
+        slots = find_slots(manager, lora, {tensor.data_ptr() for tensor in (*staging.a, *staging.b)})
         slot = manager.lora_index_to_id.index(registry.LIVE_ID)
-        targets = slots.views(slot)
-        # In the order of the buffers, which need not be that of the training model.
-        sources = [tensor for _, tensor in (*slots.a, *slots.b)]
-        if not _equal(sources, targets):
+        targets = _targets(staging, slots, slot)
+        if not all(torch.equal(target.staging, target.slot) for target in targets):
             raise Unexpected("vLLM changes the adapter's tensors while it copies them")
-        return _Registered(lora, staging, sources, slots, slot, targets)
+        copy: FusedCopy | ForeachCopy
+        try:
+            copy = FusedCopy(weights, targets)
+        except NotFused:
+            copy = ForeachCopy(staging)
+        return _Registered(lora, staging, slots, slot, targets, copy)
 
     def _fall_back(self, worker: LoraManager, reason: str) -> Registration:
         worker._adapter_manager.remove_adapter(registry.LIVE_ID)
@@ -159,7 +175,16 @@ def _device_of(manager: AdapterManager) -> torch.device:
     raise Unexpected("no linear LoRA layer")
 
 
-def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    import torch
+def _targets(staging: Staging, slots: Slots, slot: int) -> list[Target]:
+    """The buffers' parts in the order of the training model, which need not be that of the engine's modules."""
+    tensors = [tensor for _, tensor in (*slots.a, *slots.b)]
+    places = {tensor.data_ptr(): view for tensor, view in zip(tensors, slots.views(slot), strict=True)}
+    return [Target(tensor, places[tensor.data_ptr()]) for tensor in (*staging.a, *staging.b)]
 
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+def _copy(current: _Registered, weights: LoraWeights) -> int:
+    try:
+        return current.copy.run(weights, current.targets, current.slot)
+    except NotFused:  # trained elsewhere now, or not contiguous any more
+        current.copy, current.handed_over = ForeachCopy(current.staging), None
+        return current.copy.run(weights, current.targets, current.slot)

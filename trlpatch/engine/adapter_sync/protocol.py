@@ -15,8 +15,15 @@ class AdapterSync(Protocol):
     def description(self) -> str:
         """Name the way, and why it is not a better one, in a few words."""
 
+    @property
+    def compares(self) -> bool:
+        """Tell whether `publish` costs no more than a check, and returns the same request while nothing changed.
+
+        Where it does not, every `publish` returns a new request, and whoever calls it has to know when to.
+        """
+
     def publish(self, weights: LoraWeights) -> LoraRequest:
-        """Make the adapter servable as it is now and return a request for it, with a name never used before.
+        """Make the adapter servable as it is now and return a request for it, of a name never used for another one.
 
         The version published before is gone then: a request for it may not be used any more. Weights are only read.
 

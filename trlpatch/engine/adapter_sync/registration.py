@@ -23,6 +23,11 @@ class Registration:
         """For `trlpatch.status()`."""
         return "registered anew each time" + (f" ({self._reason})" if self._reason else "")
 
+    @property
+    def compares(self) -> bool:
+        """Every version is handed over at a price."""
+        return False
+
     def publish(self, weights: LoraWeights) -> LoraRequest:
         """Register copies with the worker; see AdapterSync."""
         worker = registry.worker_of(self._engine())

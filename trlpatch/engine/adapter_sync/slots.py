@@ -7,13 +7,16 @@ and up; one for single layers), A [max_loras, 1, max_lora_rank, in] and B [max_l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.protocols import AdapterManager, LoraModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_BUFFERS = attrgetter("lora_a_stacked")
 
 
 class Unexpected(Exception):  # an answer, caught by the caller
@@ -35,7 +38,7 @@ class Slots:
 
     def is_current(self) -> bool:
         """Are the engine's buffers still these?"""
-        return all(map(is_, [module.lora_a_stacked for module in self.modules], self.buffers))
+        return all(map(is_, map(_BUFFERS, self.modules), self.buffers))
 
     def views(self, slot: int) -> list[Tensor]:
         """The parts of the buffers that belong to one slot: [r, in] of every A, then [out, max_lora_rank] of every B.

@@ -28,6 +28,15 @@ def structure_of(weights: LoraWeights) -> list[object]:
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where one tensor of an adapter goes: into the first columns of both."""
+
+    staging: Tensor
+    slot: Tensor
+    """The part of an engine's buffer that belongs to one slot."""
+
+
+@dataclass(frozen=True)
 class _Group:
     """Layers whose B are of one shape, scaled by one kernel."""
 
@@ -90,7 +99,13 @@ class Staging:
 
     def accepts(self, weights: LoraWeights) -> bool:
         """Have these weights the layers, ranks, dtypes and devices that this was made for?"""
-        return self._sources(weights) is not None or self._structure == structure_of(weights)
+        accepted = weights.derived.get("accepted by staging")
+        if accepted is not None and accepted() is self:
+            return True
+        if self._structure != structure_of(weights):
+            return False
+        weights.derived["accepted by staging"] = weakref.ref(self)
+        return True
 
     def write(self, weights: LoraWeights) -> None:
         """Fill it with the adapter: A rounded, B scaled in float32 and rounded once."""

@@ -1,0 +1,180 @@
+"""One Triton kernel that copies a whole adapter into the engine and tells whether it is another one than before.
+
+The way of a CUDA device: every A and B is read once, written into staging and into the slot, and hashed from the same
+registers. The copy is made whatever the hashes say, so a wrong answer could leave a wrong name, never old weights.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from trlpatch.engine.adapter_sync.staging import Target
+from trlpatch.policy.adapter import LoraWeights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class NotFused(Exception):  # an answer, caught by the caller
+    """The kernel cannot make this copy; the message says why."""
+
+
+@cache
+def kernel_module() -> Any:
+    """The module of the kernel, or None where there is no Triton.
+
+    vLLM puts a module of that name without a compiler into the process where Triton is missing.
+    """
+    try:
+        from trlpatch.engine.adapter_sync import fused_kernel
+    except Exception:  # an incomplete Triton fails in ways of its own
+        return None
+    return fused_kernel if callable(getattr(fused_kernel.copy_and_hash, "run", None)) else None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Blocks of sources of one dtype: one launch."""
+
+    dtype: torch.dtype
+    where: Tensor
+    hashes: Tensor
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The addresses of one adapter's tensors and of one slot, on the device."""
+
+    rows: Tensor
+    scales: Tensor
+    aligned: bool
+
+
+class FusedCopy:
+    """Copies adapters of one structure; made for the tensors of one staging and any slot of the same buffers.
+
+    Raises NotFused for what the kernel does not do: other devices than CUDA, other dtypes than float32, bfloat16 and
+    float16, tensors of more than 2**31 elements.
+    """
+
+    def __init__(self, weights: LoraWeights, targets: list[Target]) -> None:
+        import torch
+
+        sources = [*weights.a, *weights.b]
+        device = targets[0].staging.device
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise NotFused(f"a {device.type} device")
+        module = kernel_module()
+        if module is None:
+            raise NotFused("Triton is missing")
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        for source, target in zip(sources, targets, strict=True):
+            if source.dtype not in names or target.staging.dtype not in names:
+                raise NotFused(f"{source.dtype} to {target.staging.dtype}")
+            if target.staging.numel() >= 2**31 - module.BLOCK:
+                raise NotFused(f"a tensor of {target.staging.numel()} elements")
+        self._module = module
+        self._device = device
+        self._step = 0
+        with torch.inference_mode(False):
+            self._changed = torch.zeros(1, dtype=torch.int64, device=device)
+            self._answer = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._groups = [
+                self._group(dtype, [index for index, source in enumerate(sources) if source.dtype == dtype], sources)
+                for dtype in dict.fromkeys(source.dtype for source in sources)
+            ]
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+
+    def _group(self, dtype: torch.dtype, indices: list[int], sources: list[Tensor]) -> _Group:
+        import torch
+
+        block = self._module.BLOCK
+        where = [(index, start) for index in indices for start in range(0, sources[index].numel(), block)]
+        return _Group(
+            dtype,
+            torch.tensor(where, dtype=torch.int32).to(self._device),
+            torch.zeros(len(where), 2, dtype=torch.int64, device=self._device),
+        )
+
+    def run(self, weights: LoraWeights, targets: list[Target], slot: int) -> int:
+        """Copy, wait until it has arrived, and return a number that is another one when the sources' bits are.
+
+        Raises NotFused, before anything was written, for sources that are elsewhere or not contiguous.
+        """
+        import torch
+
+        table = self._table(weights, targets, slot)
+        if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                return self._launch(table, targets[0].staging.dtype)
+        return self._launch(table, targets[0].staging.dtype)
+
+    def _launch(self, table: _Table, target: torch.dtype) -> int:
+        self._step += 1
+        for group in self._groups:
+            self._module.copy_and_hash[(group.where.shape[0],)](
+                table.rows,
+                table.scales,
+                group.where,
+                group.hashes,
+                self._changed,
+                self._step,
+                SOURCE=_language(group.dtype),
+                BITS=_language(group.dtype, bits=True),
+                TARGET=_language(target),
+                ALIGNED=table.aligned,
+                BLOCK=self._module.BLOCK,
+                COLUMNS=self._module.COLUMNS,
+                num_warps=8,
+            )
+        self._answer.copy_(self._changed, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+            self._arrived.synchronize()
+        return int(self._answer.item())
+
+    def _table(self, weights: LoraWeights, targets: list[Target], slot: int) -> _Table:
+        """Kept with the weights, whose addresses it holds: another one is made when they are others."""
+        owner, at, kept = weights.derived.get("fused copy", (None, None, None))
+        if kept is not None and owner() is self and at == slot:
+            return kept  # type: ignore[no-any-return]
+        table = self._made(weights, targets)
+        weights.derived["fused copy"] = (weakref.ref(self), slot, table)
+        return table
+
+    def _made(self, weights: LoraWeights, targets: list[Target]) -> _Table:
+        import torch
+
+        sources = [*weights.a, *weights.b]
+        rows = []
+        for source, target in zip(sources, targets, strict=True):
+            if source.device != self._device or not source.is_contiguous():
+                raise NotFused(f"a source of strides {source.stride()} on {source.device}")
+            length, stride = source.shape[1], target.slot.stride(0)
+            if target.staging.stride() != target.slot.stride() or target.slot.stride(1) != 1:
+                raise NotFused("staging and slot are laid out differently")
+            addresses = [source.data_ptr(), target.staging.data_ptr(), target.slot.data_ptr()]
+            rows.append([*addresses, source.numel(), length, stride])
+        scales = [1.0] * len(weights.a) + weights.scalings
+        with torch.inference_mode(False):
+            return _Table(
+                torch.tensor(rows, dtype=torch.int64).to(self._device),
+                torch.tensor(scales, dtype=torch.float32).to(self._device),
+                aligned=all(number % 16 == 0 for row in rows for number in row[:4]),
+            )
+
+
+@cache
+def _language(dtype: torch.dtype, *, bits: bool = False) -> Any:
+    """Triton's name of a torch dtype, or of the unsigned integers of its size."""
+    import torch
+    import triton.language as tl
+
+    if bits:
+        return tl.uint32 if dtype == torch.float32 else tl.uint16
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
