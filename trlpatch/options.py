@@ -14,12 +14,14 @@ Colocate = Literal["auto", "always", "never"]
 Sleep = Literal["auto", "on", "off", "kv"]
 Adapter = Literal["auto", "request", "off"]
 OnDrift = Literal["raise", "stock"]
+OldLogps = Literal["stock", "reuse"]
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "colocate": get_args(Colocate),
     "sleep": get_args(Sleep),
     "adapter": get_args(Adapter),
     "on_drift": get_args(OnDrift),
+    "old_logps": get_args(OldLogps),
 }
 
 
@@ -27,7 +29,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 class Options:
     """The checked arguments of one `PatchFastRL` call.
 
-    Only `skip` changes the patched text. `colocate`, `sleep` and `adapter` are read by the hooks while training.
+    Only `skip` and `old_logps` change the patched text. `colocate`, `sleep` and `adapter` are read by the hooks while
+    training.
 
     Attributes:
         algorithm: a trainer's short name such as "grpo", or None for every trainer that can use vLLM.
@@ -40,6 +43,8 @@ class Options:
             otherwise, "off" keeps TRL's own weight sync.
         on_drift: what happens when a patch does not fit this TRL: an error, or that part of TRL stays stock.
         skip: names of patches to leave out, kept sorted and without repeats.
+        old_logps: "reuse" takes the training forward's log-probabilities for the old ones where no update lies
+            between them, "stock" computes them in a pass of their own as TRL does.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -51,6 +56,7 @@ class Options:
     adapter: Adapter = "auto"
     on_drift: OnDrift = "raise"
     skip: tuple[str, ...] = ()
+    old_logps: OldLogps = "stock"
 
     def __post_init__(self) -> None:
         algorithm: object = self.algorithm
@@ -69,6 +75,11 @@ class Options:
                 f"skip={self.skip!r}: expected a tuple or list of patch names such as ('sleep',). See: trlpatch list"
             )
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+
+    @property
+    def asked_for(self) -> tuple[str, ...]:
+        """Names of the optional patches that these options ask for."""
+        return ("old_logps",) if self.old_logps == "reuse" else ()
 
 
 _active: Options | None = None

@@ -25,6 +25,12 @@ from trlpatch.hooks.compat import (
 )
 from trlpatch.hooks.configure import configure
 from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.old_logps import (
+    importance_sampling_ratio,
+    keep_sampling_logps,
+    old_logps,
+    old_sequence_logps,
+)
 from trlpatch.hooks.rollout_func import rollout_func, rollout_func_server
 from trlpatch.hooks.sampling import normalize_sampling, sampling_params
 from trlpatch.hooks.sleep import reload_weights, sleep, wake_up
@@ -39,11 +45,15 @@ __all__ = [
     "guided_decoding_params",
     "hand_over",
     "http_adapter",
+    "importance_sampling_ratio",
     "is_package_available",
+    "keep_sampling_logps",
     "lora_request",
     "messages_only",
     "nested_gather",
     "normalize_sampling",
+    "old_logps",
+    "old_sequence_logps",
     "prompt_limit",
     "reload_weights",
     "rollout_func",
