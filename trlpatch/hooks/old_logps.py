@@ -5,8 +5,8 @@ importance sampling ratio and the `sampling/*` metrics, is made here when the lo
 
 In a trainer's first three steps the pass runs, and twice: if the results are not equal to the bit, something is random
 and every pass runs. (Three, because LoRA's B is zero before an update and hides what is random in an adapter, and the
-first learning rate of a warm-up is zero too.) The training forward is compared with the pass as well, and status() says
-how far apart they are: kernels whose result for a row depends on the rows beside it round differently.
+first learning rate of a warm-up is zero too.) The training forward is compared with the pass as well, and status()
+says how far apart they are: kernels whose result for a row depends on the rows beside it round differently.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 # Between them, these make a batch and its loss. A subclass that has its own may read what would be absent.
@@ -103,8 +104,13 @@ def _random_settings(config: Any) -> Iterator[str]:
 
 def _random_values(values: dict[str, Any], owner: str) -> Iterator[str]:
     for name, value in values.items():
-        if _RANDOM.search(name):
+        if _names_randomness(name):
             # PEFT keeps some of its probabilities by adapter: LoHaLayer.rank_dropout.
             numbers = value.values() if type(value) is dict else [value]
             if any(type(number) in (int, float) and number > 0 for number in numbers):
                 yield f"{owner}.{name}={value}"
+
+
+@cache  # thousands of modules have the same few attributes, and every generation looks at them
+def _names_randomness(attribute: str) -> bool:
+    return _RANDOM.search(attribute) is not None
