@@ -133,7 +133,7 @@ _CORRECTED = {PASS: 1, CORRECTION: 3, RATIO: 1}
 
 PATCH = Patch(
     name="old_logps",
-    summary="on-policy, the training forward's log-probabilities are the old ones; no extra pass computes them",
+    summary='with old_logps="reuse", no extra pass computes old log-probabilities that the training forward has',
     hooks=("old_logps", "importance_sampling_ratio", "keep_sampling_logps", "old_sequence_logps"),
     transformer=OldLogps,
     inserter=insertions,
