@@ -8,8 +8,12 @@ import pytest
 
 from tests.cpu.old_logps_runs import GRPO, KEPT, STEPS
 from tests.cpu.scenarios import report_of
+from trlpatch.source.locate import find_trl
 
-pytestmark = pytest.mark.cpu
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(find_trl().release < (0, 22), reason="no such pass on-policy, and RLOO does not use vLLM"),
+]
 
 REASONS = {
     "iterations": "num_iterations=2",
