@@ -114,6 +114,10 @@ class StaleAdapter(EngineError, RuntimeError):
     """A rollout would have used weights that are not the policy's current ones."""
 
 
+class StaleOldLogps(TrlpatchError, RuntimeError):
+    """`old_logps="reuse"` left out a pass, and the weights changed before its batch was trained on."""
+
+
 class CannotShare(EngineError):
     """Trainer and engine cannot have these base weights in common, with the reason."""
 

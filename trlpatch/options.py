@@ -16,12 +16,14 @@ Colocate = Literal["auto", "always", "never"]
 Sleep = Literal["auto", "on", "off", "kv"]
 Adapter = Literal["auto", "request", "off"]
 OnDrift = Literal["raise", "stock"]
+OldLogps = Literal["stock", "reuse"]
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "colocate": get_args(Colocate),
     "sleep": get_args(Sleep),
     "adapter": get_args(Adapter),
     "on_drift": get_args(OnDrift),
+    "old_logps": get_args(OldLogps),
 }
 
 
@@ -29,8 +31,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 class Options:
     """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
-    Only `skip` changes the patched text; it is kept sorted and without repeats. `colocate`, `sleep` and `adapter` are
-    read by the hooks while training.
+    Only `skip` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. `colocate`, `sleep`
+    and `adapter` are read by the hooks while training.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -42,6 +44,7 @@ class Options:
     adapter: Adapter = "auto"
     on_drift: OnDrift = "raise"
     skip: tuple[str, ...] = ()
+    old_logps: OldLogps = "stock"
 
     def __post_init__(self) -> None:
         algorithm: object = self.algorithm
@@ -60,6 +63,11 @@ class Options:
                 f"skip={self.skip!r}: expected a tuple or list of patch names such as ('sleep',). See: trlpatch list"
             )
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+
+    @property
+    def asked_for(self) -> tuple[str, ...]:
+        """Names of the optional patches that these options ask for."""
+        return ("old_logps",) if self.old_logps == "reuse" else ()
 
 
 DISABLE = "TRLPATCH_DISABLE"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trlpatch.rewrite.patch import Patch
-from trlpatch.rewrite.registry import ordered, patches, repairs, rollout_patches
+from trlpatch.rewrite.registry import ordered, patches, repairs, rollout_patches, speed_patches
 
 
 def made(name: str, *after: str) -> Patch:
@@ -43,7 +43,7 @@ def test_rollout_patches_come_in_the_order_of_a_run_and_before_every_repair():
         "sampling",
         "sampling_config",
     ]
-    assert patches() == rollout_patches() + repairs()
+    assert patches() == rollout_patches() + speed_patches() + repairs()
 
 
 def test_a_sleep_is_inserted_after_a_rollout_call_that_is_already_edited():
@@ -53,6 +53,6 @@ def test_a_sleep_is_inserted_after_a_rollout_call_that_is_already_edited():
 
 def test_every_module_is_found_under_its_own_name():
     folder = Path(__file__).parents[2] / "trlpatch/rewrite/patches"
-    for name, found in (("rollout", rollout_patches()), ("repairs", repairs())):
+    for name, found in (("rollout", rollout_patches()), ("speed", speed_patches()), ("repairs", repairs())):
         modules = {path.stem for path in (folder / name).glob("*.py")} - {"__init__"}
         assert {patch.name for patch in found} == modules

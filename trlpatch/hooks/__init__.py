@@ -8,6 +8,12 @@ from trlpatch.hooks.adapter_sync import hand_over
 from trlpatch.hooks.adopt_engine import engine
 from trlpatch.hooks.configure import configure
 from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.old_logps import (
+    importance_sampling_ratio,
+    keep_sampling_logps,
+    old_logps,
+    old_sequence_logps,
+)
 from trlpatch.hooks.repairs import (
     given,
     guided_decoding_field,
@@ -39,11 +45,15 @@ __all__ = [
     "guided_decoding_params",
     "hand_over",
     "http_adapter",
+    "importance_sampling_ratio",
     "is_package_available",
+    "keep_sampling_logps",
     "lora_request",
     "messages_only",
     "nested_gather",
     "normalize_sampling",
+    "old_logps",
+    "old_sequence_logps",
     "prompt_limit",
     "reload_weights",
     "rollout_func",

@@ -49,6 +49,7 @@ class Patch:
         inserter: says where statements are to be put in.
         requires: patches without which this one would be wrong; leaving one out leaves this one out too.
         after: patches of the same folder that are applied, and reported, before this one.
+        option: the argument of `PatchFastRL` that asks for it, such as `old_logps="reuse"`; empty if none has to.
         variants: what is expected where, per release range.
         exemptions: where it does not apply, with the reason.
     """
@@ -60,6 +61,7 @@ class Patch:
     inserter: Inserter | None = None
     requires: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    option: str = ""
     variants: tuple[Variant, ...] = field(default=())
     exemptions: tuple[Exemption, ...] = field(default=())
 

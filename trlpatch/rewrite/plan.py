@@ -45,8 +45,12 @@ class Plan:
     absent: tuple[Skip, ...] = ()
 
 
-def plan(target: Target, release: Release, skip: frozenset[str] = frozenset()) -> Plan:
+def plan(
+    target: Target, release: Release, skip: frozenset[str] = frozenset(), asked_for: frozenset[str] = frozenset()
+) -> Plan:
     """Return the plan for `target` in `release` with the patches in `skip` left out.
+
+    Patches that an option has to ask for are part of it only if `asked_for` names them.
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.
@@ -56,6 +60,8 @@ def plan(target: Target, release: Release, skip: frozenset[str] = frozenset()) -
     skips: list[Skip] = []
     absent: list[Skip] = []
     for patch in patches():
+        if patch.option and patch.name not in asked_for:
+            continue
         variant = patch.variant(target.name, release)
         exemption = patch.exemption(target.name, release)
         if variant is None and exemption is not None:

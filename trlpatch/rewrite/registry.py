@@ -11,17 +11,21 @@ from importlib import import_module
 from trlpatch.errors import UnknownPatch
 from trlpatch.rewrite.patch import Patch
 
-_FOLDERS = ("trlpatch.rewrite.patches.rollout", "trlpatch.rewrite.patches.repairs")
+_FOLDERS = (
+    "trlpatch.rewrite.patches.rollout",
+    "trlpatch.rewrite.patches.speed",
+    "trlpatch.rewrite.patches.repairs",
+)
 
 
 @cache
 def patches() -> tuple[Patch, ...]:
-    """Return every patch in order of application: the rollout patches, then the repairs.
+    """Return every patch in order of application: the rollout patches, the speed patches, then the repairs.
 
     Raises:
         ValueError: the `after` of the patches cannot be followed, see `ordered`.
     """
-    return (*rollout_patches(), *repairs())
+    return (*rollout_patches(), *speed_patches(), *repairs())
 
 
 @cache
@@ -31,12 +35,18 @@ def rollout_patches() -> tuple[Patch, ...]:
 
 
 @cache
+def speed_patches() -> tuple[Patch, ...]:
+    """Return the patches that leave out work and that an option of `PatchFastRL` has to ask for."""
+    return ordered(_discovered(_FOLDERS[1]))
+
+
+@cache
 def repairs() -> tuple[Patch, ...]:
     """Return the patches for combinations of releases that do not work together otherwise.
 
     A release that none of a repair's variants names needs no repair.
     """
-    return ordered(_discovered(_FOLDERS[1]))
+    return ordered(_discovered(_FOLDERS[2]))
 
 
 def _discovered(folder: str) -> list[Patch]:

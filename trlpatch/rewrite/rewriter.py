@@ -45,8 +45,14 @@ class Rewritten:
         return tuple(outcome for outcome in self.outcomes if outcome.status == "failed")
 
 
-def rewrite(source: SourceFile, release: Release, *, skip: frozenset[str] = frozenset()) -> Rewritten:
-    """Return `source` with every patch that applies to it in `release`.
+def rewrite(
+    source: SourceFile,
+    release: Release,
+    *,
+    skip: frozenset[str] = frozenset(),
+    asked_for: frozenset[str] = frozenset(),
+) -> Rewritten:
+    """Return `source` with every patch that applies to it in `release`, of the optional ones those in `asked_for`.
 
     Never raises for drift or a failed check: the outcome says so and the text is upstream's.
 
@@ -54,7 +60,7 @@ def rewrite(source: SourceFile, release: Release, *, skip: frozenset[str] = froz
         UnknownPatch: `skip` names a patch that does not exist.
         SyntaxError: `source` is not Python.
     """
-    return apply_plan(source, plan(source.target, release, skip))
+    return apply_plan(source, plan(source.target, release, skip, asked_for))
 
 
 def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:

@@ -97,9 +97,18 @@ def size() -> int:
     return Cache().size()
 
 
-def entry_key(*, target: str, release: Iterable[int], upstream_sha256: str, skip: Iterable[str], rules: str) -> str:
+def entry_key(
+    *,
+    target: str,
+    release: Iterable[int],
+    upstream_sha256: str,
+    skip: Iterable[str],
+    rules: str,
+    asked_for: Iterable[str] = (),
+) -> str:
     """Return the key of one patched file. `rules` is what `rules_digest` returns."""
-    parts = [FORMAT, target, ".".join(map(str, release)), upstream_sha256, ",".join(sorted(skip)), rules]
+    parts = [FORMAT, target, ".".join(map(str, release)), upstream_sha256]
+    parts += [",".join(sorted(skip)), ",".join(sorted(asked_for)), rules]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

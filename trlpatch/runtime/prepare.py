@@ -69,9 +69,13 @@ class PreparedTargets:
 
 
 def prepare_targets(
-    install: TrlInstall, sources: Sequence[SourceFile], missing: Iterable[tuple[Target, Path]], skip: tuple[str, ...]
+    install: TrlInstall,
+    sources: Sequence[SourceFile],
+    missing: Iterable[tuple[Target, Path]],
+    skip: tuple[str, ...],
+    asked_for: tuple[str, ...] = (),
 ) -> PreparedTargets:
-    """Read or make the patched text of `sources`.
+    """Read or make the patched text of `sources`, without the patches in `skip`, with the optional ones `asked_for`.
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist. (Such a key is never in the cache.)
@@ -86,13 +90,14 @@ def prepare_targets(
             upstream_sha256=source.sha256,
             skip=skip,
             rules=rules,
+            asked_for=asked_for,
         )
         stored = cache.read(key, source.path.name)
         known = None if stored is None else _from_cache(source, stored)
         if known is not None:
             prepared.patched.append(known)
         else:
-            _rewrite(prepared, cache, key, install, source, skip)
+            _rewrite(prepared, cache, key, install, source, skip=frozenset(skip), asked_for=frozenset(asked_for))
     return prepared
 
 
@@ -124,12 +129,17 @@ def _from_cache(source: SourceFile, stored: Stored) -> PatchedTarget | None:
 
 
 def _rewrite(
-    prepared: PreparedTargets, cache: Cache, key: str, install: TrlInstall, source: SourceFile, skip: tuple[str, ...]
+    prepared: PreparedTargets,
+    cache: Cache,
+    key: str,
+    install: TrlInstall,
+    source: SourceFile,
+    **selection: frozenset[str],
 ) -> None:
     from trlpatch.rewrite.rewriter import rewrite
 
     try:
-        result = rewrite(source, install.release, skip=frozenset(skip))
+        result = rewrite(source, install.release, **selection)
     except SyntaxError as error:
         reason = f"{source.path}:{error.lineno} is not Python: {error.msg}. Run: pip install --force-reinstall trl"
         prepared.failures.append(Outcome(source.target.name, WHOLE_FILE, "failed", reason))

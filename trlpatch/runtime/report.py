@@ -73,9 +73,17 @@ class PatchReport:
         described: list[str] = import_module("trlpatch.engine.describe").describe_engines()
         return tuple(described)
 
+    @property
+    def old_logps(self) -> tuple[str, ...]:
+        """The trainers that met `old_logps="reuse"`, as of now: what became of the extra pass and why, a line each."""
+        if "trlpatch.hooks.old_logps" not in sys.modules:
+            return ()
+        described: list[str] = import_module("trlpatch.hooks.old_logps").describe()
+        return tuple(described)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
-        plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines}
+        plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines, "old_logps": self.old_logps}
         plain["entries"] = [entry.to_dict() for entry in self.entries]
         return {name: _plain(value) for name, value in plain.items()}
 
@@ -157,6 +165,7 @@ class PatchReport:
             ("out of reach", self.unfixable),
             ("running from another file: another import hook came first", self.bypassed),
             ("engines", self.engines),
+            ("old log-probabilities", self.old_logps),
             ("notes", self.notes),
         ):
             if items:

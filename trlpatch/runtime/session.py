@@ -27,6 +27,7 @@ from trlpatch.options import (
     DUMP,
     Adapter,
     Colocate,
+    OldLogps,
     OnDrift,
     Options,
     Sleep,
@@ -79,6 +80,7 @@ def PatchFastRL(
     colocate: Colocate = "auto",
     sleep: Sleep = "auto",
     adapter: Adapter = "auto",
+    old_logps: OldLogps = "stock",
     on_drift: OnDrift = "raise",
     skip: Iterable[str] = (),
 ) -> PatchReport:
@@ -96,6 +98,9 @@ def PatchFastRL(
             way too, until training was measured to leave room for them.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, "request" raises
             where it cannot, "off" keeps TRL's own weight sync.
+        old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the extra forward pass for `old_per_token_logps`: on
+            policy, without dropout and without methods overridden, the training forward has the same numbers; in any
+            other case the pass runs, and `status()` says why. "stock" always runs it.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
             the targets concerned as TRL wrote them and warns.
         skip: patches to leave out, by name (`trlpatch list`).
@@ -114,10 +119,10 @@ def PatchFastRL(
         OutputCheckError: patched text failed a check, the message names the file with it; nothing was changed.
         PatchError: a file is missing, or a module cannot be changed in place; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
-        OptionsConflict: an earlier call used another `skip`.
+        OptionsConflict: an earlier call used another `skip` or `old_logps`.
     """
     named: Any = tuple(skip) if not isinstance(skip, str) else skip
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named))
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps))
 
 
 patch = PatchFastRL
@@ -181,11 +186,13 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
     _disabled = None
     wanted = target_names(options.algorithm)
     session = _active or _Session(options, PatchReport(), frozenset())
-    if _active is not None and options.skip != session.options.skip:
-        raise OptionsConflict(
-            f"PatchFastRL(skip={options.skip!r}) after PatchFastRL(skip={session.options.skip!r}): another set of "
-            "patches cannot replace the one that runs. Call trlpatch.unpatch() first."
-        )
+    for name in ("skip", "old_logps") if _active is not None else ():
+        asked, runs = getattr(options, name), getattr(session.options, name)
+        if asked != runs:
+            raise OptionsConflict(
+                f"PatchFastRL({name}={asked!r}) after PatchFastRL({name}={runs!r}): another set of "
+                "patches cannot replace the one that runs. Call trlpatch.unpatch() first."
+            )
     retried = session.stock if options.on_drift == "raise" else frozenset()
     new = (wanted - session.covered) | (wanted & retried)
     if _active is None or new:
@@ -245,7 +252,7 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     install = find_trl()
     found = [source for source in sources(install, options.algorithm) if source.target.name in new]
     absent = [(target, path) for target, path in missing(install, options.algorithm) if target.name in new]
-    prepared = prepare_targets(install, found, absent, options.skip)
+    prepared = prepare_targets(install, found, absent, options.skip, options.asked_for)
     if prepared.failures and options.on_drift == "raise":
         raise failure_error(install, prepared.failures, prepared.rejected)
     failed = {failure.target for failure in prepared.failures}
