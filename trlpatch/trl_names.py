@@ -10,4 +10,4 @@ LEFT_ALONE_TRAINERS = ("NashMDTrainer", "XPOTrainer")
 """Subclasses of OnlineDPOTrainer (up to TRL 1.13) that inherit its engine and do not roll out on it."""
 
 # TRL 0.18 to 1.13: both override `training_step` and call transformers' `generate` in it, whatever `use_vllm` says.
-LEFT_ALONE_REASON = "TRL rolls them out with transformers, not on the engine that they inherit from OnlineDPO"
+LEFT_ALONE_REASON = "TRL generates with transformers for them, not on the engine they inherit"

@@ -12,6 +12,7 @@ from trlpatch.source.locate import find_trl
 
 pytestmark = [
     pytest.mark.cpu,
+    pytest.mark.release,
     pytest.mark.skipif(find_trl().release < (0, 22), reason="no such pass on-policy, and RLOO does not use vLLM"),
 ]
 

@@ -103,8 +103,8 @@ def test_nash_md_and_xpo_are_left_alone_and_the_log_says_so(caplog: pytest.LogCa
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1
     assert said[0] == (
-        "NashMDTrainer: the attached engine is not used, because NashMD and XPO generate with transformers in a "
-        "training step of their own: TRL runs as it is"
+        "NashMDTrainer: the attached engine is not used: TRL generates with transformers for them, not on the engine "
+        "they inherit"
     )
 
 

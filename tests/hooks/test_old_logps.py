@@ -20,7 +20,7 @@ from trlpatch.errors import StaleOldLogps  # noqa: E402
 from trlpatch.hooks.old_logps import describe  # noqa: E402
 from trlpatch.hooks.on_policy import reason_against  # noqa: E402
 
-pytestmark = pytest.mark.cpu
+pytestmark = pytest.mark.torch
 
 ROWS, TOKENS, SLICES = 8, 5, 2
 

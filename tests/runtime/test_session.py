@@ -315,7 +315,7 @@ def test_report_says_which_trainers_are_left_alone(fake_trl):
     trainer = (fake_trl.root / "trainer/grpo_trainer.py").read_text(encoding="utf-8")
     fake_trl.write("trainer/online_dpo_config.py", config.replace("GRPO", "OnlineDPO"))
     fake_trl.write("trainer/online_dpo_trainer.py", trainer.replace("GRPO", "OnlineDPO"))
-    note = "NashMDTrainer and XPOTrainer are left alone: TRL rolls them out with transformers"
+    note = "NashMDTrainer and XPOTrainer are left alone: TRL generates with transformers for them"
     assert note not in str(session.PatchFastRL("grpo", skip=SKIP))
     assert note in str(session.PatchFastRL("online_dpo", skip=SKIP))
     assert note in str(session.PatchFastRL(skip=SKIP, on_drift="stock"))
