@@ -1,35 +1,40 @@
+"""What an engine refused of one adapter says nothing of another one on the same model."""
+
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
+pytest.importorskip("torch")
+pytest.importorskip("peft")
 
-from tests.fakes.engine import RecordingEngineStub  # noqa: E402
-from tests.fakes.models import lora_model  # noqa: E402
-from trlpatch.engine.lora_limits import unsupported_reason  # noqa: E402
-from trlpatch.engine.state import state_of  # noqa: E402
-from trlpatch.policy.adapter import lora_view  # noqa: E402
-from trlpatch.policy.lora_support import rank_of  # noqa: E402
+from peft import LoraConfig
 
-pytestmark = pytest.mark.cpu
+from tests.fakes.engine import RecordingEngineStub
+from tests.fakes.models import lora_model
+from trlpatch.engine import lora_limits
+from trlpatch.engine.state import state_of
+from trlpatch.policy.adapter import lora_view
+
+pytestmark = pytest.mark.torch
 
 
-@pytest.mark.parametrize(
-    ("engine", "holds", "says"),
-    [
-        (RecordingEngineStub(), "checkpoint", None),
-        (RecordingEngineStub(lora_rank=None), "checkpoint", "built without enable_lora=True"),
-        (RecordingEngineStub(lora_rank=8), "checkpoint", "its rank 12 is above the engine's max_lora_rank=8"),
-        (RecordingEngineStub(), "policy", "replaced by a full-weight sync"),
-    ],
-)
-def test_what_one_engine_cannot_take(engine: RecordingEngineStub, holds: Any, says: str | None) -> None:
-    view = lora_view(lora_model(rank_pattern={"o_proj": 12}))
+def refused(model: Any, engine: Any) -> str | None:
+    view = lora_view(model)
     assert view is not None
-    assert rank_of(view) == 12
-    state_of(engine).policy_location = holds
-    found = unsupported_reason(view, engine)
-    assert found is says is None or (says is not None and says in str(found))
+    return lora_limits._refused(view, state_of(engine))
+
+
+def test_a_refusal_is_of_one_adapter_and_one_engine() -> None:
+    model, engine, other = lora_model(), RecordingEngineStub(), RecordingEngineStub()
+    model.add_adapter("good", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    view = lora_view(model)
+    assert view is not None
+    lora_limits.refuse(view, state_of(engine), "no LoRA layer for o_proj")
+    assert refused(model, engine) == "no LoRA layer for o_proj"
+    assert refused(model, other) is None
+    model.set_adapter("good")
+    assert refused(model, engine) is None
+    model.set_adapter("default")
+    assert refused(model, engine) == "no LoRA layer for o_proj"

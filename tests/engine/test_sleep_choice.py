@@ -22,7 +22,7 @@ from trlpatch.engine.memory.sleep_mode import unsupported_reason
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.sleep import put_to_sleep, sleep_default, wake
 from trlpatch.engine.state import forget, state_of
-from trlpatch.errors import InvalidOption
+from trlpatch.errors import EngineBusy, InvalidOption
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,15 @@ def test_the_level_asked_for_is_used_otherwise(rig: Rig, level: int) -> None:
     assert rig.sleep(level=level)
     assert rig.mapped() == 0
     assert rig.state.weights_lost == (level == 2)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_with_unfinished_requests_stays_awake_at_every_level(level: int) -> None:
+    engine = RecordingEngineStub(sleep=True)
+    engine.llm_engine.has_unfinished_requests = lambda: True
+    with pytest.raises(EngineBusy, match="unfinished requests"):
+        put_to_sleep(engine, state_of(engine), level)
+    assert not any(call.startswith("sleep") for call in engine.calls)
 
 
 def test_the_log_says_what_was_given_back(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

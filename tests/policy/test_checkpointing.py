@@ -154,6 +154,31 @@ def test_switched_off_all_layers_are_recomputed_again() -> None:
     assert step(made)[2] == LAYERS
 
 
+def test_switched_off_after_its_owner_switched_checkpointing_off() -> None:
+    made = model()
+    set_auto_checkpointing(made, on=True, memory=Device(free=100))
+    step(made)
+    step(made)
+    disable(made)
+    set_auto_checkpointing(made, on=False)
+    assert not any(layer.gradient_checkpointing for layer in checkpointable_layers(made))
+
+
+def test_a_failed_forward_leaves_no_second_measurement() -> None:
+    made = model()
+    set_auto_checkpointing(made, on=True, memory=Device(free=100))
+    last = checkpointable_layers(made)[-1]
+    failing = last.mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(made)
+    failing.remove()
+    step(made)
+    assert not last._forward_pre_hooks
+    assert not last._forward_hooks
+    set_auto_checkpointing(made, on=False)
+    assert not made._forward_pre_hooks
+
+
 def test_other_passes_and_devices_are_left_alone() -> None:
     made, device = model(), Device(free=100)
     set_auto_checkpointing(made, on=True, memory=device)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RolloutBackend(Protocol):
-    """One engine as trainers need it, wherever its workers are. Holds no strong reference to the engine."""
+    """One engine as trainers need it, wherever its workers are. Holds no strong reference to the `vllm.LLM`."""
 
     @property
     def location(self) -> str:
@@ -57,6 +57,13 @@ class RolloutBackend(Protocol):
 
     def unfinished(self) -> bool:
         """Tell whether requests have been added and not answered to their end."""
+
+    def require_idle(self) -> None:
+        """See that memory of the engine can be unmapped.
+
+        Raises:
+            EngineBusy: requests are unfinished.
+        """
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False when they are in use and were not forgotten."""

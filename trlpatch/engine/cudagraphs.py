@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from trlpatch.engine.memory import device
 from trlpatch.engine.vllm_source import class_fields
 
 LARGEST = 512
-"""As vLLM's own (`max_cudagraph_capture_size`)."""
+"""As vLLM's own (`max_cudagraph_capture_size`), but for Blackwell."""
 _SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, LARGEST, 64))
 
 
@@ -26,10 +27,11 @@ def capture_sizes(max_num_seqs: int | None) -> list[int]:
 def compilation_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `compilation_config` for an engine that is built with `arguments`; {} where there is nothing to say.
 
-    What the user says of graphs or compilation is the last word: then this is {}.
+    What the user says of graphs or compilation is the last word: then this is {}. So it is for speculative decoding,
+    where a batch has several tokens a sequence.
     """
-    said = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "enforce_eager")
-    if any(arguments.get(name) for name in said):
+    said = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "speculative_config")
+    if arguments.get("enforce_eager") or any(arguments.get(name) is not None for name in said):
         return {}
     known = class_fields("config/compilation.py", "CompilationConfig") or frozenset()
     wanted: dict[str, Any] = {
@@ -37,4 +39,6 @@ def compilation_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
         # A second set of graphs, for batches without an adapter: a trainer's rollouts have one.
         "cudagraph_specialize_lora": False,
     }
+    if device.capability() >= (10, 0):  # vLLM goes up to 1024 there
+        del wanted["cudagraph_capture_sizes"]
     return {name: value for name, value in wanted.items() if name in known}

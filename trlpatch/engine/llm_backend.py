@@ -71,7 +71,7 @@ class LLMBackend:
 
     def discard_kv_cache(self) -> int:
         """Unmap the KV cache of an engine that is awake and idle, its caches reset."""
-        self._require_idle()
+        self.require_idle()
         self._reset_caches()
         freed = self._discard_kv_cache()
         self._asleep = {KV_CACHE}
@@ -83,7 +83,8 @@ class LLMBackend:
     def _discard_kv_cache(self) -> int:
         raise NotImplementedError
 
-    def _require_idle(self) -> None:
+    def require_idle(self) -> None:
+        """Raise EngineBusy when requests are unfinished."""
         if self.unfinished():
             raise EngineBusy(
                 "putting the engine to sleep: it has unfinished requests, whose KV cache would be unmapped under "

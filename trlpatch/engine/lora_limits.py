@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 from trlpatch.engine import probes
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import BaseVerdict, EngineState, state_of
 from trlpatch.policy import base_weights, lora_support
 from trlpatch.policy.adapter import LoraView
+
+_REFUSED = "refused by an engine"
+"""Key in `LoraWeights.derived`."""
 
 
 def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
@@ -27,12 +32,17 @@ def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
         return "the engine's base weights were replaced by a full-weight sync"
     if state.shared_weights:
         return "it is merged into the base weights, which the engine shares" if view.merged else None
-    return _base_verdict(view, state)
+    return _refused(view, state) or _base_verdict(view, state)
 
 
 def refuse(view: LoraView, state: EngineState, reason: str) -> None:
-    """Remember why the engine did not take the adapter: it will not until the model is another one."""
-    state.base_verdict[view.found] = BaseVerdict(base_weights.base_mark(view), reason)
+    """Remember why the engine did not take the active adapter: it will not while the adapter has these tensors."""
+    view.weights(view.active[0]).derived[_REFUSED] = (weakref.ref(state), reason)
+
+
+def _refused(view: LoraView, state: EngineState) -> str | None:
+    of, reason = view.weights(view.active[0]).derived.get(_REFUSED, (lambda: None, None))
+    return reason if of() is state else None
 
 
 def _base_verdict(view: LoraView, state: EngineState) -> str | None:

@@ -69,6 +69,7 @@ def put_to_sleep(
         warn_once(engine, f"the engine stays awake: its weights are the trainer's own, and {reason}")
         return False
     guards.install(engine, state)
+    backend.require_idle()
     backend.drain()
     if why is not None:
         if KV_CACHE in sleeping:

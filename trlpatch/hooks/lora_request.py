@@ -34,7 +34,10 @@ def lora_request(owner: Owner, engine: RolloutEngine | None, given: LoraRequest 
     if path.live and _disabled(path):
         return None
     if path.live and path.view is not None:
-        request = publisher.current_request(path.view, path.view.base, engine)
+        try:
+            request = publisher.current_request(path.view, path.view.base, engine)
+        except AdapterNotExpressible:
+            request = None  # another adapter than at the last sync: `hand_over` decides what becomes of it
         if request is None and hand_over(owner):
             request = publisher.current_request(path.view.snapshot(), path.view.base, engine)
             if request is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,7 +64,8 @@ def set_gradient_checkpointing(model: Any, *, on: bool, auto: bool = False) -> N
     With `auto` as many layers are recomputed as memory needs, also when TRL switches it on itself.
     """
     base = base_of(model)
-    set_auto_checkpointing(base, on=auto, reserved=lambda: _weights_asleep(base))
+    alive = weakref.ref(base)  # what is kept for a model must not keep it, and the engine on it, alive
+    set_auto_checkpointing(base, on=auto, reserved=lambda: _weights_asleep(alive()))
     # Later releases of transformers (5.23 for one) call it activation checkpointing and warn about the older name.
     name = "activation" if hasattr(base, "activation_checkpointing_enable") else "gradient"
     if on == getattr(base, f"is_{name}_checkpointing"):

@@ -95,6 +95,7 @@ class _Sites:
         self._linears: list[Module] = []
         self._parameters: list[dict[str, Any]] = []
         self._last: LoraWeights | None = None
+        self._dtypes: list[Any] = []
 
     def read(self, adapter: str) -> LoraWeights:
         of_adapter = itemgetter(adapter)
@@ -108,19 +109,24 @@ class _Sites:
         # PEFT's `rescale_adapter_scale` replaces the dictionary itself, and puts the old one back afterwards.
         scalings = list(map(of_adapter, map(_SCALING, self._layers)))
         addresses = _addresses(found)
+        # A model that was moved and cast keeps its parameters, and can get the same addresses back.
+        dtypes = list(map(_DTYPE, found))
         last = self._last
         if (
             last is None
             or addresses != last.addresses
             or scalings != last.scalings
+            or dtypes != self._dtypes
             or not all(map(is_, found, chain(last.a, last.b)))
         ):
             half = len(found) // 2
             last = self._last = LoraWeights(self._paths, found[:half], found[half:], scalings, addresses)
+            self._dtypes = dtypes
         return last
 
 
 _ADDRESS = methodcaller("data_ptr")
+_DTYPE = attrgetter("dtype")
 
 
 def _addresses(weights: list[Tensor]) -> list[int]:

@@ -88,14 +88,17 @@ class AutoCheckpointing:
         self._layers: list[Any] | None = None
         self._flagged: list[Any] = []
         self._kept: list[Any] = []
+        self._measuring: list[Any] = []
         self.description = _UNMEASURED
         self._hook = model.register_forward_pre_hook(self._choose, with_kwargs=True)
 
     def remove(self) -> None:
         """Leave checkpointing to the model again."""
-        self._hook.remove()
-        for layer in self._kept:
-            layer.gradient_checkpointing = True
+        for hook in (self._hook, *self._measuring):
+            hook.remove()
+        if any(part.gradient_checkpointing for part in self._flagged):  # `_keep` leaves one flag while it is on
+            for layer in self._kept:
+                layer.gradient_checkpointing = True
 
     def _choose(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
@@ -128,7 +131,9 @@ class AutoCheckpointing:
     def _checkpointed(self, model: Any) -> list[Any]:
         """The layers that the model's owner has checkpointed, also those kept last time; none when it is off."""
         if self._layers is None:
-            self._flagged = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
+            # Without the model itself: it is the key under which this object is kept.
+            parts = (part for part in model.modules() if part is not model)
+            self._flagged = [part for part in parts if hasattr(part, "gradient_checkpointing")]
             self._layers = checkpointable_layers(model)
         if not any(part.gradient_checkpointing for part in self._flagged):
             self._kept = []
@@ -158,12 +163,17 @@ class AutoCheckpointing:
 
         def after(*_: Any) -> None:
             found = self._memory()
-            for hook in hooks:
-                hook.remove()
+            self._stop_measuring()
             if found is not None and start:
                 self._layer_per_token = max(1.0, (found.allocated - start[0]) / self._tokens)
 
-        hooks = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        self._stop_measuring()  # a forward that failed has left its hooks
+        self._measuring = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+
+    def _stop_measuring(self) -> None:
+        for hook in self._measuring:
+            hook.remove()
+        self._measuring = []
 
     def _conclude(self, now: Memory) -> None:
         """Read what the micro-step before this one took; called at the start of the next."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable
 
@@ -25,6 +26,7 @@ class Watch:
 class _Registrations:
     def __init__(self) -> None:
         self._watches: weakref.WeakSet[Watch] = weakref.WeakSet()
+        self._lock = threading.RLock()  # a garbage collection inside may build modules, too
         self._hooked = False
 
     def watch(self, members: Iterable[object]) -> Watch:
@@ -41,11 +43,14 @@ class _Registrations:
             register_module_module_registration_hook(self._registered)
             self._hooked = True
         watch = Watch(members)
-        self._watches.add(watch)
+        with self._lock:
+            self._watches.add(watch)
         return watch
 
     def _registered(self, parent: object, name: str, child: object) -> None:
-        for watch in self._watches:
+        with self._lock:  # modules may be built in any thread, and a set that grows cannot be walked
+            watches = tuple(self._watches)
+        for watch in watches:
             watch.registered(parent)
 
 

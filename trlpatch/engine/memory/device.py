@@ -22,6 +22,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def capability() -> tuple[int, int]:
+    """Compute capability of the current CUDA device, (9, 0) for Hopper; (0, 0) without CUDA."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0, 0
+    major, minor = torch.cuda.get_device_capability()
+    return int(major), int(minor)
+
+
 def free_bytes(device: int | None = None) -> int | None:
     """What the driver could still hand out, in bytes; None without CUDA."""
     torch = _torch()
