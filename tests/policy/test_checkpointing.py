@@ -17,6 +17,7 @@ from trlpatch.policy.checkpointing import (  # noqa: E402
     auto_checkpointing,
     checkpointable_layers,
     cuda_memory,
+    describe,
     set_auto_checkpointing,
 )
 
@@ -102,6 +103,7 @@ def test_as_many_layers_are_recomputed_as_memory_demands() -> None:
     assert [step(made)[2] for _ in range(2)] == [LAYERS - 1, LAYERS - 4]
     chooser = auto_checkpointing(made)
     assert chosen(chooser) == f"{LAYERS - 4} of {LAYERS} layers at 8 tokens"
+    assert f"Qwen2ForCausalLM: {chooser.description}" in describe()
     # 12 tokens: 3/16 GiB a layer, and the rest takes 1.5 GiB.
     assert step(made, 12)[2] == LAYERS
     device.free = 3 * GIB

@@ -221,3 +221,8 @@ def set_auto_checkpointing(
 def auto_checkpointing(model: Any) -> AutoCheckpointing | None:
     """Return what chooses the model's checkpointed layers; None where all are recomputed, or none."""
     return _automatic.get(model)
+
+
+def describe() -> list[str]:
+    """Return a line per live model whose layers are chosen, for `trlpatch.status()`."""
+    return [f"{type(model).__name__}: {chosen.description}" for model, chosen in list(_automatic.items())]

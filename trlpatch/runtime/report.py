@@ -81,9 +81,18 @@ class PatchReport:
         described: list[str] = import_module("trlpatch.hooks.old_logps").describe()
         return tuple(described)
 
+    @property
+    def checkpointing(self) -> tuple[str, ...]:
+        """The models with `use_gradient_checkpointing="auto"`, as of now: which layers are recomputed, a line each."""
+        if "trlpatch.policy.checkpointing" not in sys.modules:
+            return ()
+        described: list[str] = import_module("trlpatch.policy.checkpointing").describe()
+        return tuple(described)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines, "old_logps": self.old_logps}
+        plain["checkpointing"] = self.checkpointing
         plain["entries"] = [entry.to_dict() for entry in self.entries]
         return {name: _plain(value) for name, value in plain.items()}
 
@@ -166,6 +175,7 @@ class PatchReport:
             ("running from another file: another import hook came first", self.bypassed),
             ("engines", self.engines),
             ("old log-probabilities", self.old_logps),
+            ("activation checkpointing", self.checkpointing),
             ("notes", self.notes),
         ):
             if items:
