@@ -60,7 +60,6 @@ def hand_over(owner: Owner) -> bool:
         return False
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
-    state.backend.before_weight_push()  # TRL's own push writes into the weights, too
     path = adapter_path(owner, engine)
     reason = path.reason
     if path.view is not None and reason is None:
@@ -85,6 +84,7 @@ def hand_over(owner: Owner) -> bool:
             f"{type(owner).__name__}: TRL's own full-weight sync runs instead of LoRA requests: {reason}",
             level=level,
         )
+    state.backend.before_weight_push()
     state.policy_pushed()
     return False
 
