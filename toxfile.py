@@ -10,6 +10,7 @@ Standard library and tox only: tox imports this file before it has installed any
 from __future__ import annotations
 
 import tomllib
+from configparser import RawConfigParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent
 TABLE: dict[str, Any] = tomllib.loads((ROOT / "golden" / "releases.toml").read_text(encoding="utf-8"))
-STACK_DEPS = ["filelock>=3.12", "platformdirs>=4"]
+_INI = RawConfigParser()
+_INI.read(ROOT / "tox.ini", encoding="utf-8")
+STACK_DEPS = _INI["stack"]["deps"].split()
 NEWEST_STACK = TABLE["release"][-1]["cpu"]
 
 

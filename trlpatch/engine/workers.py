@@ -24,23 +24,18 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 
-def _adapter_files(engine: RolloutEngine) -> AdapterFiles:
-    log_once(
-        engine,
-        "the engine's worker runs in another process: adapters are handed over through files in a private directory",
-        level=logging.INFO,
-    )
-    return AdapterFiles(engine)
-
-
-class ExecutorBackend(InProcessBackend):
-    """The executor is in this process and says what sleeps; its workers are not (tensor parallelism)."""
-
-    location = "workers in other processes"
+class _WorkersElsewhere(LLMBackend):
+    """What cannot be done on a worker's own objects, because the worker is in another process."""
 
     def new_adapter_sync(self) -> AdapterSync:
         """Through files."""
-        return _adapter_files(self.engine)
+        log_once(
+            self.engine,
+            "the engine's worker runs in another process: adapters are handed over through files in a private "
+            "directory",
+            level=logging.INFO,
+        )
+        return AdapterFiles(self.engine)
 
     def adapter_misfit(self, directory: Path) -> str | None:
         """Nothing to compare with."""
@@ -55,7 +50,13 @@ class ExecutorBackend(InProcessBackend):
         raise no_worker_model()
 
 
-class WorkersBackend(LLMBackend):
+class ExecutorBackend(_WorkersElsewhere, InProcessBackend):
+    """The executor is in this process and says what sleeps; its workers are not (tensor parallelism)."""
+
+    location = "workers in other processes"
+
+
+class WorkersBackend(_WorkersElsewhere):
     """The engine core runs in another process, executor and workers with it: all goes through vLLM's own calls."""
 
     location = "engine core in another process"
@@ -66,25 +67,9 @@ class WorkersBackend(LLMBackend):
         self._kv_asleep_in_workers = False
         """The workers unmapped their KV cache, and the executor in the engine's own process does not know."""
 
-    def new_adapter_sync(self) -> AdapterSync:
-        """Through files."""
-        return _adapter_files(self.engine)
-
-    def adapter_misfit(self, directory: Path) -> str | None:
-        """Nothing to compare with."""
-        return None
-
-    def base_mismatch(self, view: LoraView) -> str | None:
-        """Nothing to compare with."""
-        return None
-
     def before_weight_push(self) -> None:
         """Wait for this process's own kernels; the engine core orders the push behind what it runs."""
         self.drain()
-
-    def worker_model(self) -> Module:
-        """It is elsewhere."""
-        raise no_worker_model()
 
     def drain(self) -> None:
         """Wait for this process's kernels: batches in flight are the engine core's own business, it finishes them."""
