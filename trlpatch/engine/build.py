@@ -16,6 +16,7 @@ from typing import Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.memory import cumem
+from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import forget
 from trlpatch.engine.vllm_source import class_fields
@@ -84,7 +85,8 @@ def build_engine(arguments: Mapping[str, Any]) -> RolloutEngine:
         try:
             from vllm import LLM
 
-            llm: RolloutEngine = LLM(**arguments)
+            with inspected_here(arguments):
+                llm: RolloutEngine = LLM(**arguments)
             return llm
         except BaseException as error:
             parts = _unfinished(error)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
 from trlpatch.engine.cudagraphs import compilation_config
+from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
@@ -68,6 +69,10 @@ class _Build:
 
     def __call__(self, *args: object, **kwargs: object) -> RolloutEngine:
         lora = _lora_arguments(self._owner, self._model, kwargs)
+        with inspected_here(kwargs):
+            return self._built(args, kwargs, lora)
+
+    def _built(self, args: tuple[object, ...], kwargs: dict[str, object], lora: dict[str, object]) -> RolloutEngine:
         if not lora:
             return self._build(*args, **kwargs)
         try:
