@@ -17,6 +17,7 @@ Sleep = Literal["auto", "on", "off", "kv"]
 Adapter = Literal["auto", "request", "off"]
 OnDrift = Literal["raise", "stock"]
 OldLogps = Literal["stock", "reuse"]
+LoraLayers = Literal["auto", "trlpatch", "vllm"]
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "colocate": get_args(Colocate),
@@ -24,6 +25,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "adapter": get_args(Adapter),
     "on_drift": get_args(OnDrift),
     "old_logps": get_args(OldLogps),
+    "lora_layers": get_args(LoraLayers),
 }
 
 
@@ -31,8 +33,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 class Options:
     """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
-    Only `skip` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. `colocate`, `sleep`
-    and `adapter` are read by the hooks while training.
+    Only `skip` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. The hooks read
+    `colocate`, `sleep`, `adapter` and `lora_layers` while training.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -45,6 +47,7 @@ class Options:
     on_drift: OnDrift = "raise"
     skip: tuple[str, ...] = ()
     old_logps: OldLogps = "stock"
+    lora_layers: LoraLayers = "auto"
 
     def __post_init__(self) -> None:
         algorithm: object = self.algorithm

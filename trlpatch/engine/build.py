@@ -18,6 +18,7 @@ from trlpatch.engine import probes
 from trlpatch.engine.memory import cumem
 from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.single_adapter.install import lora_layers
 from trlpatch.engine.state import forget
 from trlpatch.engine.vllm_source import class_fields
 from trlpatch.exception_chain import exception_chain
@@ -74,19 +75,20 @@ def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
     return arguments
 
 
-def build_engine(arguments: Mapping[str, Any]) -> RolloutEngine:
+def build_engine(arguments: Mapping[str, Any], *, layers: str = "auto") -> RolloutEngine:
     """Return `vllm.LLM(**arguments)`, in this process unless VLLM_ENABLE_V1_MULTIPROCESSING is set otherwise.
 
-    When it fails or is interrupted, what was built so far is shut down, its process groups are destroyed and its
-    memory is freed before the exception goes on. Seeds the global generators, as vLLM does: see `random_state_kept`.
+    `layers` says whose LoRA layers it has, see `trlpatch.engine.single_adapter.install.lora_layers`. When it fails
+    or is interrupted, what was built so far is shut down, its process groups are destroyed and its memory is freed
+    before the exception goes on. Seeds the global generators, as vLLM does: see `random_state_kept`.
     """
     groups = ProcessGroups.now()
     with _set_unless_given(MULTIPROCESSING, "0"):
         try:
             from vllm import LLM
 
-            with inspected_here(arguments):
-                llm: RolloutEngine = LLM(**arguments)
+            with inspected_here(arguments), lora_layers(arguments, layers) as given:
+                llm: RolloutEngine = LLM(**given)
             return llm
         except BaseException as error:
             parts = _unfinished(error)

@@ -11,6 +11,7 @@ from trlpatch.engine.attach import attached_engine, share_in_copies
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.single_adapter.install import lora_layers
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.hooks import ranks
@@ -76,7 +77,8 @@ class _Build:
         if not lora:
             return self._build(*args, **kwargs)
         try:
-            return self._build(*args, **{**kwargs, **lora})
+            with lora_layers({**kwargs, **lora}, active().lora_layers) as given:
+                return self._build(*args, **given)
         except Exception as error:
             added = ", ".join(f"{name}={value!r}" for name, value in lora.items())
             error.add_note(

@@ -7,10 +7,11 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
+from trlpatch.options import LoraLayers
 from trlpatch.versions import installed_version
 
 OWN = frozenset(
@@ -31,6 +32,7 @@ OWN = frozenset(
         "trust_remote_code",
         "enable_sleep_mode",
         "share_weights",
+        "lora_layers",
     }
 )
 
@@ -103,6 +105,7 @@ class LoadConfig:
     trust_remote_code: bool
     enable_sleep_mode: bool | None
     share_weights: bool | None
+    lora_layers: str
     engine: Mapping[str, Any]
     model: Mapping[str, Any]
     without_effect: tuple[str, ...] = ()
@@ -151,6 +154,7 @@ def parse_arguments(values: Mapping[str, Any], further: Mapping[str, Any]) -> Lo
     named["trust_remote_code"] = extra.pop("trust_remote_code", False)
     named["enable_sleep_mode"] = extra.pop("enable_sleep_mode", None)
     named["share_weights"] = extra.pop("share_weights", None)
+    named["lora_layers"] = extra.pop("lora_layers", "auto")
     check_values(named)
     of_model = {name: extra.pop(name) for name in OF_THE_MODEL & extra.keys()}
     known = engine_argument_names()
@@ -195,6 +199,9 @@ def check_values(named: Mapping[str, Any]) -> None:
     for key in ("enable_sleep_mode", "share_weights"):
         if named[key] not in (None, True, False):
             raise ConflictingArguments(f"{key}={named[key]!r}: expected True, False, or None to leave the choice here")
+    if named["lora_layers"] not in get_args(LoraLayers):
+        words = ", ".join(map(repr, get_args(LoraLayers)))
+        raise ConflictingArguments(f"lora_layers={named['lora_layers']!r}: expected one of {words}")
     check_gradient_checkpointing(named["use_gradient_checkpointing"])
 
 

@@ -92,7 +92,7 @@ def _load_with_engine(
         require_memory(config.model_name, device, need)
     with show.stage("building the engine"):
         try:
-            made["engine"] = build_engine(arguments)
+            made["engine"] = build_engine(arguments, layers=config.lora_layers)
         except Exception as error:
             raise translate(error, config) from error
     reason = config.why_separate

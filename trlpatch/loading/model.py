@@ -63,8 +63,9 @@ class FastLanguageModel:
                 checkpointed as the memory left free demands, measured in the first training step; same losses.
             load_in_fp8: the engine's weights in fp8, the trainer's in 16 bits.
             **kwargs: `revision`; `trust_remote_code`; `enable_sleep_mode` (None: TRLPATCH_SLEEP, else on where it can
-                be); `share_weights` (None: where it can be; True: or an error; False: never); any argument of the
-                installed vLLM's `LLM`, and of transformers' `from_pretrained`.
+                be); `share_weights` (None: where it can be; True: or an error; False: never); `lora_layers` ("auto":
+                trlpatch's for one adapter where they fit; "trlpatch": or an error; "vllm": vLLM's own); any argument
+                of the installed vLLM's `LLM`, and of transformers' `from_pretrained`.
 
         Raises:
             UnknownArgument, ConflictingArguments: an argument that nobody knows, or that cannot be followed.

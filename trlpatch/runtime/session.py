@@ -27,6 +27,7 @@ from trlpatch.options import (
     DUMP,
     Adapter,
     Colocate,
+    LoraLayers,
     OldLogps,
     OnDrift,
     Options,
@@ -81,6 +82,7 @@ def PatchFastRL(
     sleep: Sleep = "auto",
     adapter: Adapter = "auto",
     old_logps: OldLogps = "stock",
+    lora_layers: LoraLayers = "auto",
     on_drift: OnDrift = "raise",
     skip: Iterable[str] = (),
 ) -> PatchReport:
@@ -101,6 +103,8 @@ def PatchFastRL(
         old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the extra forward pass for `old_per_token_logps`: on
             policy, without dropout and without methods overridden, the training forward has the same numbers; in any
             other case the pass runs, and `status()` says why. "stock" always runs it.
+        lora_layers: the LoRA layers of engines that TRL builds. "auto": those of trlpatch, for one adapter, where they
+            fit, else vLLM's; "trlpatch": an error where they do not; "vllm": always vLLM's.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
             the targets concerned as TRL wrote them and warns.
         skip: patches to leave out, by name (`trlpatch list`).
@@ -122,7 +126,7 @@ def PatchFastRL(
         OptionsConflict: an earlier call used another `skip` or `old_logps`.
     """
     named: Any = tuple(skip) if not isinstance(skip, str) else skip
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps))
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers))
 
 
 patch = PatchFastRL
