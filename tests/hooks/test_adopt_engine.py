@@ -13,6 +13,7 @@ from tests.fakes.engine import RecordingEngineStub
 from tests.fakes.models import base_model, lora_model
 from trlpatch import hooks
 from trlpatch.engine.attach import attach_engine, attached_engine
+from trlpatch.engine.single_adapter.install import marked
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.hooks.trainers import args_of
@@ -97,6 +98,7 @@ def test_lora_is_added_with_a_legal_rank(changes: dict[str, Any], rank: int) -> 
     graphs = found.pop("compilation_config")
     assert graphs["cudagraph_capture_sizes"] == [1, 2, 4, 8]
     lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    lora |= {"additional_config": marked({})}
     assert found == {"model": "m", "logprobs_mode": "processed_logprobs", "max_num_seqs": 8, **lora}
     told = built(lora_model(**changes), logprobs_mode="processed_logprobs", enforce_eager=True)
     assert told == {"model": "m", "logprobs_mode": "processed_logprobs", "enforce_eager": True, **lora}

@@ -63,7 +63,8 @@ def test_the_signature_is_the_documented_one() -> None:
         "use_gradient_checkpointing": "unsloth",
         "load_in_fp8": False,
     }
-    assert {*parameters} - {"kwargs"} | {"revision", "trust_remote_code", "enable_sleep_mode", "share_weights"} == OWN
+    through_kwargs = {"revision", "trust_remote_code", "enable_sleep_mode", "share_weights", "lora_layers"}
+    assert {*parameters} - {"kwargs"} | through_kwargs == OWN
 
 
 def test_arguments_go_to_whom_they_concern() -> None:

@@ -33,6 +33,7 @@ CONFIG = LoadConfig(
     trust_remote_code=False,
     enable_sleep_mode=None,
     share_weights=None,
+    lora_layers="auto",
     engine={"enforce_eager": True},
     model={},
 )

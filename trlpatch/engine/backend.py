@@ -40,6 +40,9 @@ class RolloutBackend(Protocol):
     def base_mismatch(self, view: LoraView) -> str | None:
         """Why the engine's base weights are not those under the adapter; None when they are, or cannot be compared."""
 
+    def lora_layers(self) -> str | None:
+        """Whose LoRA layers the engine has, in words; None where that cannot be looked into."""
+
     def before_weight_push(self) -> None:
         """Make sure that all weights can be written: nothing is in flight. The weights are awake."""
 

@@ -40,17 +40,7 @@ def _adapter(engine: RolloutEngine, state: EngineState) -> str:
         return "none (built without enable_lora=True)"
     if state.adapter_sync is None:
         return "not handed over yet"
-    return ", ".join([state.adapter_sync.description, *_lora_layers(engine)])
-
-
-def _lora_layers(engine: RolloutEngine) -> list[str]:
-    """Whose LoRA layers the engine has, as far as this process can see them."""
-    manager = probes.worker_lora_manager(engine)
-    if manager is None:
-        return []
-    kinds = [bool(getattr(module, "is_single_adapter", False)) for module in manager._adapter_manager.modules.values()]
-    ours = sum(kinds)
-    return [f"single-adapter layers ({ours} of {len(kinds)})" if ours else "vLLM's LoRA layers"]
+    return ", ".join(filter(None, [state.adapter_sync.description, state.backend.lora_layers()]))
 
 
 def _sleep(engine: RolloutEngine, state: EngineState) -> str:

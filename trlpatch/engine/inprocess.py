@@ -61,6 +61,14 @@ class InProcessBackend(LLMBackend):
             return None
         return base_weights.base_mismatch(view, module, manager._adapter_manager.packed_modules)
 
+    def lora_layers(self) -> str | None:
+        """Count the single-adapter ones."""
+        manager = self._lora_manager
+        if manager is None:
+            return None
+        kinds = [getattr(layer, "is_single_adapter", False) for layer in manager._adapter_manager.modules.values()]
+        return f"single-adapter layers ({sum(kinds)} of {len(kinds)})" if any(kinds) else "vLLM's LoRA layers"
+
     def before_weight_push(self) -> None:
         """Drain: the push writes into weights that a step in flight reads."""
         self.drain()

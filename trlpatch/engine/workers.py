@@ -45,6 +45,10 @@ class _WorkersElsewhere(LLMBackend):
         """Nothing to compare with."""
         return None
 
+    def lora_layers(self) -> str | None:
+        """vLLM's, always: ours are for a worker in this process."""
+        return None
+
     def worker_model(self) -> Module:
         """It is elsewhere."""
         raise no_worker_model()
