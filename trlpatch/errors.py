@@ -131,7 +131,7 @@ class EngineAsleep(EngineError, RuntimeError):
 
 
 class EngineBusy(EngineError, RuntimeError):
-    """The engine was to be put to sleep while it works on requests."""
+    """The engine was to sleep, or to get another adapter or other weights, while it works on requests."""
 
 
 class ProtectedSamplingParam(TrlpatchError, ValueError):

@@ -134,7 +134,7 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
     engine = _require_attached(self)
     live_adapter = name is None if load_tensors is None else load_tensors
     if live_adapter:
-        return live_request.require_request(self, engine)
+        return current_request(self, engine, "model.load_lora")
     directory = Path(name or "")
     if name is None or not (directory / "adapter_config.json").is_file():
         raise ValueError(
@@ -159,6 +159,22 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
         lora_path=str(directory.resolve()),
     )
     return request
+
+
+def current_request(model: object, engine: RolloutEngine, doing: str) -> LoraRequest | None:
+    """`require_request` while nothing else runs on the engine; requests that this thread has added may wait in it.
+
+    Raises:
+        EngineBusy: another thread generates; or the adapter has changed while requests of the version before are
+            unfinished, which are aborted.
+    """
+    state, inner = state_of(engine), engine.llm_engine
+    with state.occupancy.handing_over(inner, doing):
+        before = state.published
+        request = live_request.require_request(model, engine)
+        if before is not None and state.published is not None and state.published.request is not before.request:
+            state.occupancy.refuse_mixed(inner, doing)
+        return request
 
 
 def _require_attached(model: object) -> RolloutEngine:
@@ -209,7 +225,9 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
 def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = _LIVE, **kwargs: Any) -> Any:
     """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model."""
     llm = _require_attached(self)
-    if lora_request is _LIVE:
-        lora_request = None if lora_view(self) is None else live_request.require_request(self, llm)
-    with state_of(llm).supplying(None):  # inside a rollout_func, too, None is the base model
-        return llm.generate(*args, lora_request=lora_request, **kwargs)
+    state = state_of(llm)
+    with state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True):
+        if lora_request is _LIVE:
+            lora_request = None if lora_view(self) is None else live_request.require_request(self, llm)
+        with state.as_asked():  # inside a trainer, too, None is the base model
+            return llm.generate(*args, lora_request=lora_request, **kwargs)

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from trlpatch.engine import probes
+from trlpatch.engine import guards, probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.hooks import ranks
+from trlpatch.hooks.bare_requests import bare_request
 from trlpatch.hooks.protocols import Owner
 from trlpatch.log import log_once
 from trlpatch.options import active
@@ -54,6 +55,7 @@ class _Reuse:
 
     def __call__(self, *args: object, **kwargs: object) -> RolloutEngine:
         state_of(self._engine).attached = True
+        _watch(self._engine)
         share_in_copies(self._engine)
         ranks.restore()
         log_once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
@@ -71,7 +73,7 @@ class _Build:
         if not lora:
             return self._build(*args, **kwargs)
         try:
-            return self._build(*args, **{**kwargs, **lora})
+            built = self._build(*args, **{**kwargs, **lora})
         except Exception as error:
             added = ", ".join(f"{name}={value!r}" for name, value in lora.items())
             error.add_note(
@@ -79,6 +81,16 @@ class _Build:
                 'PatchFastRL(adapter="off") builds it as TRL does'
             )
             raise
+        if probes.looks_like_engine(built):
+            _watch(built)
+        return built
+
+
+def _watch(engine: RolloutEngine) -> None:
+    """From now on what a trainer asks of this engine without an adapter carries the one being trained."""
+    state = state_of(engine)
+    state.bare_request = bare_request
+    guards.install(engine, state)
 
 
 def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> dict[str, object]:
