@@ -14,9 +14,10 @@ from trlpatch.engine.backend import backend_of
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
-from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
+from trlpatch.log import warn_once
 from trlpatch.policy.adapter import PEFT_PREFIX, base_of, lora_view, unwrap
-from trlpatch.policy.base_weights import weights_now
+from trlpatch.policy.base_parameters import changed_parameter, contents
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -71,9 +72,13 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
         )
     state = state_of(llm)
     state.attached = True
-    state.shared_weights = shared_weights
-    if not shared_weights:
-        state.weights_attached[base] = weights_now(base)
+    state.attached_to.add(base)
+    if shared_weights:
+        state.sharers.add(base)
+    else:
+        state.sharers.discard(base)
+        state.weights_attached[base] = contents(base)
+    state.shared_weights = bool(state.sharers)  # of this model or of one attached before
     share_in_copies(llm)
     guards.install(llm, state)
     setattr(base, _ENGINE, llm)
@@ -86,7 +91,8 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
 def detach_engine(model: object) -> RolloutEngine | None:
     """Undo `attach_engine`; returns the engine that was attached (still running), or None.
 
-    Shared weights stay shared, but nothing guards them any more.
+    Shared weights stay shared, but nothing guards them any more. Another model that the engine is attached to keeps
+    it, with its guards.
     """
     base = base_of(model)
     unprotect(base)
@@ -94,6 +100,12 @@ def detach_engine(model: object) -> RolloutEngine | None:
     for name in _METHODS:
         base.__dict__.pop(name, None)
     if llm is not None:
+        state = state_of(llm)
+        for models in (state.attached_to, state.sharers):
+            models.discard(base)
+        if state.attached_to:
+            state.shared_weights = bool(state.sharers)
+            return llm
         with contextlib.suppress(AttributeError):
             delattr(llm, "__deepcopy__")
         forget(llm)
@@ -222,12 +234,38 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
     config.save_pretrained(directory)
 
 
+def _require_same_weights(base: Module, llm: RolloutEngine) -> None:
+    """A model without an adapter is the policy by its own weights: are they the engine's?"""
+    state = state_of(llm)
+    if base in state.sharers:
+        return
+    if state.policy_location == "policy":
+        warn_once(
+            llm,
+            f"model.fast_generate of a {type(base).__name__} without an adapter: the engine has the weights that the "
+            "trainer has pushed last, not those of steps since then",
+        )
+        return
+    changed = changed_parameter(state.weights_attached.get(base), base)
+    if changed is not None:
+        raise StaleAdapter(
+            f"model.fast_generate: {changed!r} of this {type(base).__name__} is not what it was when the engine was "
+            "attached (an adapter was merged into it, or it was trained), and it has no adapter that a request could "
+            "carry: the engine would answer for the model as it was. Generate before merge_and_unload(), or save the "
+            "model and build an engine of it; model.fast_generate(..., lora_request=None) asks the engine as it is"
+        )
+
+
 def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = _LIVE, **kwargs: Any) -> Any:
     """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model."""
     llm = _require_attached(self)
     state = state_of(llm)
     with state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True):
         if lora_request is _LIVE:
-            lora_request = None if lora_view(self) is None else live_request.require_request(self, llm)
+            lora_request = None
+            if lora_view(self) is None:
+                _require_same_weights(self, llm)
+            else:
+                lora_request = live_request.require_request(self, llm)
         with state.as_asked():  # inside a trainer, too, None is the base model
             return llm.generate(*args, lora_request=lora_request, **kwargs)

@@ -47,7 +47,7 @@ class BaseVerdict:
     """What was found when the engine's base weights were compared with a model's."""
 
     mark: tuple[object, ...]
-    """What the model's were then (`base_mark`): the verdict holds until they are others."""
+    """What the model's were then (`base_mark` and `beside_mark`): the verdict holds until they are others."""
     reason: str | None
     """Why the engine's are not those, or None when they are."""
 
