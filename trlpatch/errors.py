@@ -103,7 +103,7 @@ class EngineWithoutSleep(EngineError, ValueError):
 
 
 class ArgsRequired(EngineError, ValueError):
-    """The model carries an engine but the trainer got no `args`, so vLLM cannot be switched on for it."""
+    """The model carries an engine, but the trainer got no `args`, or some without `use_vllm`."""
 
 
 class AdapterNotExpressible(EngineError, ValueError):

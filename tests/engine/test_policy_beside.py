@@ -81,12 +81,13 @@ def test_what_is_trained_beside_the_adapter_is_pushed_in_full(path: str, engine:
 def test_what_was_changed_beside_the_adapter_is_noticed(path: str, model: Any, engine: Any) -> None:
     assert not reason(model, engine)
     write(dict(model.get_base_model().named_parameters())[path])
+    path = path if "norm" in path else path.removesuffix(".weight")  # matrices are named by their layers
     assert f"{path!r} is not what it was when the engine was attached" in reason(model, engine)
 
 
 def test_an_earlier_adapter_merged_into_other_layers_is_noticed(model: Any, engine: Any) -> None:
     other = merge_an_earlier_adapter(model)
-    assert "up_proj.weight' is not what it was" in reason(other, engine).replace("up_proj'", "up_proj.weight'")
+    assert "up_proj' is not what it was" in reason(other, engine)
 
 
 def test_another_adapter_merged_beside_the_active_one(model: Any, engine: Any) -> None:

@@ -44,11 +44,12 @@ _watch: list[RemovableHandle] = []
 def protect(model: Module) -> None:
     """Make these raise SharedWeights, for this model and every PEFT model over it, also one that is made later:
 
-    - `.to()`, `.cpu()`, `.half()` and the like, of the model or of a module in it, when they would move or cast base weights (a conversion that changes
-      nothing for them passes: the Trainer moves models to where they are);
+    - `.to()`, `.cpu()`, `.half()` and the like, of the model or of a module in it, when they would move or cast base
+      weights (a conversion that changes nothing for them passes: the Trainer moves models to where they are);
     - `merge_adapter`, `merge_and_unload` and `unmerge_adapter`;
     - `init_lora_weights` that rewrites base weights (PiSSA, OLoRA, ...);
-    - `load_state_dict` with base weights, of the model or of a module in it, and `resize_token_embeddings` to another size.
+    - `load_state_dict` with base weights, of the model or of a module in it;
+    - `resize_token_embeddings` to another size.
 
     `copy.deepcopy` of the model has weights of its own and is not protected. Protecting twice is protecting once.
     """
@@ -58,10 +59,7 @@ def protect(model: Module) -> None:
     parameters = list(base_parameters(base))
     owners = dict.fromkeys(owner for _, owner, _ in parameters)
     _owners.update(owners)
-    for module in {
-        **dict.fromkeys((base,)),
-        **owners,
-    }:  # the model at once, before anything has moved; and parts of it
+    for module in {base: None, **owners}:  # the whole model before anything has moved, and parts of it
         module._apply = types.MethodType(_apply_unless_it_moves, module)
     if callable(getattr(base, "resize_token_embeddings", None)):
         base.resize_token_embeddings = types.MethodType(_resize_to_the_same_size, base)
