@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trlpatch.engine import guards, live_request, probes
 from trlpatch.engine.backend import backend_of
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
+from trlpatch.engine.saved_adapter import is_adapter, saved_request
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _ENGINE = "vllm_engine"
 _METHODS = ("load_lora", "save_lora", "fast_generate")
 _LIVE: Any = object()
-_FIRST_DISK_ID = 1_600_000_000
 
 Model = TypeVar("Model")
 
@@ -142,13 +142,14 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
     Raises:
         ValueError: `name` has to be a directory and is none.
         EngineMismatch: the adapter in it is of another model.
+        AdapterNotExpressible: vLLM would compute something else than PEFT does.
     """
     engine = _require_attached(self)
     live_adapter = name is None if load_tensors is None else load_tensors
     if live_adapter:
         return current_request(self, engine, "model.load_lora")
     directory = Path(name or "")
-    if name is None or not (directory / "adapter_config.json").is_file():
+    if name is None or not is_adapter(directory):
         raise ValueError(
             f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
             "with model.save_lora(directory), or call model.load_lora() for the live adapter"
@@ -159,18 +160,7 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
             f"model.load_lora({name!r}): {wrong}; vLLM would load what fits of it without a word; expected an adapter "
             "of the engine's own model"
         )
-    from vllm.lora.request import LoRARequest
-
-    # vLLM keys adapters by id: a directory that was saved again needs another one.
-    saved = max(path.stat().st_mtime_ns for path in directory.iterdir())
-    counter = state_of(engine).disk_adapters
-    number = counter.setdefault(f"{directory.resolve()}@{saved}", len(counter) + 1)
-    request: LoraRequest = LoRARequest(
-        lora_name=f"{directory.name}-{number}",
-        lora_int_id=_FIRST_DISK_ID + number,
-        lora_path=str(directory.resolve()),
-    )
-    return request
+    return saved_request(directory, engine, state_of(engine))
 
 
 def current_request(model: object, engine: RolloutEngine, doing: str) -> LoraRequest | None:

@@ -10,6 +10,13 @@ from trlpatch.engine.state import BaseVerdict, EngineState, state_of
 from trlpatch.policy import base_parameters, base_weights, lora_support
 from trlpatch.policy.adapter import LoraView
 
+MAX_CPU_LORAS = 8
+"""`max_cpu_loras` of engines that trlpatch asks for: adapters in vLLM's registry, of which one is the live one.
+
+vLLM's default is `max_loras`, 1: a saved adapter in the same call evicts the live one, which no file can bring back.
+A saved adapter takes host memory when it is used, the limit itself takes none.
+"""
+
 _REFUSED = "refused by an engine"
 """Key in `LoraWeights.derived`."""
 

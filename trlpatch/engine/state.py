@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trlpatch.engine.backend import RolloutBackend, backend_of, forget_backend
@@ -101,6 +102,10 @@ class EngineState:
     """Base model -> its weights when the engine was attached to it, unless they are the engine's own."""
     disk_adapters: dict[str, int] = field(default_factory=dict)
     """Contents of a saved adapter -> number, for `model.load_lora(directory)`."""
+    disk_contents: dict[tuple[object, ...], str] = field(default_factory=dict)
+    """Identity, size and times of its files -> digest of their contents."""
+    private_directory: Path | None = None
+    """For saved adapters that vLLM cannot read as they are."""
     _as_asked: threading.local = field(default_factory=threading.local)
 
     @contextmanager

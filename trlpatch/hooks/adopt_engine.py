@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from trlpatch.engine import guards, probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
 from trlpatch.engine.cudagraphs import compilation_config
+from trlpatch.engine.lora_limits import MAX_CPU_LORAS
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
@@ -38,8 +39,9 @@ def engine(owner: Owner, model: Model, build: BuildEngine) -> BuildEngine:
     An engine that the model carries is returned as it is and `build` is not called, unless
     `colocate="never"`; the rank that TRL has put into the environment for an engine of its own is taken out again.
     Otherwise `build` gets TRL's arguments, and for a LoRA model also `enable_lora=True`,
-    the smallest legal `max_lora_rank`, `max_loras=1`, and `logprobs_mode="processed_logprobs"` where TRL
-    names none (0.23, which already corrects with the sampler's log-probabilities).
+    the smallest legal `max_lora_rank`, `max_loras=1`, `max_cpu_loras` for saved adapters beside it, and
+    `logprobs_mode="processed_logprobs"` where TRL names none (0.23, which already corrects with the sampler's
+    log-probabilities).
     """
     own = getattr(owner, "model", None)
     model = model if own is None else own
@@ -114,7 +116,12 @@ def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> 
         name = type(owner).__name__
         log_once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
         return {}
-    added: dict[str, object] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    added: dict[str, object] = {
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "max_loras": 1,
+        "max_cpu_loras": MAX_CPU_LORAS,
+    }
     if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
         added["logprobs_mode"] = "processed_logprobs"
     if graphs := compilation_config(given):

@@ -25,7 +25,7 @@ def unsupported_reason(view: LoraView) -> str | None:
     config = view.configs.get(adapters[0])
     if config is None:
         return f"the active adapter {adapters[0]!r} has no PEFT configuration"
-    reason = _config_reason(config)
+    reason = config_reason(config)
     if reason is None:
         # Layers and parameters can only differ from what was looked at when the weights object is another one.
         derived = view.weights(adapters[0]).derived
@@ -35,7 +35,9 @@ def unsupported_reason(view: LoraView) -> str | None:
     return reason or _switch_reason(view) or _trained_beside(view)
 
 
-def _config_reason(config: object) -> str | None:
+def config_reason(config: object) -> str | None:
+    """Why an adapter of this PEFT configuration is not a plain LoRA adapter; None when it may be one."""
+
     def setting(name: str) -> Any:
         return getattr(config, name, None)
 
