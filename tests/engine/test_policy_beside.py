@@ -133,9 +133,11 @@ def sharing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_second_model_takes_nothing_from_the_one_that_shares(sharing: Any, engine: Any) -> None:
-    second = attach_engine(base_model(), engine)
+    second = attach_engine(lora_model(), engine)
     assert state_of(engine).shared_weights
+    assert second.load_lora().lora_name == "v1"
     detach_engine(second)
+    assert state_of(engine).published is None, "of a model that is no longer attached"
     assert state_of(engine).shared_weights
     assert state_of(engine).guards is not None
     assert sharing.vllm_engine is engine

@@ -105,6 +105,11 @@ def detach_engine(model: object) -> RolloutEngine | None:
             models.discard(base)
         if state.attached_to:
             state.shared_weights = bool(state.sharers)
+            state.weights_attached.pop(base, None)
+            if state.published is not None and state.published.model() is base:
+                state.published = None
+                if state.adapter_sync is not None:
+                    state.adapter_sync.invalidate()
             return llm
         with contextlib.suppress(AttributeError):
             delattr(llm, "__deepcopy__")
