@@ -77,7 +77,7 @@ def _slots(view: LoraView) -> _Slots:
 def trained_parameter(view: LoraView) -> str | None:
     """The path of a base parameter that is trained beside the adapter; None when all are frozen.
 
-    Reads one flag of each: 12 microseconds for the 339 of a 7B model.
+    Reads one flag of each: 30 microseconds for the 339 of a 7B model.
     """
     slots = _slots(view)
     found = list(map(dict.get, slots.owners, slots.leaves))
