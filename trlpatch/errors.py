@@ -103,7 +103,7 @@ class EngineWithoutSleep(EngineError, ValueError):
 
 
 class ArgsRequired(EngineError, ValueError):
-    """The model carries an engine but the trainer got no `args`, so vLLM cannot be switched on for it."""
+    """The model carries an engine, but the trainer got no `args`, or some without `use_vllm`."""
 
 
 class AdapterNotExpressible(EngineError, ValueError):
@@ -131,7 +131,7 @@ class EngineAsleep(EngineError, RuntimeError):
 
 
 class EngineBusy(EngineError, RuntimeError):
-    """The engine was to be put to sleep while it works on requests."""
+    """The engine was to sleep, or to get another adapter or other weights, while it works on requests."""
 
 
 class ProtectedSamplingParam(TrlpatchError, ValueError):

@@ -18,6 +18,7 @@ from typing import Any
 
 from tests.cpu.small_grpo import adapter_of, gap, small_grpo
 from tests.cpu.training import MAX_COMPLETION, count_engines, engine_of, logged
+from trlpatch.engine.state import state_of
 
 Roll = Callable[[list[str], Any, Any], list[Any]]
 
@@ -35,8 +36,10 @@ def main(out: Path) -> None:
         policy = trlpatch.attach_engine(tiny.policy(checkpoint), engine)
         function = Function(roll, engine)
         trainer = small_grpo(policy, out.parent, rollout_func=function)
-        if name == "unpatched":
+        if name in ("unpatched", "unguarded"):
             trainer.rollout_func = function
+        if name == "unguarded":
+            state_of(engine).bare_request = None
         trainer.train()
         report[name] = {
             "rollouts": function.rollouts,
@@ -145,6 +148,7 @@ WAYS: dict[str, Roll] = {
     "explicit": explicit,
     "base": base,
     "unpatched": generate,
+    "unguarded": generate,
 }
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report_of("tests.cpu.rollout_functions", [], [], directory / "report.json")
 
 
-@pytest.mark.parametrize("way", ["generate", "chat", "by_hand", "explicit", "openenv"])
+@pytest.mark.parametrize("way", ["generate", "chat", "by_hand", "explicit", "openenv", "unpatched"])
 def test_each_rollout_has_the_adapter_of_its_step(way: str, report: dict[str, Any]) -> None:
     if way == "openenv" and find_trl().release >= (1, 9):
         pytest.skip("TRL 1.9 dropped the helper")
@@ -44,11 +44,11 @@ def test_the_base_model_has_to_be_asked_for(report: dict[str, Any]) -> None:
     assert min(rollout["gap"] for rollout in moved) > 50 * TOLERANCE
 
 
-def test_without_the_patch_the_same_call_comes_from_the_base_model(report: dict[str, Any]) -> None:
-    _, *moved = report["unpatched"]["rollouts"]
-    assert [rollout["adapters"] for rollout in report["unpatched"]["rollouts"]] == [["None"]] * 3
+def test_without_the_patch_and_the_guard_the_same_call_comes_from_the_base_model(report: dict[str, Any]) -> None:
+    _, *moved = report["unguarded"]["rollouts"]
+    assert [rollout["adapters"] for rollout in report["unguarded"]["rollouts"]] == [["None"]] * 3
     assert min(rollout["gap"] for rollout in moved) > 50 * TOLERANCE
-    assert max(report["unpatched"]["witness"][1:]) > 50 * TOLERANCE
+    assert max(report["unguarded"]["witness"][1:]) > 50 * TOLERANCE
 
 
 def test_the_function_makes_all_rollouts_on_the_attached_engine(report: dict[str, Any]) -> None:

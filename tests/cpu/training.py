@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.stock import hide_vllm, import_package_table, supply_vllm_names, supply_warnings_issued
+from trlpatch.engine.state import state_of
 from trlpatch.source.locate import find_trl
 
 ALGORITHMS = ("grpo", "rloo")
@@ -113,6 +114,7 @@ class Run:
         try:
             policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
             trainer = self._trainer(policy, CONTROL_STEPS)
+            state_of(engine).bare_request = None
             recorder = Recorder(trainer, engine)
             trainer.train()
             recorder.close()

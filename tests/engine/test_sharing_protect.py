@@ -213,3 +213,33 @@ def test_a_saved_adapter_is_pefts(base: Any, tmp_path: Path) -> None:
         save_lora(base, tmp_path, "third")
     with pytest.raises(AdapterNotExpressible, match="has no PEFT adapter to save"):
         save_lora(base_model(), tmp_path)
+
+
+PARTS = {
+    "a layer": lambda model: model.model.layers[0],
+    "a linear": lambda model: model.model.layers[1].self_attn.q_proj,
+    "the decoder": lambda model: model.model,
+    "the head": lambda model: model.lm_head,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parts_of_the_model_are_no_way_around(base: Any, part: str, wrapped: bool) -> None:
+    if wrapped:
+        lora_model(base)
+    inner = PARTS[part](base)
+    with pytest.raises(SharedWeights, match="nothing was moved"):
+        inner.to(torch.bfloat16)
+    state = {name: torch.zeros_like(value) for name, value in inner.state_dict().items()}
+    with pytest.raises(SharedWeights, match="would overwrite base weights"):
+        inner.load_state_dict(state)
+    inner.to(torch.float32)
+    inner.load_state_dict({name: value for name, value in state.items() if "lora_" in name}, strict=False)
+
+
+def test_a_copys_parts_are_its_own(base: Any) -> None:
+    twin = copy.deepcopy(base)
+    twin.model.layers[0].to(torch.bfloat16)
+    twin.lm_head.load_state_dict({"weight": torch.zeros_like(twin.lm_head.weight)})
+    assert twin.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16

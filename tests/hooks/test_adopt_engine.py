@@ -97,7 +97,7 @@ def test_lora_is_added_with_a_legal_rank(changes: dict[str, Any], rank: int) -> 
     found = built(lora_model(**changes), logprobs_mode="processed_logprobs", max_num_seqs=8)
     graphs = found.pop("compilation_config")
     assert graphs["cudagraph_capture_sizes"] == [1, 2, 4, 8]
-    lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    lora = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 8}
     lora |= {"additional_config": marked({})}
     assert found == {"model": "m", "logprobs_mode": "processed_logprobs", "max_num_seqs": 8, **lora}
     told = built(lora_model(**changes), logprobs_mode="processed_logprobs", enforce_eager=True)

@@ -225,3 +225,17 @@ def test_a_trainable_base_weight_that_is_the_engines_own_is_refused() -> None:
     model.weight.requires_grad_(True)
     with pytest.raises(SharedWeights, match="'weight' has requires_grad=True"):
         hooks.configure(GRPOTrainer(), model, ColocateByDefault())
+
+
+class OtherArguments:
+    """No config of this trainer's: `transformers.TrainingArguments`, for one."""
+
+
+def test_arguments_that_cannot_switch_vllm_on_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ArgsRequired, match=r"args=OtherArguments\(\.\.\.\)\).*no field use_vllm.* Pass GRPOConfig\("):
+        hooks.configure(GRPOTrainer(), carrying(), OtherArguments())  # type: ignore[arg-type]
+    hooks.configure(GRPOTrainer(), None, OtherArguments())  # type: ignore[arg-type]
+    assert not caplog.records
+    set_options(Options(colocate="always"))
+    hooks.configure(GRPOTrainer(), None, OtherArguments())  # type: ignore[arg-type]
+    assert 'colocate="always" has no effect, because OtherArguments has no field use_vllm' in caplog.text

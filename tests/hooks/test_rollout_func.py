@@ -31,7 +31,9 @@ class Engine(RecordingEngineStub):
         super().__init__(**settings)
         self.llm_engine.add_request = self.add_request
 
-    def add_request(self, request_id: str, prompt: str, params: Any = None, *, lora_request: Any = None) -> None:
+    def add_request(
+        self, request_id: str, prompt: str, params: Any = None, arrival: Any = None, lora_request: Any = None
+    ) -> None:
         super().generate(lora_request=lora_request)
 
     def generate(self, prompts: Any = None, *, lora_request: Any = None, **_: Any) -> list[Any]:

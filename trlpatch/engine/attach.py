@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trlpatch.engine import guards, live_request, probes
 from trlpatch.engine.backend import backend_of
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
+from trlpatch.engine.saved_adapter import is_adapter, saved_request
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
-from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
+from trlpatch.log import warn_once
 from trlpatch.policy.adapter import PEFT_PREFIX, base_of, lora_view, unwrap
-from trlpatch.policy.base_weights import weights_now
+from trlpatch.policy.base_parameters import changed_parameter, contents
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 _ENGINE = "vllm_engine"
 _METHODS = ("load_lora", "save_lora", "fast_generate")
 _LIVE: Any = object()
-_FIRST_DISK_ID = 1_600_000_000
 
 Model = TypeVar("Model")
 
@@ -71,9 +72,13 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
         )
     state = state_of(llm)
     state.attached = True
-    state.shared_weights = shared_weights
-    if not shared_weights:
-        state.weights_attached[base] = weights_now(base)
+    state.attached_to.add(base)
+    if shared_weights:
+        state.sharers.add(base)
+    else:
+        state.sharers.discard(base)
+        state.weights_attached[base] = contents(base)
+    state.shared_weights = bool(state.sharers)  # of this model or of one attached before
     share_in_copies(llm)
     guards.install(llm, state)
     setattr(base, _ENGINE, llm)
@@ -86,7 +91,8 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
 def detach_engine(model: object) -> RolloutEngine | None:
     """Undo `attach_engine`; returns the engine that was attached (still running), or None.
 
-    Shared weights stay shared, but nothing guards them any more.
+    Shared weights stay shared, but nothing guards them any more. Another model that the engine is attached to keeps
+    it, with its guards.
     """
     base = base_of(model)
     unprotect(base)
@@ -94,6 +100,17 @@ def detach_engine(model: object) -> RolloutEngine | None:
     for name in _METHODS:
         base.__dict__.pop(name, None)
     if llm is not None:
+        state = state_of(llm)
+        for models in (state.attached_to, state.sharers):
+            models.discard(base)
+        if state.attached_to:
+            state.shared_weights = bool(state.sharers)
+            state.weights_attached.pop(base, None)
+            if state.published is not None and state.published.model() is base:
+                state.published = None
+                if state.adapter_sync is not None:
+                    state.adapter_sync.invalidate()
+            return llm
         with contextlib.suppress(AttributeError):
             delattr(llm, "__deepcopy__")
         forget(llm)
@@ -130,13 +147,14 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
     Raises:
         ValueError: `name` has to be a directory and is none.
         EngineMismatch: the adapter in it is of another model.
+        AdapterNotExpressible: vLLM would compute something else than PEFT does.
     """
     engine = _require_attached(self)
     live_adapter = name is None if load_tensors is None else load_tensors
     if live_adapter:
-        return live_request.require_request(self, engine)
+        return current_request(self, engine, "model.load_lora")
     directory = Path(name or "")
-    if name is None or not (directory / "adapter_config.json").is_file():
+    if name is None or not is_adapter(directory):
         raise ValueError(
             f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
             "with model.save_lora(directory), or call model.load_lora() for the live adapter"
@@ -147,18 +165,23 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
             f"model.load_lora({name!r}): {wrong}; vLLM would load what fits of it without a word; expected an adapter "
             "of the engine's own model"
         )
-    from vllm.lora.request import LoRARequest
+    return saved_request(directory, engine, state_of(engine))
 
-    # vLLM keys adapters by id: a directory that was saved again needs another one.
-    saved = max(path.stat().st_mtime_ns for path in directory.iterdir())
-    counter = state_of(engine).disk_adapters
-    number = counter.setdefault(f"{directory.resolve()}@{saved}", len(counter) + 1)
-    request: LoraRequest = LoRARequest(
-        lora_name=f"{directory.name}-{number}",
-        lora_int_id=_FIRST_DISK_ID + number,
-        lora_path=str(directory.resolve()),
-    )
-    return request
+
+def current_request(model: object, engine: RolloutEngine, doing: str) -> LoraRequest | None:
+    """`require_request` while nothing else runs on the engine; requests that this thread has added may wait in it.
+
+    Raises:
+        EngineBusy: another thread generates; or the adapter has changed while requests of the version before are
+            unfinished, which are aborted.
+    """
+    state, inner = state_of(engine), engine.llm_engine
+    with state.occupancy.handing_over(inner, doing):
+        before = state.published
+        request = live_request.require_request(model, engine)
+        if before is not None and state.published is not None and state.published.request is not before.request:
+            state.occupancy.refuse_mixed(inner, doing)
+        return request
 
 
 def _require_attached(model: object) -> RolloutEngine:
@@ -206,10 +229,38 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
     config.save_pretrained(directory)
 
 
+def _require_same_weights(base: Module, llm: RolloutEngine) -> None:
+    """A model without an adapter is the policy by its own weights: are they the engine's?"""
+    state = state_of(llm)
+    if base in state.sharers:
+        return
+    if state.policy_location == "policy":
+        warn_once(
+            llm,
+            f"model.fast_generate of a {type(base).__name__} without an adapter: the engine has the weights that the "
+            "trainer has pushed last, not those of steps since then",
+        )
+        return
+    changed = changed_parameter(state.weights_attached.get(base), base)
+    if changed is not None:
+        raise StaleAdapter(
+            f"model.fast_generate: {changed!r} of this {type(base).__name__} is not what it was when the engine was "
+            "attached (an adapter was merged into it, or it was trained), and it has no adapter that a request could "
+            "carry: the engine would answer for the model as it was. Generate before merge_and_unload(), or save the "
+            "model and build an engine of it; model.fast_generate(..., lora_request=None) asks the engine as it is"
+        )
+
+
 def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = _LIVE, **kwargs: Any) -> Any:
     """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model."""
     llm = _require_attached(self)
-    if lora_request is _LIVE:
-        lora_request = None if lora_view(self) is None else live_request.require_request(self, llm)
-    with state_of(llm).supplying(None):  # inside a rollout_func, too, None is the base model
-        return llm.generate(*args, lora_request=lora_request, **kwargs)
+    state = state_of(llm)
+    with state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True):
+        if lora_request is _LIVE:
+            lora_request = None
+            if lora_view(self) is None:
+                _require_same_weights(self, llm)
+            else:
+                lora_request = live_request.require_request(self, llm)
+        with state.as_asked():  # inside a trainer, too, None is the base model
+            return llm.generate(*args, lora_request=lora_request, **kwargs)

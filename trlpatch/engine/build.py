@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.lora_limits import MAX_CPU_LORAS
 from trlpatch.engine.memory import cumem
 from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
@@ -64,6 +65,7 @@ def lora_arguments(max_lora_rank: int) -> dict[str, Any]:
     if rank is None:
         raise ValueError(f"max_lora_rank={max_lora_rank} is above {probes.legal_ranks()[-1]}, vLLM's largest")
     arguments: dict[str, Any] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "seed": 0}
+    arguments["max_cpu_loras"] = MAX_CPU_LORAS
     known = engine_argument_names()
     if "logprobs_mode" in known:
         arguments["logprobs_mode"] = "processed_logprobs"

@@ -1,6 +1,9 @@
 """Guard the methods of one engine: what vLLM lets pass in silence is refused or put right; `remove` undoes it.
 
-- a request without an adapter from a trainer's `rollout_func`: it would come from the base model.
+- a request without an adapter while a trainer runs, from its `rollout_func` or from whatever else it calls: it would
+  come from the base model. It gets the adapter being trained, looked up once per call.
+- a request for a version of the live adapter that has been replaced: its slot holds another one.
+- a call that fails or is interrupted: the requests that it leaves would be answered to the next caller.
 - a request added to an engine that sleeps: the scheduler waits for ever, or a kernel reads unmapped memory.
 - a sleep of level 1 or 2 while a trainer shares the weights: its next forward pass reads unmapped memory.
 - a deeper sleep asked of an engine whose KV cache alone sleeps: vLLM calls it asleep already and keeps the weights.
@@ -10,14 +13,22 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+from trlpatch.engine.adapter_sync.registry import LIVE_NAME
+from trlpatch.engine.occupancy import Call
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
-from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import EngineState
-from trlpatch.errors import EngineAsleep, SharedWeights
+from trlpatch.errors import EngineAsleep, SharedWeights, StaleAdapter
+
+_CALLS = ("generate", "chat", "beam_search", "encode", "embed", "classify", "reward", "score", "wait_for_completion")
+"""Methods of `vllm.LLM` that return when their requests are answered."""
+_LORA_REQUEST = 4
+"""Its place among the positional arguments of `LLMEngine.add_request`."""
 
 
 def install(engine: RolloutEngine, state: EngineState) -> None:
@@ -38,6 +49,10 @@ def slept(state: EngineState, level: int) -> None:
             state.policy_location = "checkpoint"
 
 
+def _itself(target: object) -> object:
+    return target
+
+
 class Guards:
     """The guarded methods of one engine; instance attributes, so that other engines keep vLLM's own."""
 
@@ -45,35 +60,56 @@ class Guards:
         self._inner = engine.llm_engine
         self._state = state
         self._backend = state.backend
-        self._replaced: list[tuple[object, str, object, object]] = []
+        self._engine = weakref.ref(engine)  # the state that holds this must not keep the engine alive
+        self._replaced: list[tuple[Callable[[], object], str]] = []
+        for name in _CALLS:
+            self._replace(engine, name, self._call)
         self._replace(self._inner, "add_request", self._add_request)
         self._replace(self._inner, "sleep", self._sleep)
         self._replace(self._backend.wakes, "wake_up", self._backend.guarded_wake)
 
     def remove(self) -> None:
         """Give the objects their own methods back. Where somebody has replaced ours since, theirs stays."""
-        for target, name, before, ours in self._replaced:
-            if vars(target).get(name) is ours:
-                if before is None:
-                    delattr(target, name)
-                else:
-                    setattr(target, name, before)
+        for find, name in self._replaced:
+            target = find()
+            ours: Any = None if target is None else vars(target).get(name)
+            if getattr(ours, "guarded_by", None) is not self:
+                continue
+            if ours.before is None:
+                delattr(target, name)
+            else:
+                setattr(target, name, ours.before)
 
     def _replace(self, target: object, name: str, guard: Callable[..., Any]) -> None:
         original = getattr(target, name, None)
         if not callable(original):
             return
 
-        @wraps(original)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             return guard(original, *args, **kwargs)
 
-        self._replaced.append((target, name, vars(target).get(name), guarded))
+        if hasattr(original, "__name__"):
+            guarded = wraps(original)(guarded)
+        guarded.guarded_by, guarded.before = self, vars(target).get(name)  # type: ignore[attr-defined]
+        find = self._engine if target is self._engine() else partial(_itself, target)
+        self._replaced.append((find, name))
         setattr(target, name, guarded)
 
+    def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._state.occupancy.call(self._inner):
+            return original(*args, **kwargs)
+
     def _add_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._state.live_request is not None and kwargs.get("lora_request") is None:
-            kwargs["lora_request"] = self._state.live_request()
+        call = self._state.occupancy.adding(self._inner)
+        given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
+        if given is not None:
+            self._refuse_replaced(given)
+        elif not self._state.on_purpose:
+            supplied = self._supply(call)
+            if supplied is not None and len(args) > _LORA_REQUEST:
+                args = (*args[:_LORA_REQUEST], supplied, *args[_LORA_REQUEST + 1 :])
+            elif supplied is not None:
+                kwargs["lora_request"] = supplied
         sleeping = self._backend.unmapped()
         if sleeping:
             raise EngineAsleep(
@@ -82,6 +118,31 @@ class Guards:
                 "lora_request=trlpatch.lora_request(model), which wake it"
             )
         return original(*args, **kwargs)
+
+    def _supply(self, call: Call) -> LoraRequest | None:
+        state = self._state
+        if state.live_request is None and (state.bare_request is None or state.policy_location == "policy"):
+            return None  # nobody trains on this engine, or its base weights are the policy
+        if call.open:
+            engine = self._engine()
+            if state.live_request is not None:
+                call.decided = state.live_request()
+            elif state.bare_request is not None and engine is not None:
+                call.decided = state.bare_request(engine)
+            else:
+                call.decided = None
+        return call.decided
+
+    def _refuse_replaced(self, given: LoraRequest) -> None:
+        published = self._state.published
+        name = str(given.lora_name)
+        if published is None or not name.startswith(LIVE_NAME) or name == published.request.lora_name:
+            return
+        raise StaleAdapter(
+            f"a request for {name!r}, a version of the live adapter that the engine does not hold any more: it has "
+            f"{published.request.lora_name!r} in its place; expected the request of the adapter as it is now: ask for "
+            "it at every rollout, lora_request=trlpatch.lora_request(model), and do not keep it"
+        )
 
     def _sleep(self, original: Callable[..., Any], level: int = 1, *args: Any, **kwargs: Any) -> Any:
         if level < 1:
@@ -92,11 +153,16 @@ class Guards:
                 "the trainer. A patched trainer gives back the KV cache alone; by hand: "
                 "trlpatch.engine.sleep.put_to_sleep(llm, trlpatch.engine.state.state_of(llm), 1)"
             )
+        with self._state.occupancy.handing_over(self._inner, f"sleep(level={level})"):
+            return self._deeper(original, level, *args, **kwargs)
+
+    def _deeper(self, original: Callable[..., Any], level: int, *args: Any, **kwargs: Any) -> Any:
         sleeping = self._backend.unmapped()
         if WEIGHTS in sleeping:  # vLLM ignores it, whatever the level
             return original(level, *args, **kwargs)
         if sleeping == {KV_CACHE}:
             self._inner.wake_up([KV_CACHE])
+        self._backend.require_idle()
         self._backend.drain()
         result = original(level, *args, **kwargs)
         slept(self._state, level)

@@ -7,8 +7,15 @@ import weakref
 from trlpatch.engine import probes
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import BaseVerdict, EngineState, state_of
-from trlpatch.policy import base_weights, lora_support
+from trlpatch.policy import base_parameters, base_weights, lora_support
 from trlpatch.policy.adapter import LoraView
+
+MAX_CPU_LORAS = 8
+"""`max_cpu_loras` of engines that trlpatch asks for: adapters in vLLM's registry, of which one is the live one.
+
+vLLM's default is `max_loras`, 1: a saved adapter in the same call evicts the live one, which no file can bring back.
+A saved adapter takes host memory when it is used, the limit itself takes none.
+"""
 
 _REFUSED = "refused by an engine"
 """Key in `LoraWeights.derived`."""
@@ -30,7 +37,7 @@ def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
     state = state_of(engine)
     if state.policy_location == "policy":
         return "the engine's base weights were replaced by a full-weight sync"
-    if state.shared_weights:
+    if state.shared_weights and (not state.sharers or view.base in state.sharers):
         return "it is merged into the base weights, which the engine shares" if view.merged else None
     return _refused(view, state) or _base_verdict(view, state)
 
@@ -46,10 +53,14 @@ def _refused(view: LoraView, state: EngineState) -> str | None:
 
 
 def _base_verdict(view: LoraView, state: EngineState) -> str | None:
-    mark = base_weights.base_mark(view)
+    mark = (base_weights.base_mark(view), base_parameters.beside_mark(view))
     verdict = state.base_verdict.get(view.found)
     if verdict is None or verdict.mark != mark:
         known = state.weights_attached.get(view.base)
-        mismatch = state.backend.base_mismatch(view) or base_weights.changed_since(known, view)
+        mismatch = (
+            state.backend.base_mismatch(view)
+            or base_weights.changed_since(known, view)
+            or base_parameters.changed_beside(known, view)
+        )
         verdict = state.base_verdict[view.found] = BaseVerdict(mark, mismatch)
     return verdict.reason

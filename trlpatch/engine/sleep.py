@@ -56,8 +56,13 @@ def put_to_sleep(
     engine's weights make way, unless `kv_only` (sleep="kv") says that they never do.
 
     Raises:
-        EngineBusy: requests are unfinished.
+        EngineBusy: requests are unfinished, or another thread generates.
     """
+    with state.occupancy.handing_over(engine.llm_engine, "putting the engine to sleep"):
+        return _put_to_sleep(engine, state, level, model, kv_only)
+
+
+def _put_to_sleep(engine: RolloutEngine, state: EngineState, level: int, model: Module | None, kv_only: bool) -> bool:
     backend = state.backend
     sleeping = backend.asleep()
     if WEIGHTS in sleeping:

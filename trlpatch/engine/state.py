@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from trlpatch.engine.backend import RolloutBackend, backend_of, forget_backend
 from trlpatch.engine.memory.headroom import HeadroomMonitor
+from trlpatch.engine.occupancy import Occupancy
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ class BaseVerdict:
     """What was found when the engine's base weights were compared with a model's."""
 
     mark: tuple[object, ...]
-    """What the model's were then (`base_mark`): the verdict holds until they are others."""
+    """What the model's were then (`base_mark` and `beside_mark`): the verdict holds until they are others."""
     reason: str | None
     """Why the engine's are not those, or None when they are."""
 
@@ -59,7 +62,11 @@ class EngineState:
     attached: bool = False
     """The user (not TRL) built it: its base weights are never discarded by a level-2 sleep."""
     shared_weights: bool = False
-    """Its weights are the trainer's own storage: unmapping them would crash the trainer."""
+    """Its weights are a trainer's own storage (those of `sharers`): unmapping them would crash the trainer."""
+    sharers: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Base models whose parameters are this engine's memory."""
+    attached_to: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Base models that `attach_engine` has given it to."""
     why_separate: str | None = None
     """Why sharing was tried and given up, for `trlpatch.status()`; None when it was not tried."""
     sleep_method: str = ""
@@ -68,6 +75,12 @@ class EngineState:
     """What training leaves free on the device, measured from a sleep to the wake after it."""
     live_request: Callable[[], LoraRequest | None] | None = None
     """Gives the LoRARequest for a request that names none, while a trainer's `rollout_func` runs; else None."""
+    bare_request: Callable[[RolloutEngine], LoraRequest | None] | None = None
+    """Gives the LoRARequest for a request that names none, if a trainer has asked for it; set by the first trainer
+    that takes the engine, None before.
+    """
+    occupancy: Occupancy = field(default_factory=Occupancy)
+    """Who works with it now."""
     guards: Removable | None = None
     """Its guarded methods, see `trlpatch.engine.guards`."""
     weights_lost: bool = False
@@ -88,16 +101,35 @@ class EngineState:
     )
     """Base model -> its weights when the engine was attached to it, unless they are the engine's own."""
     disk_adapters: dict[str, int] = field(default_factory=dict)
-    """Directory and time of saving -> number, for `model.load_lora(directory)`."""
+    """Contents of a saved adapter -> number, for `model.load_lora(directory)`."""
+    disk_contents: dict[tuple[object, ...], str] = field(default_factory=dict)
+    """Identity, size and times of its files -> digest of their contents."""
+    private_directory: Path | None = None
+    """For saved adapters that vLLM cannot read as they are."""
+    _as_asked: threading.local = field(default_factory=threading.local)
 
     @contextmanager
-    def supplying(self, live_request: Callable[[], LoraRequest | None] | None) -> Iterator[None]:
-        """For the time of a `with`: requests without an adapter get what `live_request` gives; None gives nothing."""
+    def supplying(self, live_request: Callable[[], LoraRequest | None]) -> Iterator[None]:
+        """For the time of a `with`: requests without an adapter get what `live_request` gives, in every thread."""
         before, self.live_request = self.live_request, live_request
         try:
             yield
         finally:
             self.live_request = before
+
+    @contextmanager
+    def as_asked(self) -> Iterator[None]:
+        """For the time of a `with`: a request of this thread without an adapter is one to the base model."""
+        before, self._as_asked.on = self.on_purpose, True
+        try:
+            yield
+        finally:
+            self._as_asked.on = before
+
+    @property
+    def on_purpose(self) -> bool:
+        """Does this thread know what it asks for?"""
+        return getattr(self._as_asked, "on", False)
 
     def policy_pushed(self) -> None:
         """TRL's own full-weight sync follows: the base weights are the policy from now on."""

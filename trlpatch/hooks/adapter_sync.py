@@ -54,10 +54,17 @@ def hand_over(owner: Owner) -> bool:
         AdapterNotExpressible: with adapter="request", for each of those reasons but server mode.
         SharedWeights: instead of False, when the engine computes with the trainer's own weights: merged ones must not
             be pushed there.
+        EngineBusy: another thread generates on the engine.
     """
     engine = engine_of(owner)
     if engine is None or serves_remotely(owner):
         return False
+    doing = f"synchronising {type(owner).__name__}"
+    with state_of(engine).occupancy.handing_over(engine.llm_engine, doing, abort=True):
+        return _hand_over(owner, engine)
+
+
+def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
     path = adapter_path(owner, engine)

@@ -6,15 +6,17 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from trlpatch.engine import probes
+from trlpatch.engine import guards, probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
 from trlpatch.engine.cudagraphs import compilation_config
+from trlpatch.engine.lora_limits import MAX_CPU_LORAS
 from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.single_adapter.install import lora_layers
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.hooks import ranks
+from trlpatch.hooks.bare_requests import bare_request
 from trlpatch.hooks.protocols import Owner
 from trlpatch.log import log_once
 from trlpatch.options import active
@@ -39,8 +41,9 @@ def engine(owner: Owner, model: Model, build: BuildEngine) -> BuildEngine:
     An engine that the model carries is returned as it is and `build` is not called, unless
     `colocate="never"`; the rank that TRL has put into the environment for an engine of its own is taken out again.
     Otherwise `build` gets TRL's arguments, and for a LoRA model also `enable_lora=True`,
-    the smallest legal `max_lora_rank`, `max_loras=1`, and `logprobs_mode="processed_logprobs"` where TRL
-    names none (0.23, which already corrects with the sampler's log-probabilities).
+    the smallest legal `max_lora_rank`, `max_loras=1`, `max_cpu_loras` for saved adapters beside it, and
+    `logprobs_mode="processed_logprobs"` where TRL names none (0.23, which already corrects with the sampler's
+    log-probabilities).
     """
     own = getattr(owner, "model", None)
     model = model if own is None else own
@@ -56,6 +59,7 @@ class _Reuse:
 
     def __call__(self, *args: object, **kwargs: object) -> RolloutEngine:
         state_of(self._engine).attached = True
+        _watch(self._engine)
         share_in_copies(self._engine)
         ranks.restore()
         log_once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
@@ -78,7 +82,7 @@ class _Build:
             return self._build(*args, **kwargs)
         try:
             with lora_layers({**kwargs, **lora}, active().lora_layers) as given:
-                return self._build(*args, **given)
+                built = self._build(*args, **given)
         except Exception as error:
             added = ", ".join(f"{name}={value!r}" for name, value in lora.items())
             error.add_note(
@@ -86,6 +90,16 @@ class _Build:
                 'PatchFastRL(adapter="off") builds it as TRL does'
             )
             raise
+        if probes.looks_like_engine(built):
+            _watch(built)
+        return built
+
+
+def _watch(engine: RolloutEngine) -> None:
+    """From now on what a trainer asks of this engine without an adapter carries the one being trained."""
+    state = state_of(engine)
+    state.bare_request = bare_request
+    guards.install(engine, state)
 
 
 def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> dict[str, object]:
@@ -109,7 +123,12 @@ def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> 
         name = type(owner).__name__
         log_once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
         return {}
-    added: dict[str, object] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+    added: dict[str, object] = {
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "max_loras": 1,
+        "max_cpu_loras": MAX_CPU_LORAS,
+    }
     if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
         added["logprobs_mode"] = "processed_logprobs"
     if graphs := compilation_config(given):

@@ -32,7 +32,7 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
     explicit server. `trainer` is not initialised yet.
 
     Raises:
-        ArgsRequired: `args` is None, and TRL would build arguments without vLLM.
+        ArgsRequired: `args` is None, and TRL would build arguments without vLLM; or it has no `use_vllm`.
         EngineWithoutSleep: `sleep=` demands an engine that can sleep.
         EngineMismatch: of another tensor parallel size, or built before the ranks met.
         SharedWeights: a base weight shared with the engine is trainable.
@@ -54,6 +54,19 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
             )
         return
     if not hasattr(args, "use_vllm"):
+        if engine is not None:
+            raise ArgsRequired(
+                f"{type(trainer).__name__}(args={type(args).__name__}(...)): the model carries an engine, and these "
+                "arguments have no field use_vllm to switch it on with; rollouts would come from elsewhere. Pass "
+                f"{type(trainer).__name__.removesuffix('Trainer')}Config(output_dir=...), or take the engine off with "
+                "trlpatch.engine.attach.detach_engine(model)"
+            )
+        if wanted:
+            warn_once(
+                trainer,
+                f'{type(trainer).__name__}: colocate="always" has no effect, because {type(args).__name__} has no '
+                "field use_vllm",
+            )
         return
     if wanted and not _explicit_server(args):
         args.use_vllm = True

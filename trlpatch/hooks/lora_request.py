@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from trlpatch.engine import publisher
-from trlpatch.engine.attach import attached_engine
-from trlpatch.engine.live_request import require_request
+from trlpatch.engine.attach import attached_engine, current_request
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
@@ -23,9 +22,17 @@ def lora_request(owner: Owner, engine: RolloutEngine | None, given: LoraRequest 
 
     Raises:
         StaleAdapter: rather than return an adapter that is not the current one.
+        EngineBusy: another thread generates on the engine.
     """
     if engine is None or serves_remotely(owner):
         return given
+    with state_of(engine).occupancy.handing_over(
+        engine.llm_engine, f"a rollout of {type(owner).__name__}", abort=True
+    ):
+        return _current(owner, engine, given)
+
+
+def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None) -> LoraRequest | None:
     state = state_of(engine)
     awake_with_live_weights(owner, engine, state)
     if given is not None:
@@ -67,6 +74,7 @@ def live_lora_request(model: object) -> LoraRequest | None:
     Raises:
         AdapterNotExpressible: no engine is attached, or it cannot serve the adapter.
         StaleAdapter: the engine's weights were discarded.
+        EngineBusy: another thread generates on it, or requests of another version of the adapter are unfinished.
     """
     engine = attached_engine(model)
     if engine is None:
@@ -74,4 +82,4 @@ def live_lora_request(model: object) -> LoraRequest | None:
             f"trlpatch.lora_request: no engine is attached to this {type(model).__name__}; "
             "call trlpatch.attach_engine(model, llm) first"
         )
-    return require_request(model, engine)
+    return current_request(model, engine, "trlpatch.lora_request")

@@ -36,6 +36,7 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
             "FastLanguageModel.get_peft_model: the model has an adapter already; take it off with "
             "`model = model.unload()`, or train it as it is"
         )
+    settings = _without_neutral(settings)
     engine = attached_engine(model)
     _check_rank(settings, engine)
     config = _config(settings)
@@ -92,6 +93,29 @@ def _weights_asleep(base: Any) -> int:
 def _inputs_require_grads(base: Any) -> bool:
     handle = getattr(base, "_require_grads_hook", None)
     return handle is not None and handle.id in (handle.hooks_dict_ref() or {})
+
+
+_NEUTRAL = {"max_seq_length": None, "temporary_location": None, "qat_scheme": (None,)}
+"""What Unsloth's scripts pass on and nothing here depends on -> the values that ask for nothing; None: any."""
+
+
+def _without_neutral(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that have no meaning here."""
+    kept = {}
+    for name, value in settings.items():
+        harmless = _NEUTRAL.get(name, ())
+        if harmless is None or value in harmless:
+            continue
+        if name in _NEUTRAL:
+            raise ConflictingArguments(
+                f"FastLanguageModel.get_peft_model: {name}={value!r} is not supported; leave it out"
+            )
+        kept[name] = value
+    if kept.get("lora_alpha", 1) is None:
+        raise ConflictingArguments(
+            "FastLanguageModel.get_peft_model: lora_alpha=None: expected a number; lora_alpha=r scales by 1"
+        )
+    return kept
 
 
 def _check_rank(settings: Mapping[str, Any], engine: Any) -> None:

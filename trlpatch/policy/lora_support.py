@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from trlpatch.policy.adapter import LoraView
+from trlpatch.policy.base_parameters import trained_parameter
 
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT initialisations that subtract the new adapter from the base weights."""
@@ -24,17 +25,19 @@ def unsupported_reason(view: LoraView) -> str | None:
     config = view.configs.get(adapters[0])
     if config is None:
         return f"the active adapter {adapters[0]!r} has no PEFT configuration"
-    reason = _config_reason(config)
+    reason = config_reason(config)
     if reason is None:
         # Layers and parameters can only differ from what was looked at when the weights object is another one.
         derived = view.weights(adapters[0]).derived
         if _VERDICT not in derived:
             derived[_VERDICT] = _layer_reason(view, adapters[0]) or _storage_reason(view, adapters[0])
         reason = derived[_VERDICT]
-    return reason or _switch_reason(view)
+    return reason or _switch_reason(view) or _trained_beside(view)
 
 
-def _config_reason(config: object) -> str | None:
+def config_reason(config: object) -> str | None:
+    """Why an adapter of this PEFT configuration is not a plain LoRA adapter; None when it may be one."""
+
     def setting(name: str) -> Any:
         return getattr(config, name, None)
 
@@ -92,7 +95,21 @@ def _switch_reason(view: LoraView) -> str | None:
     if any(switches) and not all(switches):
         path = next(path for (path, _), off in zip(view.layers, switches, strict=True) if off)
         return f"the adapter is disabled in some layers only, among them {path!r}"
+    return _merged_beside(view) if view.merged else None
+
+
+def _merged_beside(view: LoraView) -> str | None:
+    active = set(view.active)
+    for (path, _), names in zip(view.layers, view.found.state("merged"), strict=True):
+        others = [] if isinstance(names, bool) else [name for name in names if name not in active]
+        if others:
+            return f"the adapter {others[0]!r}, which is not active, is merged into {path!r}"
     return None
+
+
+def _trained_beside(view: LoraView) -> str | None:
+    path = trained_parameter(view)
+    return None if path is None else f"{path!r} is trained beside it (requires_grad=True), and is no part of a request"
 
 
 def _storage_reason(view: LoraView, adapter: str) -> str | None:

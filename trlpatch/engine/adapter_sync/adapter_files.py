@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import weakref
 from pathlib import Path
 
 from trlpatch.engine.adapter_sync import registry
+from trlpatch.engine.private_files import private_directory
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.errors import AdapterNotExpressible
 from trlpatch.policy.adapter import LoraWeights, adapter_tensors
-
-_MEMORY = Path("/dev/shm")
 
 
 class AdapterFiles:
@@ -22,9 +19,7 @@ class AdapterFiles:
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = weakref.ref(engine)
-        parent = _MEMORY if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) else None
-        self._directory = Path(tempfile.mkdtemp(prefix="trlpatch-adapter-", dir=parent))  # mode 0700
-        self.remove_files = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        self._directory, self.remove_files = private_directory(self)
         self._current: LoraRequest | None = None
         self._valid = False
 

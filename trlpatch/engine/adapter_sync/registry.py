@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Far above what people number their own adapters with, far below 2**31 (vLLM keeps ids in int32 tensors).
 LIVE_ID = 1_700_000_000
+LIVE_NAME = "trlpatch-v"
+"""What the names of all versions of the live adapter begin with."""
 # A request whose id is registered never makes vLLM look at its path (`LRUCacheWorkerLoRAManager.add_adapter`,
 # 0.8.0 to 0.33.0). Should vLLM ever drop the adapter, loading this one fails at once and without asking the hub.
 NOWHERE = Path("/nonexistent/trlpatch")
@@ -33,7 +35,7 @@ def fresh_request(directory: Path, *, lora_id: int | None = None) -> LoraRequest
     from vllm.lora.request import LoRARequest
 
     number = next(_versions)
-    name = f"trlpatch-v{number}"
+    name = f"{LIVE_NAME}{number}"
     number = LIVE_ID + number if lora_id is None else lora_id
     request: LoraRequest = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(directory / name))
     return request

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trlpatch.engine.backend import backend_of
@@ -11,36 +10,11 @@ from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.sharing.eligibility import unsupported_reason
 from trlpatch.engine.sharing.names import held_parameters
 from trlpatch.errors import CannotShare
-from trlpatch.policy.adapter import base_of
+from trlpatch.policy.base_parameters import base_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module, Parameter
-
-_WRAPPED = ("base_layer", "original_module")
-"""What PEFT calls the layer inside its own: of tuners, and of `modules_to_save` and trainable tokens."""
-
-
-def base_parameters(model: Module) -> Iterator[tuple[str, Module, Parameter]]:
-    """(path, module, parameter) of the transformers model under PEFT, with the paths that it has without PEFT.
-
-    Nothing that PEFT added is among them. Shared parameters come under each of their names.
-    """
-    yield from _walk(base_of(model), "")
-
-
-def _walk(module: Module, path: str) -> Iterator[tuple[str, Module, Parameter]]:
-    for name in _WRAPPED:
-        inner = module._modules.get(name)
-        if inner is not None:
-            yield from _walk(inner, path)
-            return
-    for leaf, parameter in module._parameters.items():
-        if parameter is not None:
-            yield f"{path}{leaf}", module, parameter
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walk(child, f"{path}{name}.")
+    from torch.nn import Module
 
 
 def verify_overlap(model: Module, llm: RolloutEngine) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.engine.sharing.aliasing import base_parameters
 from trlpatch.errors import SharedWeights
 from trlpatch.policy.adapter import base_of
+from trlpatch.policy.base_parameters import base_parameters
 from trlpatch.policy.lora_support import REWRITES_BASE
 
 if TYPE_CHECKING:
@@ -44,11 +44,12 @@ _watch: list[RemovableHandle] = []
 def protect(model: Module) -> None:
     """Make these raise SharedWeights, for this model and every PEFT model over it, also one that is made later:
 
-    - `.to()`, `.cpu()`, `.half()` and the like when they would move or cast base weights (a conversion that changes
-      nothing for them passes: the Trainer moves models to where they are);
+    - `.to()`, `.cpu()`, `.half()` and the like, of the model or of a module in it, when they would move or cast base
+      weights (a conversion that changes nothing for them passes: the Trainer moves models to where they are);
     - `merge_adapter`, `merge_and_unload` and `unmerge_adapter`;
     - `init_lora_weights` that rewrites base weights (PiSSA, OLoRA, ...);
-    - `load_state_dict` with base weights and `resize_token_embeddings` to another size.
+    - `load_state_dict` with base weights, of the model or of a module in it;
+    - `resize_token_embeddings` to another size.
 
     `copy.deepcopy` of the model has weights of its own and is not protected. Protecting twice is protecting once.
     """
@@ -56,13 +57,18 @@ def protect(model: Module) -> None:
     if base in _protected:
         return
     parameters = list(base_parameters(base))
-    _owners.update(owner for _, owner, _ in parameters)
-    base._apply = types.MethodType(_apply_unless_it_moves, base)
+    owners = dict.fromkeys(owner for _, owner, _ in parameters)
+    _owners.update(owners)
+    for module in {base: None, **owners}:  # the whole model before anything has moved, and parts of it
+        module._apply = types.MethodType(_apply_unless_it_moves, module)
     if callable(getattr(base, "resize_token_embeddings", None)):
         base.resize_token_embeddings = types.MethodType(_resize_to_the_same_size, base)
     _protected[base] = _Protection(
         {path: parameter.data_ptr() for path, _, parameter in parameters},
-        (base.register_load_state_dict_pre_hook(_refuse_base_weights),),
+        (
+            base.register_load_state_dict_pre_hook(_refuse_base_weights),
+            *(owner.register_load_state_dict_pre_hook(_refuse_own_weights) for owner in owners),
+        ),
     )
     for layer in base.modules():
         if layer._modules.get("base_layer") in _owners:
@@ -84,6 +90,7 @@ def unprotect(model: Module) -> None:
     for name in ("_apply", "resize_token_embeddings"):
         base.__dict__.pop(name, None)
     for _, owner, _ in base_parameters(base):
+        owner.__dict__.pop("_apply", None)
         _owners.discard(owner)
     for layer in base.modules():
         for name in _CHANGING:
@@ -129,7 +136,7 @@ def check_frozen(model: Module) -> None:
 def _apply_unless_it_moves(self: Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Module:
     import torch
 
-    if self in _protected:
+    if self in _protected or self in _owners:
         kinds = {(parameter.dtype, parameter.device): path for path, _, parameter in base_parameters(self)}
         for (dtype, device), path in kinds.items():
             probe = torch.zeros(1, dtype=dtype, device=device)
@@ -166,6 +173,18 @@ def _refuse_base_weights(module: Module, state_dict: Mapping[str, Tensor], prefi
             raise SharedWeights(
                 f"loading a state dict into {type(module).__name__}: {key!r} would overwrite base weights that the "
                 "engine computes with; expected an adapter's only, as peft.get_peft_model_state_dict(model) gives"
+            )
+
+
+def _refuse_own_weights(module: Module, state_dict: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    if module not in _owners:
+        return
+    for name in module._parameters:
+        if f"{prefix}{name}" in state_dict:
+            raise SharedWeights(
+                f"loading a state dict into {type(module).__name__}: {prefix + name!r} would overwrite base weights "
+                "that the engine computes with; expected an adapter's only, as "
+                "peft.get_peft_model_state_dict(model) gives"
             )
 
 
