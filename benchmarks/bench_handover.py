@@ -1,13 +1,19 @@
 """Milliseconds from a trained LoRA adapter to an engine that has it, and of the check before a rollout.
 
-    python benchmarks/bench_handover.py --shape 7b --rank 16 --repeats 20      # a GPU
-    VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/bench_handover.py --shape structure   # vLLM's CPU backend
+    python benchmarks/bench_handover.py --shape 7b --engine minimal        # a GPU; half a minute
+    python benchmarks/bench_handover.py --shape 7b --rank 16 --repeats 20  # the same with vLLM's own engine
+    python benchmarks/bench_handover.py --shape structure --engine minimal # a CPU
 
-Builds a Qwen2 of the shape with random weights, an adapter on all seven linear layers in float32 and a real vLLM
-engine beside it, on the GPU or vLLM's CPU backend. Prints medians as a Markdown table: `hand_over` is what a patched
-trainer calls where TRL synchronised weights, `lora_request` what it calls before every rollout. Before every timed
-call there is a step as in training (forward, backward, fused AdamW) or, where the row says so, a forward pass alone:
-what a forward pass leaves behind is part of the price. The device is idle before the call, and at its end.
+Builds a Qwen2 of the shape with random weights, an adapter on all seven linear layers in float32 and beside it a real
+vLLM engine, or the buffers of one (`minimal_engine.py`), on the GPU or the CPU. Prints medians as a Markdown table:
+`hand_over` is what a patched trainer calls where TRL synchronised weights, `lora_request` what it calls before every
+rollout. Before every timed call there is a step as in training (forward, backward, fused AdamW) and what the row says:
+what a forward pass leaves behind in the processor's caches, nothing of the model, is part of the price. The device is
+idle before the call, and at its end.
+
+`ms` is the time of the call. `host` is what of it the host worked, `waited` what it waited for the copy: they overlap
+with `device`, which is the copy itself, by the device's clock. On a CPU all three are processor time, and the copy is
+the host's own work. `calls` are those of Python and C functions in one call, as `sys.setprofile` counts them.
 """
 
 from __future__ import annotations
@@ -15,11 +21,16 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # as a script, only its own folder is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # read by vLLM when the engine is built
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -51,36 +62,111 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--max-lora-rank", type=int, help="of the engine; the rank, unless given")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--engine", choices=("vllm", "minimal"), default="vllm")
     parser.add_argument("--ways", action="store_true", help="also the ways that are taken where buffers are unusual")
     arguments = parser.parse_args()
+    if arguments.ways and arguments.engine == "minimal":
+        parser.error("--ways needs --engine vllm: a minimal one has no other ways")
 
     import torch
     import vllm
 
     with tempfile.TemporaryDirectory() as directory:
         policy, engine = build(
-            arguments.shape, arguments.rank, arguments.max_lora_rank or arguments.rank, Path(directory)
+            arguments.shape,
+            arguments.rank,
+            arguments.max_lora_rank or arguments.rank,
+            Path(directory),
+            minimal=arguments.engine == "minimal",
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     size = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     linears = SHAPES[arguments.shape][2] * len(TARGETS)
     print(
         f"{arguments.shape}, r={arguments.rank}, max_lora_rank={arguments.max_lora_rank or arguments.rank}, "
-        f"{linears} linears, {size / 1e6:.1f} M adapter parameters; vLLM {vllm.__version__}, "
-        f"torch {torch.__version__}, {device}; medians of {arguments.repeats} calls\n"
+        f"{linears} linears, {size / 1e6:.1f} M adapter parameters; engine: {arguments.engine}, vLLM "
+        f"{vllm.__version__}, torch {torch.__version__}, {device}; medians of {arguments.repeats} calls\n"
     )
-    print("| | ms | slowest |\n|---|---|---|")
-    for name, samples in measure(policy, engine, arguments.repeats, ways=arguments.ways).items():
-        print(f"| {name} | {statistics.median(samples):.2f} | {max(samples):.2f} |", flush=True)
+    print("| | ms | host | waited | device | slowest ms | calls |\n|---|---|---|---|---|---|---|")
+    for name, samples in measure(policy, engine, arguments.repeats, ways=arguments.ways):
+        medians = (statistics.median(getattr(one, what) for one in samples) for what in ("ms", "host", "waited"))
+        copied = statistics.median(one.device for one in samples)
+        print(
+            f"| {name} | {' | '.join(f'{number:.3f}' for number in medians)} | {copied:.3f} | "
+            f"{max(one.ms for one in samples):.2f} | {samples[-1].calls or ''} |",
+            flush=True,
+        )
 
 
-def build(shape: str, rank: int, max_lora_rank: int, directory: Path) -> tuple[Any, Any]:
+@dataclass
+class Sample:
+    """One timed call, in ms."""
+
+    ms: float
+    waited: float
+    device: float
+    calls: int = 0
+
+    @property
+    def host(self) -> float:
+        """What the host did meanwhile."""
+        return self.ms - self.waited
+
+
+class CopyClock:
+    """Times the copies of a process from now on: how long the host waits for one, and how long the device takes."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        import torch
+
+        from trlpatch.engine.adapter_sync.foreach_copy import ForeachCopy
+        from trlpatch.engine.adapter_sync.fused_copy import FusedCopy
+
+        self._clock = clock
+        self._events: list[tuple[Any, Any]] = []
+        self._waited = self._ran = 0.0
+        launch, answer, start = FusedCopy._launch, FusedCopy.answer, ForeachCopy.start
+
+        def timed_launch(copy: Any, *arguments: Any) -> None:
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            launch(copy, *arguments)
+            after.record()
+            self._events.append((before, after))
+
+        def timed_answer(copy: Any) -> list[int]:
+            begin = clock()
+            found = answer(copy)
+            self._waited += clock() - begin
+            return found
+
+        def timed_start(copy: Any, *arguments: Any) -> Any:
+            begin = clock()
+            found = start(copy, *arguments)
+            self._ran += clock() - begin
+            return found
+
+        FusedCopy._launch, FusedCopy.answer = timed_launch, timed_answer  # type: ignore[method-assign, assignment]
+        ForeachCopy.start = timed_start  # type: ignore[method-assign, assignment]
+
+    def sample(self, call: Callable[[], Any], settle: Callable[[], None]) -> Sample:
+        """Time one call."""
+        self._events, self._waited, self._ran = [], 0.0, 0.0
+        begin = self._clock()
+        call()
+        settle()
+        total = (self._clock() - begin) * 1e3
+        device = self._ran * 1e3 + sum(before.elapsed_time(after) for before, after in self._events)
+        return Sample(total, (self._waited + self._ran) * 1e3, device)
+
+
+def build(shape: str, rank: int, max_lora_rank: int, directory: Path, *, minimal: bool = False) -> tuple[Any, Any]:
     """Return (PEFT model, engine); the engine first, because it measures the memory that is free."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    from vllm import LLM
 
+    from benchmarks.minimal_engine import MinimalEngine
     from trlpatch import attach_engine
 
     hidden, inner, layers, heads, kv_heads = SHAPES[shape]
@@ -93,8 +179,30 @@ def build(shape: str, rank: int, max_lora_rank: int, directory: Path) -> tuple[A
         num_key_value_heads=kv_heads,
         architectures=["Qwen2ForCausalLM"],
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine: Any = (
+        MinimalEngine(config, max_lora_rank, device) if minimal else vllm_engine(config, max_lora_rank, directory)
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+        policy = get_peft_model(base, lora)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if not minimal:
+        take_weights(base, engine)
+    attach_engine(policy, engine)
+    return policy, engine
+
+
+def vllm_engine(config: Any, max_lora_rank: int, directory: Path) -> Any:
+    """Build a real engine with random weights."""
+    from vllm import LLM
+
     config.save_pretrained(directory)
-    engine = LLM(
+    return LLM(
         model=str(directory),
         load_format="dummy",
         skip_tokenizer_init=True,
@@ -107,17 +215,6 @@ def build(shape: str, rank: int, max_lora_rank: int, directory: Path) -> tuple[A
         max_num_seqs=8,
         gpu_memory_utilization=0.4,
     )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        base = Qwen2ForCausalLM(config).to(torch.bfloat16)
-        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-        policy = get_peft_model(base, lora)
-    for parameter in policy.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    take_weights(base, engine)
-    attach_engine(policy, engine)
-    return policy, engine
 
 
 def take_weights(base: Any, engine: Any) -> None:
@@ -146,8 +243,8 @@ def take_weights(base: Any, engine: Any) -> None:
                     member.copy_(part)
 
 
-def measure(policy: Any, engine: Any, repeats: int, *, ways: bool) -> dict[str, list[float]]:
-    """Return the samples of every row, in ms."""
+def measure(policy: Any, engine: Any, repeats: int, *, ways: bool) -> Iterator[tuple[str, list[Sample]]]:
+    """Yield the name and the samples of every row."""
     import torch
 
     from trlpatch import hooks
@@ -158,6 +255,7 @@ def measure(policy: Any, engine: Any, repeats: int, *, ways: bool) -> dict[str, 
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)  # the default of transformers' trainer
     tokens = torch.arange(16, device=trained[0].device).view(1, -1)
+    clock = CopyClock(time.perf_counter if torch.cuda.is_available() else time.process_time)
 
     def settle() -> None:
         if torch.cuda.is_available():
@@ -177,38 +275,66 @@ def measure(policy: Any, engine: Any, repeats: int, *, ways: bool) -> dict[str, 
             raise SystemExit("the adapter was not handed over: trlpatch's log says why")
 
     def lora_request() -> None:
-        hooks.lora_request(owner, engine)
+        if hooks.lora_request(owner, engine) is None:
+            raise SystemExit("the adapter was not handed over: trlpatch's log says why")
 
     def handed_over() -> None:
         step()
         hand_over()
+
+    def handed_over_and_forward() -> None:
+        handed_over()
         forward()
 
-    def timed(call: Callable[[], Any], before: Callable[[], Any] = step, *, count: int = repeats) -> list[float]:
+    def timed(call: Callable[[], Any], before: Callable[[], Any] = step, *, count: int = repeats) -> list[Sample]:
         samples = []
         for _ in range(count):
             before()
             settle()
-            start = time.perf_counter()
-            call()
-            settle()
-            samples.append((time.perf_counter() - start) * 1e3)
+            samples.append(clock.sample(call, settle))
         return samples
 
-    rows = {"hand_over, the first (registers)": timed(hand_over, count=1)}
-    timed(hand_over, count=2)  # compiles, where there is something to compile
+    def counted(call: Callable[[], Any], before: Callable[[], Any] = step) -> list[Sample]:
+        samples = timed(call, before)
+        before()
+        samples[-1].calls = calls_of(call)
+        return samples
+
+    yield "hand_over, the first (registers)", timed(hand_over, count=1)
+    timed(hand_over, count=3)  # compiles, where there is something to compile
     assert state.adapter_sync is not None
     way = state.adapter_sync.description
     way += f", {type(getattr(getattr(state.adapter_sync, '_current', None), 'copy', None)).__name__}"
-    rows[f"hand_over ({way})"] = timed(hand_over)
-    rows["lora_request, a forward after the hand_over"] = timed(lora_request, handed_over)
-    rows["lora_request, nothing after the last one"] = timed(lora_request, lambda: None)
-    rows["lora_request, the adapter has been trained"] = timed(lora_request)
+    separate = state.shared_weights
+    for shared in (False, True):
+        state.shared_weights = shared  # as far as a check asks: it compares no base weights then
+        weights = "shared" if shared else "separate"
+        timed(hand_over, count=2)
+        yield f"{weights} weights: hand_over, trained since ({way})", counted(hand_over)
+        yield f"{weights} weights: lora_request, straight after it", counted(lora_request, handed_over)
+        yield f"{weights} weights: lora_request, a forward after it", counted(lora_request, handed_over_and_forward)
+        yield f"{weights} weights: lora_request, trained since", counted(lora_request)
+    state.shared_weights = separate
     others = (("registered anew each time", Registration(engine)), ("through files", AdapterFiles(engine)))
     for name, other in others if ways else ():
         state.adapter_sync, state.published = other, None
-        rows[f"hand_over ({name})"] = timed(hand_over)
-    return rows
+        yield f"hand_over ({name})", timed(hand_over)
+
+
+def calls_of(call: Callable[[], Any]) -> int:
+    """Count the calls of Python and C functions in one call."""
+    found = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
 
 
 if __name__ == "__main__":

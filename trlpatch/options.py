@@ -125,6 +125,7 @@ def read_directory(name: str) -> Path | None:
     return Path(value).expanduser() if value.strip() else None
 
 
+_DEFAULTS = Options()
 _active: Options | None = None
 
 
@@ -136,4 +137,4 @@ def activate(options: Options | None) -> None:
 
 def active() -> Options:
     """Return the active options, or the defaults where nothing was patched through PatchFastRL."""
-    return _active if _active is not None else Options()
+    return _active if _active is not None else _DEFAULTS

@@ -384,3 +384,14 @@ def test_a_worker_without_the_allocator_says_so(monkeypatch: pytest.MonkeyPatch)
     assert cumem.pool_bytes(KV_CACHE) == 0
     with cumem.whole_wake(None):
         pass
+
+
+@pytest.mark.parametrize("kv_only", [False, True])
+def test_a_sleep_drains_once(monkeypatch: pytest.MonkeyPatch, kv_only: bool) -> None:
+    rig = Rig(monkeypatch, "0.28", shared=False)
+    drained: list[int] = []
+    drain = rig.state.backend.drain
+    monkeypatch.setattr(rig.state.backend, "drain", lambda: (drained.append(1), drain())[1])
+    assert rig.sleep(kv_only=kv_only)
+    assert len(drained) == 1
+    assert not rig.device.busy

@@ -6,6 +6,9 @@ from typing import Any
 
 from trlpatch.engine.adapter_sync.staging import Target
 from trlpatch.policy.adapter import LoraWeights
+from trlpatch.policy.base_weights import Spots
+from trlpatch.policy.change_detection import ContentSums
+from trlpatch.policy.layer_state import Contents
 
 SLOT = 1
 WIDTHS, OUTS = (300, 64, 17), (700, 64, 33)
@@ -37,6 +40,15 @@ def targets(dtype: Any, rank: int, width: int, *, device: str = "cpu") -> tuple[
     staging = [filled(rank, one) for one in WIDTHS] + [filled(one, width) for one in OUTS]
     slots = [buffer[SLOT, 0, :rank] if index < 3 else buffer[SLOT, 0] for index, buffer in enumerate(buffers)]
     return [Target(*both) for both in zip(staging, slots, strict=True)], buffers
+
+
+def spots(dtype: Any, *, device: str = "cpu") -> Spots:
+    """Pieces of two base weights, one of them shorter than the other."""
+    import torch
+
+    whole = torch.arange(700, device=device).to(dtype)
+    pieces = [whole[16:528], whole[528:]]
+    return Spots(Contents([]), [whole], [whole.data_ptr()], pieces, ContentSums(pieces))
 
 
 def assert_copied(weights: LoraWeights, made: list[Target], buffers: list[Any]) -> None:

@@ -7,7 +7,7 @@ pytest.importorskip("peft")
 
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
-from trlpatch.policy.base_weights import changed_since, weights_now  # noqa: E402
+from trlpatch.policy.base_weights import base_mark, changed_since, weights_now  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -51,3 +51,15 @@ def test_another_dtype_is_no_change() -> None:
     view = lora_view(lora_model(base.to(torch.bfloat16)))
     assert view is not None
     assert changed_since(before, view) is None
+
+
+def test_a_base_weight_in_the_place_of_another_moves_the_mark() -> None:
+    """`accelerate` puts parameters into the dictionary of their module, which no hook of torch's tells."""
+    base = base_model()
+    view = lora_view(lora_model(base))
+    assert view is not None
+    before = base_mark(view)
+    assert base_mark(view) == before
+    own = base.get_submodule(Q).base_layer._parameters
+    own["weight"] = torch.nn.Parameter(own["weight"].detach() * 2, requires_grad=False)
+    assert base_mark(view) != before

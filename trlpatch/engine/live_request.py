@@ -27,8 +27,9 @@ def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
             "trainer can push them: roll out from the trainer, or attach an engine (it sleeps at level 1)"
         )
     wake(engine, state, "kv_cache")
+    underway = publisher.start(engine)
     view = lora_view(model)
-    view = None if view is None else view.snapshot()
+    view = None if view is None else view.snapshot(underway)
     reason = "it has no PEFT adapter" if view is None else lora_limits.unsupported_reason(view, engine)
     if view is None or reason is not None:
         raise AdapterNotExpressible(

@@ -12,10 +12,25 @@ from trlpatch.engine.adapter_sync.registration import Registration
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import Published, state_of
 from trlpatch.errors import StaleAdapter
-from trlpatch.policy.adapter import LoraView
+from trlpatch.policy.adapter import CopyUnderway, LoraSnapshot, LoraView
 from trlpatch.policy.change_detection import fingerprint
 
-__all__ = ["AdapterFiles", "AdapterSync", "BufferCopy", "Registration", "current_request", "publish"]
+__all__ = ["AdapterFiles", "AdapterSync", "BufferCopy", "Registration", "current_request", "publish", "start"]
+
+
+def start(engine: RolloutEngine) -> CopyUnderway | None:
+    """Begin to hand over what was handed over last, so that the device works while the host looks at the model.
+
+    Give it to the snapshot of the model that is then published, in the same call: `view.snapshot(start(engine))`.
+    None before the first hand-over, while requests run and where nothing can be done ahead. The engine's weights must
+    be awake.
+    """
+    state = state_of(engine)
+    sync = state.adapter_sync
+    if state.published is None or sync is None or not sync.compares or state.backend.unfinished():
+        return None
+    state.backend.drain()
+    return sync.start()
 
 
 def publish(view: LoraView, model: object, engine: RolloutEngine) -> LoraRequest:
@@ -30,10 +45,15 @@ def publish(view: LoraView, model: object, engine: RolloutEngine) -> LoraRequest
     backend = state.backend
     if state.adapter_sync is None:
         state.adapter_sync = backend.new_adapter_sync()
-    backend.drain()
     sync, weights = state.adapter_sync, view.weights(view.active[0])
-    mark = None if sync.compares else fingerprint(view)  # before the copies: a later change must not look published
-    request = sync.publish(weights)
+    underway = view.underway if isinstance(view, LoraSnapshot) else None
+    request = None if underway is None else underway.finish(weights)
+    mark = None
+    if request is None:
+        backend.drain()
+        if not sync.compares:
+            mark = fingerprint(view)  # before the copies: a later change must not look published
+        request = sync.publish(weights)
     if mark is None and not sync.compares:  # it has just found out that it cannot
         mark = fingerprint(view)
         request = sync.publish(weights)

@@ -75,16 +75,16 @@ def _put_to_sleep(engine: RolloutEngine, state: EngineState, level: int, model: 
         return False
     guards.install(engine, state)
     backend.require_idle()
-    backend.drain()
     if why is not None:
         if KV_CACHE in sleeping:
             return False
+        backend.drain()
         freed = backend.discard_kv_cache()
         state.sleep_method = f"KV cache only ({why})"
     else:
         wake(engine, state, KV_CACHE)  # half asleep: vLLM counts it as sleeping and would ignore the call
         before = device.free_bytes()
-        engine.sleep(level=level)
+        engine.sleep(level=level)  # guarded: drained first
         guards.slept(state, level)
         freed = (device.free_bytes() or 0) - (before or 0)
         state.sleep_method = _LEVELS.get(level, f"level {level}")

@@ -32,13 +32,17 @@ class AdapterPath:
 
 
 def adapter_path(owner: Owner, engine: RolloutEngine) -> AdapterPath:
-    """Decide between a LoRA request and TRL's own sync; the engine's weights must be awake."""
+    """Decide between a LoRA request and TRL's own sync; the engine's weights must be awake.
+
+    Meanwhile the device hands over what was handed over last, which is nearly always what there is to hand over.
+    """
+    underway = publisher.start(engine)
     view = lora_view(model_of(owner))
     if view is None:
         return AdapterPath(None, "the model has no PEFT adapter (full fine-tuning)")
     if active().adapter == "off":
         return AdapterPath(view, 'adapter="off"')
-    view = view.snapshot()
+    view = view.snapshot(underway)
     return AdapterPath(view, lora_limits.unsupported_reason(view, engine))
 
 

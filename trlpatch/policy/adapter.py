@@ -11,10 +11,10 @@ import sys
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
-from operator import attrgetter, is_, itemgetter, methodcaller
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter, is_, itemgetter
+from typing import TYPE_CHECKING, Any, Protocol
 
+from trlpatch.policy.layer_state import Contents, Guard, addresses_of
 from trlpatch.policy.registrations import registrations
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class LoraWeights:
     """What was computed from the identity of these tensors, not from their values."""
 
     @cached_property
+    def parameters(self) -> list[Tensor]:
+        """Every A, then every B."""
+        return [*self.a, *self.b]
+
+    @cached_property
     def rank(self) -> int:
         """The largest rank, after rank_pattern."""
         return max(int(a.shape[0]) for a in self.a)
@@ -77,7 +82,25 @@ class LoraWeights:
         return tuple(sorted({path.rpartition(".")[2] for path in self.paths}))
 
 
-_WEIGHT, _SCALING = itemgetter("weight"), attrgetter("scaling")
+class CopyUnderway(Protocol):
+    """A copy of an adapter into an engine that the device makes while the host looks whether it is still the one."""
+
+    @property
+    def weights(self) -> LoraWeights:
+        """What is copied."""
+
+    def base_glance(self, spots: object) -> object | None:
+        """Wait for it; equal as long as the `spots` of the base weights hold the same bits. None: it read none."""
+
+    def finish(self, weights: LoraWeights) -> Any | None:
+        """Wait for it, and return what handing over `weights` does.
+
+        None where it was of other weights, or went where the engine does not look for them any more; and the second
+        time, when they may have been trained since.
+        """
+
+
+_WEIGHT, _SCALING = itemgetter("weight"), itemgetter("scaling")
 
 
 class _Sites:
@@ -91,11 +114,13 @@ class _Sites:
         adapted = [(path, layer) for path, layer in layers if adapter in getattr(layer, "lora_A", {})]
         self._paths = tuple(path for path, _ in adapted)
         self._sides = [layer.lora_A._modules for _, layer in adapted] + [layer.lora_B._modules for _, layer in adapted]
-        self._layers = [layer for _, layer in adapted]
+        self._attributes = [vars(layer) for _, layer in adapted]
         self._linears: list[Module] = []
         self._parameters: list[dict[str, Any]] = []
         self._last: LoraWeights | None = None
         self._dtypes: list[Any] = []
+        self.containers: list[object] | None = None
+        """Dictionaries that the parameters were found in; None where some were found elsewhere."""
 
     def read(self, adapter: str) -> LoraWeights:
         of_adapter = itemgetter(adapter)
@@ -104,10 +129,12 @@ class _Sites:
             self._linears, self._parameters = linears, [linear._parameters for linear in linears]
         try:
             found = list(map(_WEIGHT, self._parameters))
+            self.containers = [*self._sides, *self._parameters]
         except KeyError:
+            self.containers = None
             found = [linear.weight for linear in linears]
         # PEFT's `rescale_adapter_scale` replaces the dictionary itself, and puts the old one back afterwards.
-        scalings = list(map(of_adapter, map(_SCALING, self._layers)))
+        scalings = list(map(of_adapter, map(_SCALING, self._attributes)))
         addresses = _addresses(found)
         # A model that was moved and cast keeps its parameters, and can get the same addresses back.
         dtypes = list(map(_DTYPE, found))
@@ -117,7 +144,7 @@ class _Sites:
             or addresses != last.addresses
             or scalings != last.scalings
             or dtypes != self._dtypes
-            or not all(map(is_, found, chain(last.a, last.b)))
+            or not all(map(is_, found, last.parameters))
         ):
             half = len(found) // 2
             last = self._last = LoraWeights(self._paths, found[:half], found[half:], scalings, addresses)
@@ -125,15 +152,39 @@ class _Sites:
         return last
 
 
-_ADDRESS = methodcaller("data_ptr")
 _DTYPE = attrgetter("dtype")
 
 
 def _addresses(weights: list[Tensor]) -> list[int]:
     try:
-        return list(map(_ADDRESS, weights))
+        return addresses_of(weights)
     except RuntimeError:  # sharded parameters have no storage of their own
         return []
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What PEFT layers say at one moment, and the parameters of the active adapter."""
+
+    active: tuple[str, ...]
+    """Names of the adapters that the forward pass adds, each once."""
+    switches: list[bool]
+    """Is the adapter disabled, layer by layer?"""
+    merged: bool
+    """Is an adapter merged into the base weights of some layer?"""
+    weights: LoraWeights | None
+    """Of the adapter that is active; None when it is none or several."""
+    guard: Guard | None
+    """None when the layers have to be asked each time: they keep these things elsewhere than PEFT's do."""
+
+    @cached_property
+    def disabled(self) -> bool:
+        """Is the adapter disabled in every layer?"""
+        return bool(self.switches) and all(self.switches)
+
+    def stands(self) -> bool:
+        """Would the layers say the same now?"""
+        return self.guard is not None and self.guard.holds()
 
 
 # PEFT's properties of a layer, and where the layer keeps what they say.
@@ -156,20 +207,43 @@ class PeftLayers:
         self.derived: dict[str, Any] = {}
         """What was computed from the layers' being these."""
         # Every step of every path, to notice deletions. Holds no reference to `base`, whose key in `_walks` is weak.
-        steps: dict[tuple[int, str], tuple[dict[str, Module], str, Module]] = {}
+        parents: list[object] = []
         for path, _ in found:
             module = base
             for name in path.split(".") if path else ():
-                children = module._modules
-                module = children[name]
-                steps[id(children), name] = (children, name, module)
-        self._parents = [children for children, _, _ in steps.values()]
-        self._names = [name for _, name, _ in steps.values()]
-        self._children = [child for _, _, child in steps.values()]
+                parents.append(module._modules)
+                module = module._modules[name]
+        self._children = Contents(parents)
+        self._state: LayerState | None = None
 
     def is_current(self) -> bool:
         """Would a walk find the same layers again?"""
-        return not self._watch.moved and all(map(is_, map(dict.get, self._parents, self._names), self._children))
+        return not self._watch.moved and self._children.are_the_same()
+
+    def look(self) -> LayerState:
+        """What the layers say now; what they said last, the same object, when nothing has moved."""
+        if self._state is None or not self._state.stands():
+            self._state = None
+            active, switches, merged = self.active(), self.state("disable_adapters"), any(self.state("merged"))
+            weights = self.weights(active[0]) if len(active) == 1 else None
+            self._state = LayerState(active, switches, merged, weights, self._guard(active, weights))
+        return self._state
+
+    def _guard(self, active: tuple[str, ...], weights: LoraWeights | None) -> Guard | None:
+        sites = None if weights is None else self._sites[active[0]].containers
+        if sites is None or weights is None or not weights.addresses:
+            return None
+        try:
+            return Guard(self._attributes, sites, weights.parameters, weights.addresses)
+        except KeyError:
+            return None
+
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters that the forward pass adds, each once."""
+        found = self.state("active_adapter")  # a name, or a list of them
+        if found and found.count(found[0]) == len(found):
+            del found[1:]
+        return tuple(dict.fromkeys(name for names in found for name in ([names] if isinstance(names, str) else names)))
 
     def weights(self, adapter: str) -> LoraWeights:
         """The parameters of an adapter now."""
@@ -210,10 +284,7 @@ class LoraView:
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the adapters that the forward pass adds, each once."""
-        found = self.found.state("active_adapter")  # a name, or a list of them
-        if found and found.count(found[0]) == len(found):
-            del found[1:]
-        return tuple(dict.fromkeys(name for names in found for name in ([names] if isinstance(names, str) else names)))
+        return self.found.active()
 
     @property
     def disabled(self) -> bool:
@@ -239,38 +310,48 @@ class LoraView:
         weights = self.weights(adapter)
         return list(zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True))
 
-    def snapshot(self) -> LoraSnapshot:
-        """Take the view of this moment, for one call that asks the same things many times."""
-        return LoraSnapshot(self.base, self.configs, self.found)
+    def snapshot(self, underway: CopyUnderway | None = None) -> LoraSnapshot:
+        """Take the view of this moment, for one call that asks the same things many times.
+
+        `underway` is a copy that the same call has started.
+        """
+        return LoraSnapshot(self.base, self.configs, self.found, underway)
 
 
+@dataclass(frozen=True)
 class LoraSnapshot(LoraView):
     """A view that asks the model each thing once, and from then on says what it was."""
 
+    underway: CopyUnderway | None = None
+
     @cached_property
+    def _state(self) -> LayerState:
+        return self.found.look()
+
+    @property
     def active(self) -> tuple[str, ...]:
         """As LoraView.active."""
-        return super().active
+        return self._state.active
 
-    @cached_property
+    @property
+    def disabled(self) -> bool:
+        """As LoraView.disabled."""
+        return self._state.disabled
+
+    @property
     def switches(self) -> list[bool]:
         """As LoraView.switches."""
-        return super().switches
+        return self._state.switches
 
-    @cached_property
+    @property
     def merged(self) -> bool:
         """As LoraView.merged."""
-        return super().merged
-
-    @cached_property
-    def _weights(self) -> dict[str, LoraWeights]:
-        return {}
+        return self._state.merged
 
     def weights(self, adapter: str) -> LoraWeights:
-        """As LoraView.weights."""
-        if adapter not in self._weights:
-            self._weights[adapter] = super().weights(adapter)
-        return self._weights[adapter]
+        """As LoraView.weights; those of another adapter than the active one are not kept."""
+        weights = self._state.weights
+        return weights if weights is not None and (adapter,) == self.active else super().weights(adapter)
 
 
 def lora_view(model: Any) -> LoraView | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from trlpatch.policy.adapter import LoraView
+from trlpatch.policy.adapter import CopyUnderway, LoraSnapshot, LoraView, LoraWeights
 from trlpatch.policy.change_detection import ContentSums, as_integers
+from trlpatch.policy.layer_state import Contents, addresses_of
 
 if TYPE_CHECKING:
     import torch
@@ -46,18 +47,40 @@ def weights_now(base: Module) -> dict[str, Weight]:
     return {path: Weight(weight.dtype, tuple(weight.shape), bits[path]) for path, weight in found.items()}
 
 
-_VERSION, _ADDRESS = attrgetter("_version"), methodcaller("data_ptr")
+_VERSION = attrgetter("_version")
 _SPOT = 512  # elements of every matrix
 
 
-@dataclass(frozen=True)
-class _Spots:
+@dataclass
+class Spots:
     """A piece of every base weight under the adapters, to be looked at again and again."""
 
-    weights: list[Tensor | None]
+    found_in: Contents
     present: list[Tensor]
     addresses: list[int]
+    pieces: list[Tensor]
+    """Flat, of at most `_SPOT` elements, each beginning where a vector of 16 elements does."""
     sums: ContentSums
+    glance: object | None = None
+    numbers: list[int] | None = None
+    """The sums, when a copy underway gave `glance`."""
+
+    def look(self, underway: CopyUnderway | None) -> list[int]:
+        """Return the sums of the pieces; made anew only where no copy underway says that they are the same."""
+        glance = None if underway is None else underway.base_glance(self)
+        if glance is None or glance != self.glance or self.numbers is None:
+            self.numbers = self.sums.numbers()
+            self.glance = glance
+        return self.numbers
+
+
+_SPOTS = "base spots"
+
+
+def spots_under(weights: LoraWeights) -> Spots | None:
+    """The spots under an adapter that `base_mark` was last asked for."""
+    spots: Spots | None = weights.derived.get(_SPOTS)
+    return spots
 
 
 def base_mark(view: LoraView) -> tuple[object, ...]:
@@ -72,29 +95,27 @@ def base_mark(view: LoraView) -> tuple[object, ...]:
     if parameters is None:
         bases = [layer.get_base_layer() for _, layer in view.layers]
         parameters = layers.derived["base parameters"] = [getattr(base, "_parameters", {}) for base in bases]
-    weights = [own.get("weight") for own in parameters]
-    spots: _Spots | None = layers.derived.get("base spots")
-    if (
-        spots is None
-        or not all(map(is_, weights, spots.weights))
-        or list(map(_ADDRESS, spots.present)) != spots.addresses
-    ):
-        spots = layers.derived["base spots"] = _spots(weights)
+    spots: Spots | None = layers.derived.get(_SPOTS)
+    if spots is None or not spots.found_in.are_the_same() or addresses_of(spots.present) != spots.addresses:
+        spots = layers.derived[_SPOTS] = _spots(parameters)
+    for adapter in view.active:
+        view.weights(adapter).derived[_SPOTS] = spots
     try:
         versions = list(map(_VERSION, spots.present))
     except RuntimeError:  # inference tensors have none
         versions = []
-    merged = layers.state("merged")
-    merged = [str(names) for names in merged] if any(merged) else []  # the lists themselves grow and shrink
-    return (spots.addresses, versions, merged, spots.sums.numbers())
+    merged = [str(names) for names in layers.state("merged")] if view.merged else []  # lists that grow and shrink
+    underway = view.underway if isinstance(view, LoraSnapshot) else None
+    return (spots.addresses, versions, merged, spots.look(underway))
 
 
-def _spots(weights: list[Tensor | None]) -> _Spots:
+def _spots(parameters: list[dict[str, Tensor | None]]) -> Spots:
     import torch
 
+    found_in = Contents(parameters)
     present = [
         weight
-        for weight in weights
+        for weight in (own.get("weight") for own in parameters)
         if weight is not None
         and weight.device.type != "meta"
         and weight.numel()
@@ -102,8 +123,8 @@ def _spots(weights: list[Tensor | None]) -> _Spots:
     ]
     with torch.inference_mode(False), torch.no_grad():
         flat = [weight.detach().view(-1) for weight in present if weight.is_contiguous()]
-        pieces = [one[(one.numel() - 1) // 2 :][:_SPOT] for one in flat]
-        return _Spots(weights, present, list(map(_ADDRESS, present)), ContentSums(pieces))
+        pieces = [one[(one.numel() - 1) // 2 // 16 * 16 :][:_SPOT] for one in flat]
+        return Spots(found_in, present, addresses_of(present), pieces, ContentSums(pieces))
 
 
 def changed_since(before: dict[str, Weight] | None, view: LoraView) -> str | None:

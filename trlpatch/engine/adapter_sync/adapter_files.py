@@ -67,6 +67,9 @@ class AdapterFiles:
             shutil.rmtree(old.lora_path, ignore_errors=True)
         return request
 
+    def start(self) -> None:
+        """Nothing is handed over that has not changed."""
+
     def holds(self, request: LoraRequest) -> bool:
         """Tell whether this is the newest version."""
         # Evicted or not, vLLM can read it again: the newest version's files are kept.

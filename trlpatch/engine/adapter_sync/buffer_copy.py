@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from trlpatch.engine.adapter_sync import registry
 from trlpatch.engine.adapter_sync.foreach_copy import ForeachCopy
@@ -19,6 +19,16 @@ from trlpatch.policy.adapter import LoraWeights
 
 if TYPE_CHECKING:
     import torch
+
+
+class Pending(Protocol):
+    """One copy of an adapter that was started."""
+
+    def wait(self) -> int:
+        """Wait until it has arrived; another number when the sources' bits are."""
+
+    def base_glance(self, spots: object) -> object | None:
+        """See CopyUnderway."""
 
 
 @dataclass
@@ -45,7 +55,8 @@ class BufferCopy:
     current stream, which in-process vLLM computes on.
 
     Publishing is the check, too: everything is copied each time, and the request stays as long as the contents do, so
-    that cached prefixes are good for more than one rollout.
+    that cached prefixes are good for more than one rollout. `start` copies what was handed over last while the caller
+    looks whether it is still what there is to hand over; where it is not, what it has written is written over.
 
     Where the buffers are not as expected every version is registered anew (`Registration`); `description` says why.
     """
@@ -74,15 +85,51 @@ class BufferCopy:
             return self._fallback.publish(weights)
         worker = registry.worker_of(self._engine())
         current = self._reusable(worker, weights)
-        # Buffers may be inference tensors. Trained ones are only read.
-        with torch.inference_mode():
-            if current is None:
+        if current is None:
+            with torch.inference_mode():  # buffers may be inference tensors; trained ones are only read
                 try:
                     current = self._register(worker, weights)
                 except Unexpected as reason:
                     return self._fall_back(worker, str(reason)).publish(weights)
-            self._current = None  # should a copy fail, the next publish starts over
-            changes = _copy(current, weights)
+        return self._conclude(current, weights, self._start(current, weights))
+
+    def start(self) -> Underway | None:
+        """Copy the tensors that were handed over last; see AdapterSync."""
+        current = self._current
+        if current is None or current.handed_over is None:
+            return None
+        weights = current.handed_over[0]()
+        if weights is None:
+            return None
+        manager = registry.worker_of(self._engine())._adapter_manager
+        if (
+            manager.get_adapter(registry.LIVE_ID) is not current.lora
+            or manager.lora_index_to_id[current.slot] != registry.LIVE_ID
+        ):
+            return None
+        return Underway(self, current, weights, current.slot, self._start(current, weights))
+
+    def finish(self, underway: Underway, weights: LoraWeights) -> LoraRequest | None:
+        """See CopyUnderway."""
+        current, finished, underway.finished = self._current, underway.finished, True
+        if finished or current is None or current is not underway.current or weights is not underway.weights:
+            return None
+        if self._reusable(registry.worker_of(self._engine()), weights) is not current or current.slot != underway.slot:
+            return None
+        return self._conclude(current, weights, underway.pending)
+
+    def _start(self, current: _Registered, weights: LoraWeights) -> Pending:
+        import torch
+
+        self._current = None  # should a copy fail, the next publish starts over
+        with torch.inference_mode():
+            pending = _start(current, weights)
+        self._current = current
+        return pending
+
+    def _conclude(self, current: _Registered, weights: LoraWeights, pending: Pending) -> LoraRequest:
+        self._current = None
+        changes = pending.wait()
         before, current.handed_over = current.handed_over, (weakref.ref(weights), changes)
         # Other weights objects have other scalings, perhaps, which are no part of the contents.
         if self._request is None or before is None or before[0]() is not weights or before[1] != changes:
@@ -182,9 +229,29 @@ def _targets(staging: Staging, slots: Slots, slot: int) -> list[Target]:
     return [Target(tensor, places[tensor.data_ptr()]) for tensor in (*staging.a, *staging.b)]
 
 
-def _copy(current: _Registered, weights: LoraWeights) -> int:
+def _start(current: _Registered, weights: LoraWeights) -> Pending:
     try:
-        return current.copy.run(weights, current.targets, current.slot)
+        return current.copy.start(weights, current.targets, current.slot)
     except NotFused:  # trained elsewhere now, or not contiguous any more
         current.copy, current.handed_over = ForeachCopy(current.staging), None
-        return current.copy.run(weights, current.targets, current.slot)
+        return current.copy.start(weights, current.targets, current.slot)
+
+
+@dataclass
+class Underway:
+    """A copy of what was handed over last, into the slot that it had; see CopyUnderway."""
+
+    sync: BufferCopy
+    current: _Registered
+    weights: LoraWeights
+    slot: int
+    pending: Pending
+    finished: bool = False
+
+    def base_glance(self, spots: object) -> object | None:
+        """See CopyUnderway."""
+        return self.pending.base_glance(spots)
+
+    def finish(self, weights: LoraWeights) -> LoraRequest | None:
+        """See CopyUnderway."""
+        return self.sync.finish(self, weights)

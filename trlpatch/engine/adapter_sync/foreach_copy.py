@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from trlpatch.engine.adapter_sync.staging import Staging, Target
 from trlpatch.policy.adapter import LoraWeights
 from trlpatch.policy.change_detection import Sums, content
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A copy that needs no waiting for: comparing the contents did wait. See `Pending`."""
+
+    changes: int
+
+    def wait(self) -> int:
+        """Nothing to wait for."""
+        return self.changes
+
+    def base_glance(self, spots: object) -> None:
+        """The base weights were not read."""
+        return
 
 
 class ForeachCopy:
@@ -15,8 +32,8 @@ class ForeachCopy:
         self._content: list[Sums] = []
         self._changes = 0
 
-    def run(self, weights: LoraWeights, targets: list[Target], slot: int) -> int:
-        """Copy, and return a number that is another one when the weights' bits are."""
+    def start(self, weights: LoraWeights, targets: list[Target], slot: int) -> Queued:
+        """Copy; the answer is another number when the weights' bits are."""
         import torch
 
         now = content(weights)  # before the copies are made: a later change must not look handed over
@@ -25,4 +42,4 @@ class ForeachCopy:
         if now != self._content:
             self._content = now
             self._changes += 1
-        return self._changes
+        return Queued(self._changes)

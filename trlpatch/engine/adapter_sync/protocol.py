@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from trlpatch.engine.protocols import LoraRequest
-from trlpatch.policy.adapter import LoraWeights
+from trlpatch.policy.adapter import CopyUnderway, LoraWeights
 
 
 class AdapterSync(Protocol):
@@ -30,6 +30,14 @@ class AdapterSync(Protocol):
         Raises:
             AdapterNotExpressible: the engine has no place for one of the adapted modules; the version published before
                 then still stands.
+        """
+
+    def start(self) -> CopyUnderway | None:
+        """Begin to hand over again what was handed over last, as it is now; None where that cannot be done ahead.
+
+        The device copies and compares while the host finds out whether it is still the adapter to hand over. To be
+        finished in the same call: nothing may be trained in between. Left unfinished, it has ended the version
+        published before.
         """
 
     def holds(self, request: LoraRequest) -> bool:

@@ -40,6 +40,9 @@ class Registration:
         self._current, self._valid = request.lora_int_id, True
         return request
 
+    def start(self) -> None:
+        """Nothing is handed over that has not changed."""
+
     def holds(self, request: LoraRequest) -> bool:
         """Ask the worker's registry."""
         return self._valid and request.lora_int_id in registry.worker_of(self._engine()).list_adapters()
