@@ -53,7 +53,8 @@ def _refused(view: LoraView, state: EngineState) -> str | None:
 
 
 def _base_verdict(view: LoraView, state: EngineState) -> str | None:
-    mark = (base_weights.base_mark(view), base_parameters.beside_mark(view))
+    beside = base_parameters.beside_mark(view)  # first: `base_mark` waits for a copy that is underway
+    mark = (base_weights.base_mark(view), beside)
     verdict = state.base_verdict.get(view.found)
     if verdict is None or verdict.mark != mark:
         known = state.weights_attached.get(view.base)
