@@ -1,7 +1,7 @@
 """The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
-Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given, 3 the
-installed versions are known not to work together.
+Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given (a name that
+is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together.
 
 rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
 random state of a script under `trlpatch run` is the script's own.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trlpatch.compatibility.verdict import Verdict
     from trlpatch.environment import EnvironmentReport
     from trlpatch.preview import FilePreview, Preview
+    from trlpatch.source.absent import Absence
 
 DRIFT = 1
 BAD_INPUT = 2
@@ -99,6 +100,8 @@ def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_
         rows = [(Text(step.patch.name), Text(f"fits trl {step.variant.trl}")) for step in file.plan.steps]
         rows += [(Text(one.patch.name, GREY), Text(one.reason, GREY)) for one in file.plan.skips]
         show("", Text.assemble((file.source.target.name, "bold"), f"  {file.name}"), grid(rows, indent=4))
+    for target, reason in found.absent.items():
+        show("", Text.assemble((target, "bold"), f"  {reason}"))
 
 
 @cli.command()
@@ -135,7 +138,8 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
 def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool) -> None:
     """Tell whether every patch fits this TRL, and whether the versions of vLLM and transformers beside it ran with it.
 
-    Needs neither torch nor vLLM. Exit status 1 if a patch does not fit, 3 if the versions are known not to work.
+    Needs neither torch nor vLLM. Exit status 1 exactly where PatchFastRL() would raise because a patch does not fit,
+    2 if there is no TRL that can be read, 3 if the versions are known not to work.
     """
     from trlpatch.compatibility.verdict import installed, judge
 
@@ -149,9 +153,11 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
 
     from trlpatch.console import grid, show
 
-    show(_heading(found), grid(((file.source.target.name, _verdict(found, file)) for file in found.files), indent=2))
+    rows = [(file.source.target.name, _verdict(found, file)) for file in found.files]
+    rows += [(one.target.name, _absence(one)) for one in found.fit.absences]
+    show(_heading(found), grid(rows, indent=2))
     _leave_on_drift(found)
-    show(Text("every patch fits", "green"), *_facts([], versions))
+    show(Text(found.fit.verdict, "green"), *_facts([], versions))
     sys.exit(bad)
 
 
@@ -271,21 +277,31 @@ def _preview(trl_path: Path | None, targets: Sequence[str], skip: Iterable[str])
 
 def _heading(found: Preview) -> str:
     return f"TRL {found.install.version} at {found.where}" + (
-        ": newer than every tested release, decided by its anchors" if found.untested else ""
+        ": newer than every tested release, decided by its anchors" if found.fit.untested else ""
     )
 
 
 def _verdict(found: Preview, file: FilePreview) -> Text:
     from rich.text import Text
 
+    from trlpatch.runtime.fit import HELD_BACK
+
     target = file.source.target.name
     counts = {"applied": 0, "skipped": 0, "failed": 0}
     for outcome in file.rewritten.outcomes:
         counts[outcome.status] += 1
     texts = [Text(f"{count} {status}", _MARKS[status]) for status, count in counts.items() if count]
-    if target in found.held_back:
-        texts.append(Text("stays stock: shares an engine with a target that does not fit", "yellow"))
+    if target in found.fit.held_back:
+        texts.append(Text(HELD_BACK, "yellow"))
     return Text(", ").join(texts)
+
+
+def _absence(absence: Absence) -> Text:
+    from rich.text import Text
+
+    if absence.failed:
+        return Text.assemble(("1 failed", _MARKS["failed"]), f": {absence.reason}")
+    return Text(f"not in this TRL: {absence.reason}", GREY)
 
 
 def _facts(rows: Iterable[tuple[str, str]], verdict: Verdict) -> Iterator[RenderableType]:
@@ -311,6 +327,7 @@ def _environment_rows(now: EnvironmentReport) -> Iterator[tuple[str, str]]:
     for state, wanted in (("cached", True), ("not yet", False)):
         if names := [name for name, hit in now.cached.items() if hit is wanted]:
             yield state, ", ".join(names)
+    yield from (("absent", f"{target}: {reason}") for target, reason in now.absent.items())
     packages = [f"{name} {version}" for name, version in now.packages.items() if version]
     absent = [name for name, version in now.packages.items() if not version]
     yield "installed", ", ".join(packages) + (f"; not installed: {', '.join(absent)}" if absent else "")
@@ -319,7 +336,7 @@ def _environment_rows(now: EnvironmentReport) -> Iterator[tuple[str, str]]:
 
 def _leave_on_drift(found: Preview) -> None:
     if found.failures:
-        click.echo(f"\nPatches do not fit TRL {found.install.version}:\n\n{found.drift()}", err=True)
+        click.echo(f"\nTRL {found.install.version}: {found.fit.verdict}\n\n{found.drift()}", err=True)
         sys.exit(DRIFT)
 
 
