@@ -17,8 +17,8 @@ class Absence:
 
     Attributes:
         reason: which file, where its classes are now, and who needs it.
-        failed: it may not be passed over. A trainer that moved would run unpatched; a trainer that is there would run
-            half patched without what it needs. A trainer that is gone from TRL can do neither.
+        failed: it may not be passed over. What moved would run unpatched; a trainer that is there would run half
+            patched without what it needs. A trainer that is gone from TRL can do neither.
     """
 
     target: Target
@@ -45,7 +45,7 @@ def absences(install: TrlInstall, names: Collection[str]) -> tuple[Absence, ...]
             target,
             _reason(install, target, files, needed_by.get(name, "")),
             failed=name in needed_by
-            or (target.kind in ("trainer", "engine") and any(one in files for one in target.classes))
+            or any(one in files for one in target.classes)
             or (target.kind == "trainer" and not trainers),
         )
         for name, target in gone.items()

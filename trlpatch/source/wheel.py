@@ -58,16 +58,16 @@ def opened(trl_path: Path | None) -> Iterator[OpenedTrl]:
     assert trl_path is not None
     if not there:
         raise TrlNotFound(f"No such file or directory: {trl_path}. Expected a TRL wheel or a directory holding `trl`.")
+    if not file:
+        raise _not_a_wheel(trl_path, "not a regular file")
     with tempfile.TemporaryDirectory(prefix="trlpatch-") as scratch:
-        if not file:
-            raise _not_a_wheel(trl_path, "not a regular file")
+        trl = OpenedTrl(Path(scratch), trl_path)
         try:
             with zipfile.ZipFile(trl_path) as wheel:
                 wanted = [name for name in wheel.namelist() if name.endswith((".py", "METADATA"))]
                 wheel.extractall(scratch, wanted)
         except _UNREADABLE as error:
-            raise _not_a_wheel(trl_path, str(error) or type(error).__name__) from error
-        trl = OpenedTrl(Path(scratch), trl_path)
+            raise _not_a_wheel(trl_path, trl.renamed(str(error)) or type(error).__name__) from error
         try:
             yield trl
         except TrlpatchError as error:
