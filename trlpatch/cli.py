@@ -14,12 +14,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import click
 
 from trlpatch.errors import PatchError, TrlpatchError
-from trlpatch.options import DISABLE
+from trlpatch.options import DISABLE, OldLogps, Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,6 +45,13 @@ _trl_path = click.option(
     help="A TRL to look at instead of the installed one: a directory that holds `trl`, or a wheel.",
 )
 _skip = click.option("--skip", multiple=True, metavar="PATCH", help="Leave this patch out; repeatable.")
+_old_logps = click.option(
+    "--old-logps",
+    type=click.Choice(get_args(OldLogps)),
+    default="stock",
+    show_default=True,
+    help='As PatchFastRL(old_logps=...): "reuse" is a patch more.',
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _targets = click.argument("targets", nargs=-1, metavar="[TARGET]...")
 
@@ -84,10 +91,13 @@ def list_patches(as_json: bool) -> None:
 @_targets
 @_trl_path
 @_skip
+@_old_logps
 @_json
-def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool) -> None:
+def plan(
+    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps, as_json: bool
+) -> None:
     """Show, per target, which patches apply, in which variant, and which do not and why."""
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     if as_json:
         _print_json(found.to_dict())
         return
@@ -108,11 +118,12 @@ def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_
 @_targets
 @_trl_path
 @_skip
-def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str]) -> None:
+@_old_logps
+def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps) -> None:
     """Print the unified diff from TRL's own text to the patched text."""
     from trlpatch.console import show_diff
 
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     show_diff("".join(file.diff() for file in found.files))
     _leave_on_drift(found)
 
@@ -122,9 +133,10 @@ def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str]) -> 
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory to write to.")
 @_trl_path
 @_skip
-def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str]) -> None:
+@_old_logps
+def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps) -> None:
     """Write the patched files to DIRECTORY/<TRL release>/trl/... and print their paths."""
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     _leave_on_drift(found)
     for path in found.dump(out):
         click.echo(path)
@@ -134,16 +146,19 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
 @_targets
 @_trl_path
 @_skip
+@_old_logps
 @_json
-def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool) -> None:
+def check(
+    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps, as_json: bool
+) -> None:
     """Tell whether every patch fits this TRL, and whether the versions of vLLM and transformers beside it ran with it.
 
-    Needs neither torch nor vLLM. Exit status 1 exactly where PatchFastRL() would raise because a patch does not fit,
-    2 if there is no TRL that can be read, 3 if the versions are known not to work.
+    Needs neither torch nor vLLM. Exit status 1 where PatchFastRL() would raise because a patch does not fit, and
+    nowhere else; 2 if there is no TRL that can be read; 3 if the versions are known not to work.
     """
     from trlpatch.compatibility.verdict import installed, judge
 
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     versions = judge(found.install, installed(), at=found.where)
     bad = KNOWN_BAD if versions.state == "known-bad" else 0
     if as_json:
@@ -214,7 +229,6 @@ def run(words: Sequence[str]) -> None:
     if words[:1] in (("-h",), ("--help",)):
         click.echo(click.get_current_context().get_help())
         return
-    from trlpatch.options import Options
     from trlpatch.runtime.run import run_script
 
     run_script(list(words), Options())
@@ -269,10 +283,11 @@ def _explain(error: Exception) -> int:
     return DRIFT if isinstance(error, PatchError) else BAD_INPUT
 
 
-def _preview(trl_path: Path | None, targets: Sequence[str], skip: Iterable[str]) -> Preview:
+def _preview(trl_path: Path | None, targets: Sequence[str], skip: Sequence[str], old_logps: OldLogps) -> Preview:
     from trlpatch.preview import preview
 
-    return preview(trl_path, targets, frozenset(skip))
+    options = Options(skip=tuple(skip), old_logps=old_logps)
+    return preview(trl_path, targets, frozenset(options.skip), frozenset(options.asked_for))
 
 
 def _heading(found: Preview) -> str:

@@ -119,7 +119,10 @@ class Preview:
 
 
 def preview(
-    trl_path: Path | None = None, targets: Collection[str] = (), skip: frozenset[str] = frozenset()
+    trl_path: Path | None = None,
+    targets: Collection[str] = (),
+    skip: frozenset[str] = frozenset(),
+    asked_for: frozenset[str] = frozenset(),
 ) -> Preview:
     """Rewrite the sources of a TRL in memory.
 
@@ -127,6 +130,7 @@ def preview(
         trl_path: a `trl` package directory, a directory holding one, or a wheel; None means the installed TRL.
         targets: names of the target table; empty means every target of the release.
         skip: names of patches to leave out.
+        asked_for: names of optional patches to try as well.
 
     Raises:
         TrlNotFound: there is no TRL at `trl_path`.
@@ -142,11 +146,10 @@ def preview(
         _check_targets(targets, install, [source.target.name for source in found])
         wanted = frozenset(targets or TARGETS)
         found = [source for source in found if source.target.name in wanted]
-        rewritten = [rewrite(source, install.release, skip=skip) for source in found]
+        rewritten = [rewrite(source, install.release, skip=skip, asked_for=asked_for) for source in found]
         fit = judge_fit(install, found, wanted, [failure for one in rewritten for failure in one.failed])
-        files = tuple(
-            FilePreview(one.source, plan(one.source.target, install.release, skip), one) for one in rewritten
-        )
+        plans = [plan(one.source.target, install.release, skip, asked_for) for one in rewritten]
+        files = tuple(FilePreview(one.source, steps, one) for one, steps in zip(rewritten, plans, strict=True))
     install = replace(install, root=trl.shown(install.root))
     return Preview(install, trl_path or install.root, files, replace(fit, install=install))
 

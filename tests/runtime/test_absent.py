@@ -48,7 +48,7 @@ def test_a_trainer_that_moved_does_not_fit(fake_trl):
     moved = r"RLOOTrainer is now in trl/trainer/rloo/trainer\.py; trlpatch knows it at trl/trainer/rloo_trainer\.py"
     with pytest.raises(errors.PatchError, match=moved) as raised:
         session.PatchFastRL(skip=SKIP)
-    assert 'PatchFastRL("grpo") asks for one trainer' in str(raised.value)
+    assert 'PatchFastRL("grpo") patches what one trainer needs; these fit: grpo\n' in str(raised.value)
     with pytest.raises(errors.UnknownAlgorithm, match=rf"{moved}.*This release has: grpo\."):
         session.PatchFastRL("rloo", skip=SKIP)
     with pytest.warns(errors.LeftStock, match=moved):

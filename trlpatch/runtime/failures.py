@@ -10,6 +10,8 @@ from trlpatch.outcomes import OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
 from trlpatch.runtime.fit import Fit
 from trlpatch.source.algorithms import algorithms_in
 from trlpatch.source.locate import target_names
+from trlpatch.source.releases import NEWEST_TESTED, format_release
+from trlpatch.versions import installed_version
 
 
 def failure_error(fit: Fit, rejected: Mapping[str, Path]) -> PatchError:
@@ -29,6 +31,7 @@ def failure_error(fit: Fit, rejected: Mapping[str, Path]) -> PatchError:
         "",
         f"  effect   TRL is unpatched; {_skip(failures)}{stock}",
         *_one_by_one(fit),
+        *_newer(fit),
         "  more     trlpatch check",
     ]
     return _kind(failures)("\n".join(lines))
@@ -54,8 +57,14 @@ def _one_by_one(fit: Fit) -> Iterator[str]:
     """Yield how to patch a single trainer whose targets fit, where there is one."""
     fine = [name for name in algorithms_in(fit.install) if target_names(name).isdisjoint(fit.failed)]
     if fine:
-        call = f"PatchFastRL({fine[0]!r})".replace("'", '"')
-        yield f"  one      {call} asks for one trainer and what it needs; these are not concerned: {', '.join(fine)}"
+        one = "grpo" if "grpo" in fine else fine[0]
+        yield f'  one      PatchFastRL("{one}") patches what one trainer needs; these fit: {", ".join(fine)}'
+
+
+def _newer(fit: Fit) -> Iterator[str]:
+    if fit.untested:
+        mine, newest = installed_version("trlpatch") or "", format_release(NEWEST_TESTED)
+        yield f"  newer    trlpatch {mine} was tested up to TRL {newest}; a later one: pip install -U trlpatch"
 
 
 def _described(fit: Fit, failure: Outcome, rejected: Mapping[str, Path]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from trlpatch.errors import UnknownAlgorithm
 from trlpatch.source.locate import TrlInstall, spelled
+from trlpatch.source.releases import NEWEST_TESTED
 from trlpatch.source.targets import ALGORITHMS, INHERITING, TARGETS
 
 
@@ -31,7 +32,12 @@ def require_algorithm(install: TrlInstall, algorithm: str) -> None:
         f"{algorithm!r} has no trainer with an in-process vLLM engine in TRL {install.version} at {install.root}"
         f"{''.join(f': {reason}' for reason in reasons)}. "
         f"This release has: {', '.join(algorithms_in(install)) or 'none of those that are known'}."
+        + (" A later trlpatch may know where it is: pip install -U trlpatch" if reasons and _is_newer(install) else "")
     )
+
+
+def _is_newer(install: TrlInstall) -> bool:
+    return install.release > NEWEST_TESTED
 
 
 def _trainers(name: str) -> list[str]:
