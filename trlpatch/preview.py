@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,5 +226,5 @@ def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
     if outcome.reason:
         entry["reason"] = outcome.reason
     if outcome.drift:
-        entry["drift"] = asdict(outcome.drift)
+        entry["drift"] = outcome.drift._asdict()
     return entry

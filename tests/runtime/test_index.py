@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.runtime.conftest import HOUR
 from trlpatch.runtime import index as indexing
 from trlpatch.runtime.cache import INDEX, Cache
 from trlpatch.runtime.index import Index, Stamp, stamp
 
 ASKED = ("census", "/site/trl", "1.16.0")
-HOUR = 3600 * 10**9
 
 
 @pytest.fixture
@@ -29,13 +29,6 @@ def tree(tmp_path: Path) -> Path:
         (root / file).write_text("x = 1\n", encoding="utf-8")
     (root / "inner" / "circle").symlink_to(root)
     return root
-
-
-@pytest.fixture
-def an_hour_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that a test wrote just now count as settled. (No call sets a ctime back.)"""
-    now = time.time_ns
-    monkeypatch.setattr(indexing.time, "time_ns", lambda: now() + HOUR)
 
 
 def test_an_answer_is_recalled_with_the_same_stats(index, tree, an_hour_later):

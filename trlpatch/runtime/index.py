@@ -40,7 +40,7 @@ class Stamp(NamedTuple):
     settled: bool
 
 
-def stamp(files: Iterable[Place] = (), trees: Iterable[Place] = ()) -> Stamp:
+def stamp(files: Iterable[Place] = (), *, trees: Iterable[Place] = ()) -> Stamp:
     """Return the stats of `files`, which need not exist, and of every `*.py` below the folders `trees`.
 
     Raises:
@@ -77,7 +77,8 @@ class Index:
     """Answers kept below the cache directory, one file per question.
 
     An answer is a JSON value other than null. The question names its kind and all that decides it beside the files of
-    the stamp: `index.recall(("census", str(install.root), install.version), stamp(trees=[install.root, *RULES]))`.
+    the stamp, such as `("census", str(install.root), install.version, *rules_versions())` with
+    `stamp(rule_places(), trees=[install.root])`.
     """
 
     def __init__(self, cache: Cache) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnsupportedTrl
 from trlpatch.source.releases import (
@@ -23,8 +24,7 @@ from trlpatch.source.targets import ALGORITHMS, LEFT_ALONE, TARGETS, Target
 _VERSION_LITERAL = r"""(?m)^__version__\s*=\s*["']([^"']+)["']"""
 
 
-@dataclass(frozen=True)
-class TrlInstall:
+class TrlInstall(NamedTuple):
     """An installed or unpacked TRL; `root` is its `trl` package directory."""
 
     root: Path
@@ -32,14 +32,26 @@ class TrlInstall:
     release: Release
 
 
-@dataclass(frozen=True)
 class SourceFile:
-    """The upstream text of one target."""
+    """The upstream file of one target.
 
-    target: Target
-    path: Path
-    module: str
-    text: str
+    Args:
+        text: what it holds; None reads it when it is first asked for.
+    """
+
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(self, target: Target, path: Path, module: str, text: str | None = None) -> None:
+        self.target = target
+        self.path = path
+        self.module = module
+        self._text = text
+
+    @property
+    def text(self) -> str:
+        """The upstream text."""
+        if self._text is None:
+            self._text = _read(self.path)
+        return self._text
 
     @property
     def is_package(self) -> bool:
@@ -104,8 +116,9 @@ def _root_at(path: Path) -> Path:
 def _version_of(root: Path) -> str:
     # TRL 0.22.0 says `trl.__version__ == "unknown"`; the distribution metadata beside it is right.
     # Its directory's name says the version; importlib.metadata costs 30 ms to import.
-    for info in sorted(root.parent.glob("trl-*.dist-info")):
-        return info.name.removeprefix("trl-").removesuffix(".dist-info")
+    infos = [name for name in _names_in(root.parent) if name.startswith("trl-") and name.endswith(".dist-info")]
+    if infos:
+        return min(infos).removeprefix("trl-").removesuffix(".dist-info")
     for text_file in (root / "VERSION", root.parent / "VERSION"):
         if text_file.is_file():
             return text_file.read_text(encoding="utf-8").strip()
@@ -117,6 +130,13 @@ def _version_of(root: Path) -> str:
             "file, or __version__ in __init__.py. Run: pip install --force-reinstall trl"
         )
     return literal[1]
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - glob compiles a pattern, which takes ten times as long
+    except OSError:
+        return []
 
 
 def target_names(algorithm: str | None) -> frozenset[str]:
@@ -137,10 +157,13 @@ def target_names(algorithm: str | None) -> frozenset[str]:
     return frozenset(ALGORITHMS[key])
 
 
-def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFile]:
-    """Read the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
+def sources(install: TrlInstall, algorithm: str | None = None, *, read: bool = True) -> list[SourceFile]:
+    """Return the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
 
     A target that the table places in this release but whose file is missing is returned by `missing` instead.
+
+    Args:
+        read: read them now; otherwise each is read when its text is first asked for.
 
     Raises:
         UnknownAlgorithm: the name is not known, or that trainer has no in-process engine in this release.
@@ -153,7 +176,7 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
             continue
         path = install.root / location.file
         if path.is_file():
-            found.append(SourceFile(target, path, location.qualified, _read(path)))
+            found.append(SourceFile(target, path, location.qualified, _read(path) if read else None))
     if algorithm is not None and not any(source.target.kind == "trainer" for source in found):
         here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].location(install.release))
         raise UnknownAlgorithm(
