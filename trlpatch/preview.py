@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def preview(
     """
     with opened(trl_path) as trl:
         install = find_trl(trl.directory)
-        found = [replace(source, path=trl.shown(source.path)) for source in sources(install)]
+        found = [SourceFile(one.target, trl.shown(one.path), one.module, one.text) for one in sources(install)]
         _check_targets(targets, install, [source.target.name for source in found])
         wanted = frozenset(targets or TARGETS)
         found = [source for source in found if source.target.name in wanted]
@@ -150,8 +150,8 @@ def preview(
         fit = judge_fit(install, found, wanted, [failure for one in rewritten for failure in one.failed])
         plans = [plan(one.source.target, install.release, skip, asked_for) for one in rewritten]
         files = tuple(FilePreview(one.source, steps, one) for one, steps in zip(rewritten, plans, strict=True))
-    install = replace(install, root=trl.shown(install.root))
-    return Preview(install, trl_path or install.root, files, replace(fit, install=install))
+    install = install._replace(root=trl.shown(install.root))
+    return Preview(install, trl_path or install.root, files, fit._replace(install=install))
 
 
 def _check_targets(targets: Collection[str], install: TrlInstall, present: Collection[str]) -> None:
@@ -192,5 +192,5 @@ def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
     if outcome.reason:
         entry["reason"] = outcome.reason
     if outcome.drift:
-        entry["drift"] = asdict(outcome.drift)
+        entry["drift"] = outcome.drift._asdict()
     return entry

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trlpatch.outcomes import Outcome
 from trlpatch.source.coupling import stock_targets
@@ -18,8 +16,7 @@ if TYPE_CHECKING:
     from trlpatch.source.absent import Absence
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """How the patches fit the targets that were asked for.
 
     Attributes:
@@ -33,7 +30,7 @@ class Fit:
     present: frozenset[str]
     absences: Sequence[Absence]
     failures: tuple[Outcome, ...]
-    moved: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str]
 
     @property
     def untested(self) -> bool:
@@ -45,12 +42,12 @@ class Fit:
         """Targets that this TRL does not have any more, and why they are no failure."""
         return {one.target.name: one.reason for one in self.absences if not one.failed}
 
-    @cached_property
+    @property
     def failed(self) -> frozenset[str]:
         """Targets with a failure."""
         return frozenset(failure.target for failure in self.failures)
 
-    @cached_property
+    @property
     def stock(self) -> frozenset[str]:
         """Targets that stay stock: those with a failure, and those that share an engine with one of them."""
         return stock_targets(self.failed, sorted(self.present)) if self.failed else frozenset()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from importlib.util import spec_from_file_location
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trlpatch.errors import (
     AlreadyImported,
@@ -49,22 +47,26 @@ if TYPE_CHECKING:
 Warned = tuple[type[Warning], str]
 
 
-@dataclass
 class _Session:
-    """What is in force in this process."""
+    """What is in force in this process.
 
-    options: Options
-    report: PatchReport
-    covered: frozenset[str]
-    """Targets that calls asked for, whether this release has them or not."""
-    stock: frozenset[str] = frozenset()
-    """Targets that `on_drift="stock"` left alone."""
-    finder: PatchedFinder = field(default_factory=PatchedFinder)
-    journals: list[UndoJournal] = field(default_factory=list)
-    """What was exchanged in modules that were imported before patching, oldest first."""
-    patched: dict[str, PatchedTarget] = field(default_factory=dict)
-    """By module name."""
-    warned: set[type[Warning]] = field(default_factory=set)
+    Attributes:
+        covered: targets that calls asked for, whether this release has them or not.
+        stock: targets that `on_drift="stock"` left alone.
+        journals: what was exchanged in modules that were imported before patching, oldest first.
+        patched: by module name.
+    """
+
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.report = PatchReport()
+        self.covered: frozenset[str] = frozenset()
+        self.stock: frozenset[str] = frozenset()
+        self.finder = PatchedFinder()
+        self.journals: list[UndoJournal] = []
+        self.patched: dict[str, PatchedTarget] = {}
+        self.warned: set[type[Warning]] = set()
 
 
 _lock = threading.RLock()
@@ -189,7 +191,7 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
     wanted = target_names(options.algorithm)
     if options.algorithm is not None:
         require_algorithm(find_trl(), options.algorithm)
-    session = _active or _Session(options, PatchReport(), frozenset())
+    session = _active or _Session(options)
     for name in ("skip", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
@@ -222,14 +224,11 @@ def _extend(session: _Session, options: Options, new: frozenset[str], pending: l
     _dump(batch, warned)
     pending += [warning for warning in warned if warning[0] not in session.warned]
     session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
-    report = dataclasses.replace(
-        _report(batch), milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes
-    )
+    report = _report(batch, milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes)
     session.report = session.report.extended_by(report)
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     """The targets of one call.
 
     Attributes:
@@ -253,7 +252,7 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
         PatchError: patches do not fit, and `on_drift` is "raise"; as AnchorDrift or OutputCheckError if it is one.
     """
     install = find_trl()
-    found = [source for source in sources(install, options.algorithm) if source.target.name in new]
+    found = [source for source in sources(install, options.algorithm, read=False) if source.target.name in new]
     prepared = prepare_targets(install, found, options.skip, options.asked_for)
     fit = judge_fit(install, found, new, prepared.failures)
     if fit.failures and options.on_drift == "raise":
@@ -264,8 +263,8 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     return _Batch(found, prepared, patched, fit, left_alone(install, new))
 
 
-def _report(batch: _Batch) -> PatchReport:
-    files = {one.source.target.name: str(one.runs.path) for one in batch.patched}
+def _report(batch: _Batch, **more: Any) -> PatchReport:
+    files = {one.source.target.name: str(one.file) for one in batch.patched}
     modules = {one.source.target.name: one.source.module for one in batch.patched}
     states: dict[str, CacheState] = {one.source.target.name: one.cache for one in batch.patched}
     for source in batch.found:
@@ -281,6 +280,7 @@ def _report(batch: _Batch) -> PatchReport:
         modules=modules,
         cache=states,
         absent=batch.fit.gone,
+        **more,
     )
 
 

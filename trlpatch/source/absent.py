@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trlpatch.outcomes import WHOLE_FILE, Outcome
 from trlpatch.source.locate import TrlInstall, missing
@@ -11,8 +11,7 @@ from trlpatch.source.search import class_files
 from trlpatch.source.targets import TARGETS, Target
 
 
-@dataclass(frozen=True)
-class Absence:
+class Absence(NamedTuple):
     """A target whose file is not there.
 
     Attributes:

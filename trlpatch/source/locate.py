@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnreadableSource, UnsupportedTrl
 from trlpatch.source.releases import (
@@ -24,8 +25,7 @@ _REINSTALL = "Run: pip install --force-reinstall --no-deps trl"
 _VERSION_LITERAL = r"""(?m)^__version__\s*=\s*["']([^"']+)["']"""
 
 
-@dataclass(frozen=True)
-class TrlInstall:
+class TrlInstall(NamedTuple):
     """An installed or unpacked TRL; `root` is its `trl` package directory."""
 
     root: Path
@@ -33,14 +33,26 @@ class TrlInstall:
     release: Release
 
 
-@dataclass(frozen=True)
 class SourceFile:
-    """The upstream text of one target."""
+    """The upstream file of one target.
 
-    target: Target
-    path: Path
-    module: str
-    text: str
+    Args:
+        text: what it holds; None reads it when it is first asked for.
+    """
+
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(self, target: Target, path: Path, module: str, text: str | None = None) -> None:
+        self.target = target
+        self.path = path
+        self.module = module
+        self._text = text
+
+    @property
+    def text(self) -> str:
+        """The upstream text."""
+        if self._text is None:
+            self._text = _read(self.path)
+        return self._text
 
     @property
     def is_package(self) -> bool:
@@ -116,19 +128,27 @@ def _root_at(path: Path) -> Path:
 def _version_of(root: Path) -> str:
     # TRL 0.22.0 says `trl.__version__ == "unknown"`; the distribution metadata beside it is right.
     # Its directory's name says the version; importlib.metadata costs 30 ms to import.
-    for info in sorted(root.parent.glob("trl-*.dist-info")):
-        return info.name.removeprefix("trl-").removesuffix(".dist-info")
+    infos = [name for name in _names_in(root.parent) if name.startswith("trl-") and name.endswith(".dist-info")]
+    if infos:
+        return min(infos).removeprefix("trl-").removesuffix(".dist-info")
     for text_file in (root / "VERSION", root.parent / "VERSION"):
         if text_file.is_file():
-            return _read(text_file).strip()
+            return _decoded(text_file).strip()
     init = root / "__init__.py"
-    literal = re.search(_VERSION_LITERAL, _read(init)) if init.is_file() else None
+    literal = re.search(_VERSION_LITERAL, _decoded(init)) if init.is_file() else None
     if literal is None:
         raise TrlNotFound(
             f"The `trl` at {root} does not say its version: expected trl-<version>.dist-info beside it, a VERSION "
             "file, or __version__ in __init__.py. Run: pip install --force-reinstall trl"
         )
     return literal[1]
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - glob compiles a pattern, which takes ten times as long
+    except OSError:
+        return []
 
 
 def spelled(algorithm: str) -> str:
@@ -156,10 +176,13 @@ def target_names(algorithm: str | None) -> frozenset[str]:
     return frozenset(TARGETS if algorithm is None else ALGORITHMS[spelled(algorithm)])
 
 
-def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFile]:
-    """Read the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
+def sources(install: TrlInstall, algorithm: str | None = None, *, read: bool = True) -> list[SourceFile]:
+    """Return the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
 
     A target that the table places in this release but whose file is missing is returned by `missing` instead.
+
+    Args:
+        read: read them now; otherwise each is read when its text is first asked for.
 
     Raises:
         UnknownAlgorithm: the name is not in the table.
@@ -173,11 +196,16 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
             continue
         path = install.root / location.file
         if path.is_file():
-            found.append(SourceFile(target, path, location.qualified, _read(path)))
+            found.append(SourceFile(target, path, location.qualified, _read(path) if read else None))
     return found
 
 
 def _read(path: Path) -> str:
+    """Return what a source holds."""
+    return _decoded(path)
+
+
+def _decoded(path: Path) -> str:
     try:
         content = path.read_bytes()
         # What read_text returns, in half the time: TRL's files have no carriage returns that it would translate.
