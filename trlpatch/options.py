@@ -6,7 +6,7 @@ The active options live here and not with the hooks, so that a warm start import
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,7 +29,6 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
 class Options:
     """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
@@ -40,16 +39,35 @@ class Options:
         InvalidOption: a value is outside its list or has the wrong type.
     """
 
-    algorithm: str | None = None
-    colocate: Colocate = "auto"
-    sleep: Sleep = "auto"
-    adapter: Adapter = "auto"
-    on_drift: OnDrift = "raise"
-    skip: tuple[str, ...] = ()
-    old_logps: OldLogps = "stock"
-    lora_layers: LoraLayers = "auto"
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(
+        self,
+        algorithm: str | None = None,
+        colocate: Colocate = "auto",
+        sleep: Sleep = "auto",
+        adapter: Adapter = "auto",
+        on_drift: OnDrift = "raise",
+        skip: Iterable[str] = (),
+        old_logps: OldLogps = "stock",
+        lora_layers: LoraLayers = "auto",
+    ) -> None:
+        self.algorithm = algorithm
+        self.colocate = colocate
+        self.sleep = sleep
+        self.adapter = adapter
+        self.on_drift = on_drift
+        self.old_logps = old_logps
+        self.lora_layers = lora_layers
+        self.skip = self._checked(skip)
 
-    def __post_init__(self) -> None:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Options) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        return f"Options({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def _checked(self, skip: object) -> tuple[str, ...]:
+        """Return `skip` sorted and without repeats."""
         algorithm: object = self.algorithm
         if algorithm is not None and not isinstance(algorithm, str):
             raise InvalidOption(
@@ -60,12 +78,13 @@ class Options:
             value = getattr(self, name)
             if value not in allowed:
                 raise InvalidOption(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
-        skip: object = self.skip
-        if not isinstance(skip, tuple | list) or not all(isinstance(name, str) for name in skip):
+        named = isinstance(skip, tuple | list | set | frozenset)
+        if not isinstance(skip, tuple | list | set | frozenset) or not all(isinstance(name, str) for name in skip):
             raise InvalidOption(
-                f"skip={self.skip!r}: expected a tuple or list of patch names such as ('sleep',). See: trlpatch list"
+                f"skip={skip!r}: expected a tuple, list or set of patch names such as ('sleep',), and () for none, "
+                f"found {type(skip).__name__}{' with other things than names' if named else ''}. See: trlpatch list"
             )
-        object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
+        return tuple(sorted(set(skip)))
 
     @property
     def asked_for(self) -> tuple[str, ...]:

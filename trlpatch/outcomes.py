@@ -1,13 +1,14 @@
 """Outcome model: what became of one patch on one target, as rewriter, cache manifest, report and command line have it.
 
 Imports nothing of ours: a warm start reads outcomes from the cache and must import neither the rewriter nor libcst.
+Records on its way are NamedTuples or plain classes: generating a dataclass takes 0.5 ms and a NamedTuple 0.07, and
+fifteen dataclasses were a quarter of a warm start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Status = Literal["applied", "skipped", "failed"]
 
@@ -24,8 +25,7 @@ WHOLE_FILE = "every patch"
 """Stands for a patch's name where a file as a whole cannot be used."""
 
 
-@dataclass(frozen=True)
-class Drift:
+class Drift(NamedTuple):
     """Where upstream's text is not what a patch expects.
 
     Attributes:
@@ -43,8 +43,7 @@ class Drift:
     lookalike: str
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one patch on one target.
 
     Attributes:
@@ -60,11 +59,14 @@ class Outcome:
     status: Status
     reason: str = ""
     variant: str = ""
-    anchors: Mapping[str, int] = field(default_factory=dict)
+    anchors: Mapping[str, int] = {}
     drift: Drift | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as JSON-able values; `drift` only where there is one."""
-        plain = {**vars(self), "anchors": dict(self.anchors)}
-        drift = plain.pop("drift")
-        return plain if drift is None else {**plain, "drift": dict(vars(drift))}
+        plain = {**self._asdict(), "anchors": dict(self.anchors)}
+        if self.drift is None:
+            del plain["drift"]
+        else:
+            plain["drift"] = self.drift._asdict()
+        return plain

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import SKIP
-from trlpatch.runtime import session
+from trlpatch.runtime import index, session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+HOUR = 3600 * 10**9
+"""In nanoseconds."""
 
 GRPO_CONFIG = '''\
 """Config."""
@@ -156,6 +159,13 @@ class FakeTrl:
     def environment(self, **extra: str) -> dict[str, str]:
         path = os.pathsep.join([str(self.site), str(REPOSITORY)])
         return {**os.environ, "PYTHONPATH": path, "TRLPATCH_CACHE_DIR": str(self.cache), **extra}
+
+
+@pytest.fixture
+def an_hour_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that a test wrote just now count as settled. (No call sets a ctime back.)"""
+    now = time.time_ns
+    monkeypatch.setattr(index.time, "time_ns", lambda: now() + HOUR)
 
 
 @pytest.fixture

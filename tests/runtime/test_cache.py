@@ -174,7 +174,7 @@ def test_rules_change_with_the_sources_of_the_rewriter(tmp_path, monkeypatch):
         seen.add(rules_digest())
     (tmp_path / "source/c.py").rename(tmp_path / "source/d.py")
     seen.add(rules_digest())
-    monkeypatch.setattr(caching, "_version", lambda name: "2.0")
+    monkeypatch.setattr(caching, "_versions", lambda *names: ("2.0", "2.0"))
     seen.add(rules_digest())
     assert len(seen) == 8
 
@@ -199,7 +199,7 @@ def test_rules_know_a_development_version_by_its_metadata(tmp_path, monkeypatch)
     for version in ("0.1.1.dev3+g1234567", "0.1.1.dev4+g89abcde.d20261127"):
         metadata = tmp_path / f"trlpatch-{version}.dist-info"
         metadata.mkdir()
-        assert caching._version("trlpatch") == metadata.name
+        assert caching._versions("trlpatch") == (metadata.name,)
         seen.add(rules_digest())
         metadata.rmdir()
     assert len(seen) == 3

@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from trlpatch.outcomes import OUTPUT_CHECK, Drift, Outcome
+from trlpatch.outcomes import OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
 from trlpatch.rewrite.anchor import Anchor
 from trlpatch.rewrite.checks import problems
 from trlpatch.rewrite.edits import HOOKS, MARKER
@@ -54,13 +54,17 @@ def rewrite(
 ) -> Rewritten:
     """Return `source` with every patch that applies to it in `release`, of the optional ones those in `asked_for`.
 
-    Never raises for drift or a failed check: the outcome says so and the text is upstream's.
+    Never raises for drift, a failed check or what is not Python: the outcome says so and the text is upstream's.
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.
-        SyntaxError: `source` is not Python.
     """
-    return apply_plan(source, plan(source.target, release, skip, asked_for))
+    steps = plan(source.target, release, skip, asked_for)
+    try:
+        return apply_plan(source, steps)
+    except SyntaxError as error:
+        reason = f"{source.path}:{error.lineno} is not Python: {error.msg}. Run: pip install --force-reinstall trl"
+        return Rewritten(source, source.text, (Outcome(source.target.name, WHOLE_FILE, "failed", reason),), ())
 
 
 def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:

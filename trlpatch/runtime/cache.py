@@ -16,9 +16,8 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trlpatch.options import CACHE_DIR, read_directory
 
@@ -30,8 +29,17 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected"
 """Name of the folder below the root for text that failed an output check. It is read by people and never run."""
 
+INDEX = "index"
+"""Name of the folder below the root for `trlpatch.runtime.index`."""
+
 _KEY = r"[0-9a-f]{64}"
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+RULES = ("outcomes.py", "trl_names.py", "rewrite", "source")
+"""The files and folders of the package that decide patched text.
+
+Of what the rewriter imports, `trlpatch.errors` alone is not among them: it decides messages.
+"""
 
 
 def debug(message: str, *args: object, **named: Any) -> None:
@@ -41,8 +49,7 @@ def debug(message: str, *args: object, **named: Any) -> None:
     logging.getLogger("trlpatch.cache").debug(message, *args, **named)
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """One readable entry.
 
     Attributes:
@@ -117,7 +124,7 @@ def rules_digest() -> str:
 
     Covers all that `trlpatch.rewrite` is made of and imports, the version of trlpatch and that of libcst.
     """
-    digest = hashlib.sha256(f"{_version('trlpatch')}\0{_version('libcst')}".encode())
+    digest = hashlib.sha256("\0".join(rules_versions()).encode())
     for name in _rules():
         digest.update(f"\0{name}\0".encode())
         with open(f"{_PACKAGE}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - pathlib doubles the time
@@ -125,14 +132,20 @@ def rules_digest() -> str:
     return digest.hexdigest()
 
 
-def _rules() -> Iterator[str]:
-    """Yield the sources that decide patched text, relative to the package.
+def rules_versions() -> tuple[str, ...]:
+    """Return the versions of the distributions that the rules are made of, as their metadata directories say them."""
+    return _versions("trlpatch", "libcst")
 
-    Of what the rewriter imports, `trlpatch.errors` alone is not among them: it decides messages.
-    """
-    yield from ("outcomes.py", "trl_names.py")
-    for room in ("rewrite", "source"):
-        yield from _modules_in(room)
+
+def rule_places() -> list[str]:
+    """Return the paths of all sources in RULES, and of those that read and write what is kept about them."""
+    return [f"{_PACKAGE}/{name}" for name in (*_rules(), *_modules_in("runtime"))]
+
+
+def _rules() -> Iterator[str]:
+    """Yield the sources in RULES, relative to the package."""
+    for name in RULES:
+        yield from [name] if name.endswith(".py") else _modules_in(name)
 
 
 def _modules_in(folder: str) -> Iterator[str]:
@@ -143,17 +156,21 @@ def _modules_in(folder: str) -> Iterator[str]:
             yield f"{folder}/{entry.name}"
 
 
-def _version(distribution: str) -> str:
+def _versions(*distributions: str) -> tuple[str, ...]:
     # The name of the dist-info directory holds the version; importlib.metadata costs 30 ms to import.
+    found: dict[str, str] = {}
     for place in sys.path:
         try:
-            names = sorted(entry.name for entry in os.scandir(place or "."))
+            names = os.listdir(place or ".")  # noqa: PTH208 - pathlib doubles the time
         except OSError:
             continue
-        for name in names:
-            if name.startswith(f"{distribution}-") and name.endswith(".dist-info"):
-                return name
-    return f"{distribution} without metadata"
+        infos = sorted(name for name in names if name.endswith(".dist-info"))
+        for distribution in set(distributions) - found.keys():
+            here = [name for name in infos if name.startswith(f"{distribution}-")]
+            found.update((distribution, name) for name in here[:1])
+        if len(found) == len(distributions):
+            break
+    return tuple(found.get(distribution, f"{distribution} without metadata") for distribution in distributions)
 
 
 class Cache:
@@ -170,20 +187,29 @@ class Cache:
         """Return the entry, or None with a debug log line if it is missing or anything is wrong with it."""
         directory = self.entry(key)
         try:
-            for place in (self.root, directory.parent, directory):
-                _refuse_unsafe(place)
+            self._refuse_unsafe(directory)
             manifest = json.loads(_read_own(directory / MANIFEST))
-            content = _read_own(directory / basename)
             if manifest["format"] != FORMAT or manifest["key"] != key:
                 raise ValueError("the manifest belongs to another entry")
-            if manifest["patched_sha256"] != hashlib.sha256(content).hexdigest():
-                raise ValueError("the file is not the one its manifest describes")
-            return Stored(directory / basename, content.decode(), manifest)
+            return Stored(directory / basename, self.text(key, basename, manifest["patched_sha256"]), manifest)
         except FileNotFoundError:
             debug("cache miss: %s is not there", directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             debug("cache miss: %s cannot be used: %s", directory, error)
         return None
+
+    def text(self, key: str, basename: str, sha256: str) -> str:
+        """Return the text of an entry that its manifest describes with `sha256`.
+
+        Raises:
+            OSError: it is not there, or somebody else could have written it.
+            ValueError: it is another text.
+        """
+        self._refuse_unsafe(self.entry(key))
+        content = _read_own(self.entry(key) / basename)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError("the file is not the one its manifest describes")
+        return content.decode()
 
     def write(self, key: str, basename: str, text: str, manifest: Mapping[str, Any]) -> Path:
         """Publish an entry and return the path of its file.
@@ -218,11 +244,36 @@ class Cache:
             return _temporary(basename, text)
         return directory / basename
 
+    def read_index(self, name: str) -> bytes:
+        """Return an answer of the index as it was written.
+
+        Raises:
+            OSError: it is not there, or somebody else could have written it.
+        """
+        self._refuse_unsafe(self.root / INDEX)
+        return _read_own(self.root / INDEX / name)
+
+    def write_index(self, name: str, content: bytes) -> None:
+        """Publish an answer of the index.
+
+        Raises:
+            OSError: the directory is read-only, full or not safe to run code from; nothing half written is left.
+        """
+        self._make(self.root / INDEX)
+        publish(self.root / INDEX / name, content)
+
     def _make(self, directory: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for place in (self.root, directory.parent, directory):
+        for place in self._from_root(directory):
             place.mkdir(exist_ok=True, mode=0o700)
             _refuse_unsafe(place)
+
+    def _refuse_unsafe(self, directory: Path) -> None:
+        for place in self._from_root(directory):
+            _refuse_unsafe(place)
+
+    def _from_root(self, directory: Path) -> list[Path]:
+        return [self.root, *reversed([place for place in directory.parents if self.root in place.parents]), directory]
 
     def clear(self) -> int:
         """Delete every entry and return how many there were. Touches nothing that is not an entry.

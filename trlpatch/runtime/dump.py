@@ -18,4 +18,4 @@ def dump(directory: Path, version: str, patched: Iterable[PatchedTarget]) -> Non
     for one in patched:
         path = directory / version / one.source.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        publish(path, one.runs.text.encode())
+        publish(path, one.text.encode())

@@ -11,13 +11,12 @@ import importlib.util
 import io
 import linecache
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,27 +25,53 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
-@dataclass(frozen=True)
 class ModuleSource:
     """The text that runs as one module.
 
-    Attributes:
+    Args:
         module: full name, such as `trl.trainer.grpo_trainer`.
         path: what `__file__` says. Its last part is upstream's: TRL up to 0.21 takes `exp_name` from it.
+        text: verified text; or what returns it, and whether it is on disk, when it is first asked for.
         on_disk: the file exists at `path` and holds `text`.
         package: for a package, upstream's own `__init__.py`: `__file__` stays that, because submodules and data files
             are looked for beside it.
     """
 
-    module: str
-    path: Path
-    text: str
-    on_disk: bool
-    package: Path | None = None
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(
+        self,
+        module: str,
+        path: Path,
+        text: str | Callable[[], tuple[str, bool]],
+        on_disk: bool = True,
+        package: Path | None = None,
+    ) -> None:
+        self.module = module
+        self.path = path
+        self.package = package
+        self._content = (text, on_disk) if isinstance(text, str) else text
+
+    @property
+    def text(self) -> str:
+        """The verified text."""
+        return self._verified()[0]
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the file exists at `path` and holds `text`."""
+        return self._verified()[1]
+
+    def _verified(self) -> tuple[str, bool]:
+        if callable(self._content):
+            self._content = self._content()
+        return self._content
 
 
 class PatchedLoader(SourceFileLoader):
-    """Runs verified text from memory and uses the file beside it only for byte code."""
+    """Runs verified text from memory and uses the file beside it only for byte code.
+
+    The text is verified before byte code of it is looked for, because `on_disk` is asked first.
+    """
 
     def __init__(self, source: ModuleSource) -> None:
         super().__init__(source.module, str(source.path))
@@ -58,6 +83,17 @@ class PatchedLoader(SourceFileLoader):
         if path == self.path:
             return self.source.text.encode()
         return super().get_data(path)
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:
+        """Return the stats that byte code is kept with, a hash of the text in place of mtime.
+
+        Byte code of another text with the same size and the same second of mtime would run otherwise.
+
+        Raises:
+            OSError: the file is not there.
+        """
+        text_hash = importlib.util.source_hash(self.get_data(self.path))
+        return {**super().path_stats(path), "mtime": int.from_bytes(text_hash[:4], "little")}
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Return the module's code, compiled anew if the byte code beside the file cannot be read."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +19,6 @@ CacheState = Literal["hit", "miss", "memory", "off"]
 _STYLES = {"applied": "green", "skipped": "bright_black", "failed": "red"}
 
 
-@dataclass(frozen=True)
 class PatchReport:
     """The state of this process after `PatchFastRL`.
 
@@ -35,18 +33,41 @@ class PatchReport:
         rebound: modules that were imported before patching and were patched in place.
         unfixable: classes of yours, defined before patching, that the patches do not reach, and why.
         notes: facts to know, such as an untested release.
+        absent: targets that this TRL does not have, by name, and why that is no failure.
     """
 
-    trl: str = ""
-    entries: tuple[Outcome, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
-    modules: Mapping[str, str] = field(default_factory=dict)
-    cache: Mapping[str, CacheState] = field(default_factory=dict)
-    milliseconds: float = 0.0
-    disabled: bool = False
-    rebound: tuple[str, ...] = ()
-    unfixable: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(
+        self,
+        trl: str = "",
+        entries: tuple[Outcome, ...] = (),
+        files: Mapping[str, str] | None = None,
+        modules: Mapping[str, str] | None = None,
+        cache: Mapping[str, CacheState] | None = None,
+        milliseconds: float = 0.0,
+        disabled: bool = False,
+        rebound: tuple[str, ...] = (),
+        unfixable: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+        absent: Mapping[str, str] | None = None,
+    ) -> None:
+        self.trl = trl
+        self.entries = entries
+        self.files: Mapping[str, str] = files or {}
+        self.modules: Mapping[str, str] = modules or {}
+        self.cache: Mapping[str, CacheState] = cache or {}
+        self.milliseconds = milliseconds
+        self.disabled = disabled
+        self.rebound = rebound
+        self.unfixable = unfixable
+        self.notes = notes
+        self.absent: Mapping[str, str] = absent or {}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PatchReport) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        return f"PatchReport({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
     @property
     def applied(self) -> tuple[Outcome, ...]:
@@ -98,8 +119,9 @@ class PatchReport:
 
     def extended_by(self, now: PatchReport) -> PatchReport:
         """Return the report of this call and the next one, which patched more targets or tried some again."""
-        return replace(
-            now,
+        return PatchReport(
+            trl=now.trl,
+            disabled=now.disabled,
             entries=(*(entry for entry in self.entries if entry.target not in now.files), *now.entries),
             files={**self.files, **now.files},
             modules={**self.modules, **now.modules},
@@ -108,6 +130,7 @@ class PatchReport:
             rebound=(*self.rebound, *now.rebound),
             unfixable=(*self.unfixable, *now.unfixable),
             notes=tuple(dict.fromkeys((*self.notes, *now.notes))),
+            absent={**self.absent, **now.absent},
         )
 
     def __str__(self) -> str:
@@ -176,6 +199,7 @@ class PatchReport:
             ("engines", self.engines),
             ("old log-probabilities", self.old_logps),
             ("activation checkpointing", self.checkpointing),
+            ("not in this TRL", tuple(f"{target}: {reason}" for target, reason in self.absent.items())),
             ("notes", self.notes),
         ):
             if items:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import spec_from_file_location
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trlpatch.errors import (
     AlreadyImported,
@@ -36,13 +34,12 @@ from trlpatch.options import (
     read_directory,
     read_switch,
 )
-from trlpatch.runtime.failures import describe, failure_error
+from trlpatch.runtime.fit import Fit, judge_fit
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
 from trlpatch.runtime.prepare import PatchedTarget, PreparedTargets, prepare_targets
 from trlpatch.runtime.report import CacheState, PatchReport
-from trlpatch.source.coupling import stock_targets
-from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, left_alone, missing, sources, target_names
-from trlpatch.source.releases import NEWEST_TESTED, format_release
+from trlpatch.source.algorithms import require_algorithm
+from trlpatch.source.locate import SourceFile, find_trl, left_alone, sources, target_names
 from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
@@ -51,22 +48,26 @@ if TYPE_CHECKING:
 Warned = tuple[type[Warning], str]
 
 
-@dataclass
 class _Session:
-    """What is in force in this process."""
+    """What is in force in this process.
 
-    options: Options
-    report: PatchReport
-    covered: frozenset[str]
-    """Targets that calls asked for, whether this release has them or not."""
-    stock: frozenset[str] = frozenset()
-    """Targets that `on_drift="stock"` left alone."""
-    finder: PatchedFinder = field(default_factory=PatchedFinder)
-    journals: list[UndoJournal] = field(default_factory=list)
-    """What was exchanged in modules that were imported before patching, oldest first."""
-    patched: dict[str, PatchedTarget] = field(default_factory=dict)
-    """By module name."""
-    warned: set[type[Warning]] = field(default_factory=set)
+    Attributes:
+        covered: targets that calls asked for, whether this release has them or not.
+        stock: targets that `on_drift="stock"` left alone.
+        journals: what was exchanged in modules that were imported before patching, oldest first.
+        patched: by module name.
+    """
+
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.report = PatchReport()
+        self.covered: frozenset[str] = frozenset()
+        self.stock: frozenset[str] = frozenset()
+        self.finder = PatchedFinder()
+        self.journals: list[UndoJournal] = []
+        self.patched: dict[str, PatchedTarget] = {}
+        self.warned: set[type[Warning]] = set()
 
 
 _lock = threading.RLock()
@@ -84,7 +85,7 @@ def PatchFastRL(
     old_logps: OldLogps = "stock",
     lora_layers: LoraLayers = "auto",
     on_drift: OnDrift = "raise",
-    skip: Iterable[str] = (),
+    skip: Collection[str] = (),
 ) -> PatchReport:
     """Patch TRL in this process. Call it before building a trainer, best before importing one.
 
@@ -106,8 +107,9 @@ def PatchFastRL(
         lora_layers: the LoRA layers of engines that TRL builds. "auto": those of trlpatch, for one adapter, where they
             fit, else vLLM's; "trlpatch": an error where they do not; "vllm": always vLLM's.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
-            the targets concerned as TRL wrote them and warns.
-        skip: patches to leave out, by name (`trlpatch list`).
+            the targets concerned as TRL wrote them and warns. A trainer that has moved to another file does not fit;
+            one that is gone from TRL is named in the report, nothing more.
+        skip: patches to leave out, by name (`trlpatch list`): a tuple, list or set.
 
     Returns:
         What was done. The same call again does nothing and returns the same object.
@@ -116,16 +118,18 @@ def PatchFastRL(
         TrlNotFound: there is no TRL.
         UnsupportedTrl: TRL is older than 0.18.0.
         UnparsableVersion: TRL's version is not PEP 440.
-        UnknownAlgorithm: `algorithm` names no trainer that can use vLLM in this release.
+        UnreadableSource: a file of TRL cannot be read or is not UTF-8.
+        UnknownAlgorithm: `algorithm` names no trainer that can use vLLM in this TRL, or one that has moved.
         UnknownPatch: `skip` names a patch that does not exist.
-        InvalidOption: another argument has a value outside its list, or TRLPATCH_DISABLE is no yes or no.
+        InvalidOption: another argument has a value outside its list or another type, or TRLPATCH_DISABLE is no yes
+            or no.
         AnchorDrift: anchors are not where a patch expects them; nothing was changed.
         OutputCheckError: patched text failed a check, the message names the file with it; nothing was changed.
         PatchError: a file is missing, or a module cannot be changed in place; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
         OptionsConflict: an earlier call used another `skip` or `old_logps`.
     """
-    named: Any = tuple(skip) if not isinstance(skip, str) else skip
+    named: Any = skip  # Options checks what it is, and keeps it as a tuple.
     return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers))
 
 
@@ -189,7 +193,9 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
         return _disabled
     _disabled = None
     wanted = target_names(options.algorithm)
-    session = _active or _Session(options, PatchReport(), frozenset())
+    if options.algorithm is not None:
+        require_algorithm(find_trl(), options.algorithm)
+    session = _active or _Session(options)
     for name in ("skip", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
@@ -213,7 +219,7 @@ def _extend(session: _Session, options: Options, new: frozenset[str], pending: l
     batch = _prepared(options, new)
     rebound, unfixable = _put_in_place(session, batch.patched)
     session.covered |= new
-    session.stock = (session.stock - new) | batch.stock
+    session.stock = (session.stock - new) | batch.fit.stock
     session.patched |= {one.source.module: one for one in batch.patched}
     warned: list[Warned] = []
     notes = _notes(batch, warned)
@@ -222,28 +228,24 @@ def _extend(session: _Session, options: Options, new: frozenset[str], pending: l
     _dump(batch, warned)
     pending += [warning for warning in warned if warning[0] not in session.warned]
     session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
-    report = dataclasses.replace(
-        _report(batch), milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes
-    )
+    report = _report(batch, milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes)
     session.report = session.report.extended_by(report)
 
 
-@dataclass(frozen=True)
-class _Batch:
+class _Batch(NamedTuple):
     """The targets of one call.
 
     Attributes:
         found: their sources.
         patched: those that shall run patched.
-        stock: names of those that stay stock, because they or what they are coupled with failed.
+        fit: which of them stay stock, and why.
         left_alone: trainers of this release that no patch may reach.
     """
 
-    install: TrlInstall
     found: Sequence[SourceFile]
     prepared: PreparedTargets
     patched: Sequence[PatchedTarget]
-    stock: frozenset[str]
+    fit: Fit
     left_alone: Sequence[str]
 
 
@@ -254,33 +256,35 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
         PatchError: patches do not fit, and `on_drift` is "raise"; as AnchorDrift or OutputCheckError if it is one.
     """
     install = find_trl()
-    found = [source for source in sources(install, options.algorithm) if source.target.name in new]
-    absent = [(target, path) for target, path in missing(install, options.algorithm) if target.name in new]
-    prepared = prepare_targets(install, found, absent, options.skip, options.asked_for)
-    if prepared.failures and options.on_drift == "raise":
-        raise failure_error(install, prepared.failures, prepared.rejected)
-    failed = {failure.target for failure in prepared.failures}
-    stock = stock_targets(failed, [source.target.name for source in found]) if failed else frozenset()
-    patched = [one for one in prepared.patched if one.source.target.name not in stock]
-    return _Batch(install, found, prepared, patched, stock, left_alone(install, new))
+    found = [source for source in sources(install, options.algorithm, read=False) if source.target.name in new]
+    prepared = prepare_targets(install, found, options.skip, options.asked_for)
+    fit = judge_fit(install, found, new, prepared.failures)
+    if fit.failures and options.on_drift == "raise":
+        from trlpatch.runtime.failures import failure_error
+
+        raise failure_error(fit, prepared.rejected)
+    patched = [one for one in prepared.patched if one.source.target.name not in fit.stock]
+    return _Batch(found, prepared, patched, fit, left_alone(install, new))
 
 
-def _report(batch: _Batch) -> PatchReport:
-    files = {one.source.target.name: str(one.runs.path) for one in batch.patched}
+def _report(batch: _Batch, **more: Any) -> PatchReport:
+    files = {one.source.target.name: str(one.file) for one in batch.patched}
     modules = {one.source.target.name: one.source.module for one in batch.patched}
     states: dict[str, CacheState] = {one.source.target.name: one.cache for one in batch.patched}
     for source in batch.found:
-        if source.target.name in batch.stock:
+        if source.target.name in batch.fit.stock:
             files[source.target.name] = str(source.path)
             modules[source.target.name] = source.module
             states[source.target.name] = "off"
     entries = [outcome for one in batch.patched for outcome in one.outcomes]
     return PatchReport(
-        trl=batch.install.version,
-        entries=(*entries, *batch.prepared.failures),
+        trl=batch.fit.install.version,
+        entries=(*entries, *batch.fit.failures),
         files=files,
         modules=modules,
         cache=states,
+        absent=batch.fit.gone,
+        **more,
     )
 
 
@@ -357,22 +361,19 @@ def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
 
 def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
     """Return the report's notes; what also has to be said at once goes to `pending`."""
-    install, prepared = batch.install, batch.prepared
-    notes = list(prepared.absent)
+    fit, prepared = batch.fit, batch.prepared
+    notes = []
     if batch.left_alone:
         notes.append(f"{' and '.join(batch.left_alone)} are left alone: {LEFT_ALONE_REASON}")
-    if install.release > NEWEST_TESTED:
-        text = (
-            f"untested release: TRL {install.version} is newer than {format_release(NEWEST_TESTED)}; every anchor "
-            "was found where it was expected" + (" except where this report says failed" if batch.stock else "")
-        )
+    if fit.untested:
+        notes.append(fit.untested_line)
+        pending.append((UntestedRelease, fit.untested_line))
+    if fit.failures:
+        from trlpatch.runtime.failures import describe_all
+
+        text = f"left as TRL wrote them: {fit.verdict}"
         notes.append(text)
-        pending.append((UntestedRelease, text))
-    if batch.stock:
-        failed = "\n".join(describe(install, failure, prepared.rejected) for failure in prepared.failures)
-        text = f"left as TRL wrote them because patches do not fit: {', '.join(sorted(batch.stock))}"
-        notes.append(text)
-        pending.append((LeftStock, f"{text}\n{failed}\n  more     trlpatch check"))
+        pending.append((LeftStock, f"{text}\n{describe_all(fit, prepared.rejected)}\n  more     trlpatch check"))
     if prepared.unwritable:
         text = f"the patched text is kept in memory, the cache cannot be used: {prepared.unwritable}"
         notes.append(text)
@@ -393,7 +394,7 @@ def _dump(batch: _Batch, pending: list[Warned]) -> None:
     from trlpatch.runtime.dump import dump
 
     try:
-        dump(place, batch.install.version, batch.patched)
+        dump(place, batch.fit.install.version, batch.patched)
     except OSError as error:
         pending.append((DumpUnavailable, f"{DUMP}={place}: {error}"))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnsupportedTrl
+from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnreadableSource, UnsupportedTrl
 from trlpatch.source.releases import (
     NEWEST_TESTED,
     OLDEST_SUPPORTED,
@@ -20,11 +21,11 @@ from trlpatch.source.releases import (
 )
 from trlpatch.source.targets import ALGORITHMS, LEFT_ALONE, TARGETS, Target
 
+_REINSTALL = "Run: pip install --force-reinstall --no-deps trl"
 _VERSION_LITERAL = r"""(?m)^__version__\s*=\s*["']([^"']+)["']"""
 
 
-@dataclass(frozen=True)
-class TrlInstall:
+class TrlInstall(NamedTuple):
     """An installed or unpacked TRL; `root` is its `trl` package directory."""
 
     root: Path
@@ -32,14 +33,26 @@ class TrlInstall:
     release: Release
 
 
-@dataclass(frozen=True)
 class SourceFile:
-    """The upstream text of one target."""
+    """The upstream file of one target.
 
-    target: Target
-    path: Path
-    module: str
-    text: str
+    Args:
+        text: what it holds; None reads it when it is first asked for.
+    """
+
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(self, target: Target, path: Path, module: str, text: str | None = None) -> None:
+        self.target = target
+        self.path = path
+        self.module = module
+        self._text = text
+
+    @property
+    def text(self) -> str:
+        """The upstream text."""
+        if self._text is None:
+            self._text = _read(self.path)
+        return self._text
 
     @property
     def is_package(self) -> bool:
@@ -83,7 +96,18 @@ def find_trl(path: Path | None = None) -> TrlInstall:
 
 def _installed_root() -> Path:
     # find_spec of a top-level name runs no code of that package.
-    spec = importlib.util.find_spec("trl")
+    try:
+        spec = importlib.util.find_spec("trl")
+    except ValueError as error:  # what find_spec raises for a module in sys.modules without __spec__
+        raise TrlNotFound(
+            "sys.modules holds a module `trl` that was not imported from a file (it has no __spec__). Remove it "
+            "before PatchFastRL(): del sys.modules['trl']"
+        ) from error
+    if spec is not None and spec.origin is not None and spec.submodule_search_locations is None:
+        raise TrlNotFound(
+            f"`import trl` finds {spec.origin}, a single module, instead of the package TRL. Rename or remove it, or "
+            "put the directory that holds TRL before it on sys.path."
+        )
     if spec is None or spec.origin is None:
         raise TrlNotFound(
             "TRL is not installed in this environment (no package `trl` on sys.path). Run: pip install trl"
@@ -104,13 +128,14 @@ def _root_at(path: Path) -> Path:
 def _version_of(root: Path) -> str:
     # TRL 0.22.0 says `trl.__version__ == "unknown"`; the distribution metadata beside it is right.
     # Its directory's name says the version; importlib.metadata costs 30 ms to import.
-    for info in sorted(root.parent.glob("trl-*.dist-info")):
-        return info.name.removeprefix("trl-").removesuffix(".dist-info")
+    infos = [name for name in _names_in(root.parent) if name.startswith("trl-") and name.endswith(".dist-info")]
+    if infos:
+        return min(infos).removeprefix("trl-").removesuffix(".dist-info")
     for text_file in (root / "VERSION", root.parent / "VERSION"):
         if text_file.is_file():
-            return text_file.read_text(encoding="utf-8").strip()
+            return _decoded(text_file).strip()
     init = root / "__init__.py"
-    literal = re.search(_VERSION_LITERAL, init.read_text(encoding="utf-8")) if init.is_file() else None
+    literal = re.search(_VERSION_LITERAL, _decoded(init)) if init.is_file() else None
     if literal is None:
         raise TrlNotFound(
             f"The `trl` at {root} does not say its version: expected trl-<version>.dist-info beside it, a VERSION "
@@ -119,14 +144,19 @@ def _version_of(root: Path) -> str:
     return literal[1]
 
 
-def target_names(algorithm: str | None) -> frozenset[str]:
-    """Return the targets that `algorithm` needs in any release; None means all.
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - glob compiles a pattern, which takes ten times as long
+    except OSError:
+        return []
+
+
+def spelled(algorithm: str) -> str:
+    """Return the key of `ALGORITHMS` that `algorithm` spells: "OnlineDPOTrainer", "online-dpo" are "online_dpo".
 
     Raises:
         UnknownAlgorithm: the name is not in the table.
     """
-    if algorithm is None:
-        return frozenset(TARGETS)
     key = algorithm.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
     key = {"onlinedpo": "online_dpo", "iwopd": "iw_opd"}.get(key, key)
     if key not in ALGORITHMS:
@@ -134,16 +164,29 @@ def target_names(algorithm: str | None) -> frozenset[str]:
             f"Unknown algorithm {algorithm!r}: no trainer of that name rolls out on an in-process vLLM engine. "
             f"Known: {', '.join(sorted(ALGORITHMS))}. None patches all of them."
         )
-    return frozenset(ALGORITHMS[key])
+    return key
 
 
-def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFile]:
-    """Read the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
+def target_names(algorithm: str | None) -> frozenset[str]:
+    """Return the targets that `algorithm` needs in any release; None means all.
+
+    Raises:
+        UnknownAlgorithm: the name is not in the table.
+    """
+    return frozenset(TARGETS if algorithm is None else ALGORITHMS[spelled(algorithm)])
+
+
+def sources(install: TrlInstall, algorithm: str | None = None, *, read: bool = True) -> list[SourceFile]:
+    """Return the sources of `algorithm`'s targets that exist in this TRL, in the order of the target table.
 
     A target that the table places in this release but whose file is missing is returned by `missing` instead.
 
+    Args:
+        read: read them now; otherwise each is read when its text is first asked for.
+
     Raises:
-        UnknownAlgorithm: the name is not known, or that trainer has no in-process engine in this release.
+        UnknownAlgorithm: the name is not in the table.
+        UnreadableSource: a file cannot be read, or is not the UTF-8 that TRL's files are.
     """
     wanted = target_names(algorithm)
     found = []
@@ -153,20 +196,35 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
             continue
         path = install.root / location.file
         if path.is_file():
-            found.append(SourceFile(target, path, location.qualified, _read(path)))
-    if algorithm is not None and not any(source.target.kind == "trainer" for source in found):
-        here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].location(install.release))
-        raise UnknownAlgorithm(
-            f"{algorithm!r} has no trainer with an in-process vLLM engine in TRL {install.version} at {install.root}. "
-            f"This release has: {', '.join(here)}."
-        )
+            found.append(SourceFile(target, path, location.qualified, _read(path) if read else None))
     return found
 
 
 def _read(path: Path) -> str:
-    # What read_text returns, in half the time: TRL's files have no carriage returns that it would have to translate.
-    content = path.read_bytes()
-    return path.read_text(encoding="utf-8") if b"\r" in content else content.decode()
+    """Return what a source holds."""
+    return _decoded(path)
+
+
+def _decoded(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        # What read_text returns, in half the time: TRL's files have no carriage returns that it would translate.
+        text = content.decode() if b"\r" not in content else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UnreadableSource(f"Cannot read {path}: {error.strerror or error}. {_REINSTALL}") from error
+    except UnicodeDecodeError as error:
+        raise _undecodable(path, error) from error
+    if "\0" in text:
+        raise UnreadableSource(f"{path} holds a NUL character: the file is damaged. {_REINSTALL}")
+    return text.removeprefix("\ufeff")
+
+
+def _undecodable(path: Path, error: UnicodeDecodeError) -> UnreadableSource:
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return UnreadableSource(
+        f"{path}:{line} is not UTF-8, as every file of TRL is: byte 0x{error.object[error.start]:02x} at offset "
+        f"{error.start}. The file was changed or damaged. {_REINSTALL}"
+    )
 
 
 def missing(install: TrlInstall, algorithm: str | None = None) -> list[tuple[Target, Path]]:

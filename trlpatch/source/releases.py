@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from operator import ge, lt
 
@@ -58,7 +57,6 @@ def format_release(release: Release) -> str:
     return ".".join(map(str, release))
 
 
-@dataclass(frozen=True)
 class ReleaseRange:
     """A range such as `">=0.18,<0.25"`: PEP 440 text with `>=` and `<` only, tested against release tuples.
 
@@ -66,7 +64,9 @@ class ReleaseRange:
         ValueError: at the first test, if the text has other bounds.
     """
 
-    text: str
+    # A plain class for the reason that `trlpatch.outcomes` gives.
+    def __init__(self, text: str) -> None:
+        self.text = text
 
     @cached_property
     def _bounds(self) -> list[tuple[Callable[[Release, Release], bool], Release]]:
@@ -83,3 +83,6 @@ class ReleaseRange:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        return f"ReleaseRange({self.text!r})"

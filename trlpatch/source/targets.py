@@ -5,8 +5,7 @@ Names, locations and lifetimes were read in the wheels of every release from 0.1
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from trlpatch.source.releases import Release, ReleaseRange
 from trlpatch.trl_names import LEFT_ALONE_TRAINERS
@@ -17,8 +16,7 @@ PACKAGE = "__init__"
 """As the module of a location: the `trl` package's own file."""
 
 
-@dataclass(frozen=True)
-class ModuleLocation:
+class ModuleLocation(NamedTuple):
     """Where a target lives in some releases; `module` is relative to the `trl` package."""
 
     trl: ReleaseRange
@@ -35,8 +33,7 @@ class ModuleLocation:
         return "trl" if self.module == PACKAGE else f"trl.{self.module}"
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One TRL source file as patches know it.
 
     Attributes:
@@ -51,7 +48,7 @@ class Target:
     kind: Kind
     locations: tuple[ModuleLocation, ...]
     classes: tuple[str, ...] = ()
-    coupled_with: tuple[str, ...] = field(default=())
+    coupled_with: tuple[str, ...] = ()
 
     def location(self, release: Release) -> ModuleLocation | None:
         """Return where this target lives in `release`, or None if that release lacks it."""
@@ -203,6 +200,21 @@ _TRAINERS: dict[str, tuple[str, ...]] = {
 
 ALGORITHMS = {name: (*needs, "trl", "import_utils", "vllm_client") for name, needs in _TRAINERS.items()}
 """Trainers that roll out on an in-process engine, and the targets each of them needs, its own file first."""
+
+INHERITING: dict[str, tuple[str, str]] = {
+    "dppo": ("experimental.dppo.dppo_trainer", "DPPOTrainer"),
+    "gfpo": ("experimental.gfpo.gfpo_trainer", "GFPOTrainer"),
+    # Its class has GRPO's own name, so that a search for it says nothing.
+    "gspo_token": ("experimental.gspo_token.grpo_trainer", ""),
+    "gmpo": ("experimental.gmpo.gmpo_trainer", "GMPOTrainer"),
+    "minillm": ("experimental.minillm.minillm_trainer", "MiniLLMTrainer"),
+    "papo": ("experimental.papo.papo_trainer", "PAPOTrainer"),
+    "grpo_with_replay_buffer": (
+        "experimental.grpo_with_replay_buffer.grpo_with_replay_buffer_trainer",
+        "GRPOWithReplayBufferTrainer",
+    ),
+}
+"""Algorithms without a target of their own: the module and the class of each, where a release has it."""
 
 LEFT_ALONE: dict[str, tuple[ModuleLocation, ...]] = {
     name: _locations(
