@@ -33,16 +33,16 @@ from trlpatch.options import (
     read_directory,
     read_switch,
 )
-from trlpatch.runtime.failures import describe, failure_error
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
 from trlpatch.runtime.prepare import PatchedTarget, PreparedTargets, prepare_targets
 from trlpatch.runtime.report import CacheState, PatchReport
-from trlpatch.source.coupling import stock_targets
 from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, left_alone, missing, sources, target_names
 from trlpatch.source.releases import NEWEST_TESTED, format_release
 from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trlpatch.runtime.undo_journal import UndoJournal
 
 Warned = tuple[type[Warning], str]
@@ -58,7 +58,6 @@ class _Session:
         patched: by module name.
     """
 
-    # A plain class for the reason that `trlpatch.outcomes` gives.
     def __init__(self, options: Options) -> None:
         self.options = options
         self.report = PatchReport()
@@ -186,8 +185,7 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
         _disabled = _disabled or PatchReport(disabled=True)
         return _disabled
     _disabled = None
-    wanted = target_names(options.algorithm)
-    session = _active or _Session(options)
+    wanted, session = target_names(options.algorithm), _active or _Session(options)
     for name in ("skip", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
@@ -207,7 +205,7 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
 
 def _extend(session: _Session, options: Options, new: frozenset[str], pending: list[Warned]) -> None:
     """Patch the targets `new` too. Nothing of the session changes if this raises."""
-    start = time.perf_counter()
+    start, dump_to = time.perf_counter(), read_directory(DUMP)
     batch = _prepared(options, new)
     rebound, unfixable = _put_in_place(session, batch.patched)
     session.covered |= new
@@ -217,7 +215,8 @@ def _extend(session: _Session, options: Options, new: frozenset[str], pending: l
     notes = _notes(batch, warned)
     _warn_early(rebound, unfixable, warned)
     milliseconds = (time.perf_counter() - start) * 1000
-    _dump(batch, warned)
+    if dump_to is not None:
+        _dump(dump_to, batch, warned)
     pending += [warning for warning in warned if warning[0] not in session.warned]
     session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
     report = _report(batch, milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes)
@@ -252,10 +251,14 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     found = [source for source in sources(install, options.algorithm, read=False) if source.target.name in new]
     absent = [(target, path) for target, path in missing(install, options.algorithm) if target.name in new]
     prepared = prepare_targets(install, found, absent, options.skip, options.asked_for)
-    if prepared.failures and options.on_drift == "raise":
-        raise failure_error(install, prepared.failures, prepared.rejected)
-    failed = {failure.target for failure in prepared.failures}
-    stock = stock_targets(failed, [source.target.name for source in found]) if failed else frozenset()
+    stock: frozenset[str] = frozenset()
+    if prepared.failures:
+        from trlpatch.runtime.failures import failure_error
+        from trlpatch.source.coupling import stock_targets
+
+        if options.on_drift == "raise":
+            raise failure_error(install, prepared.failures, prepared.rejected)
+        stock = stock_targets({one.target for one in prepared.failures}, [source.target.name for source in found])
     patched = [one for one in prepared.patched if one.source.target.name not in stock]
     return _Batch(install, found, prepared, patched, stock, left_alone(install, new))
 
@@ -365,6 +368,8 @@ def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
         notes.append(text)
         pending.append((UntestedRelease, text))
     if batch.stock:
+        from trlpatch.runtime.failures import describe
+
         failed = "\n".join(describe(install, failure, prepared.rejected) for failure in prepared.failures)
         text = f"left as TRL wrote them because patches do not fit: {', '.join(sorted(batch.stock))}"
         notes.append(text)
@@ -382,10 +387,7 @@ def _warn_early(rebound: Sequence[str], unfixable: Sequence[str], pending: list[
         pending.append((AlreadyImported, "\n".join([text, *(f"out of reach: {line}" for line in unfixable)])))
 
 
-def _dump(batch: _Batch, pending: list[Warned]) -> None:
-    place = read_directory(DUMP)
-    if place is None:
-        return
+def _dump(place: Path, batch: _Batch, pending: list[Warned]) -> None:
     from trlpatch.runtime.dump import dump
 
     try:
