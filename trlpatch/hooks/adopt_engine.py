@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from trlpatch.engine import probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
+from trlpatch.engine.build import engine_argument_names
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import state_of
@@ -103,7 +104,7 @@ def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> 
         log_once(owner, f"{name}: TRL's engine is built without LoRA: {reason}", level=logging.WARNING)
         return {}
     added: dict[str, object] = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
-    if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
+    if "logprobs_mode" not in given and "logprobs_mode" in engine_argument_names():
         added["logprobs_mode"] = "processed_logprobs"
     if graphs := compilation_config(given):
         added["compilation_config"] = graphs
