@@ -5,8 +5,8 @@
 
 DIR holds an unpacked `trl`; without any, the installed TRL is measured. Prints medians as a Markdown table. CPU is the
 process's own user and system time over that statement, wall the same by the clock; starting the interpreter is not in
-them, nor is importing the modules that --after names. Fails if a warm run imports libcst or misses the cache, or a cold
-run hits it. The warm cache has an index: the first two runs with it are not counted.
+them, nor is importing the modules that --after names. Fails if a warm run imports libcst or misses the cache, or a
+cold run hits it. The warm cache has an index: the first two runs with it are not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ import trlpatch
 report = trlpatch.PatchFastRL()
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 cache = sorted(set(report.cache.values()))
-print(json.dumps([report.trl, len(report.files), wall, cpu, cache, *(name in set(sys.modules) - before for name in ("libcst", "trl"))]))
+imported = set(sys.modules) - before
+print(json.dumps([report.trl, len(report.files), wall, cpu, cache, "libcst" in imported, "trl" in imported]))
 """
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from trlpatch.compatibility.verdict import Verdict, installed, judge
 from trlpatch.options import DISABLE, read_switch
-from trlpatch.runtime.cache import Cache, entry_key, rules_digest
+from trlpatch.runtime.cache import Cache, entry_key
+from trlpatch.runtime.rules import rules_digest
 from trlpatch.source.absent import absences
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED

@@ -139,9 +139,19 @@ def read_switch(name: str) -> bool | None:
 
 
 def read_directory(name: str) -> Path | None:
-    """Return the path that an environment variable of `DIRECTORIES` names; None where it is not set."""
+    """Return the path that an environment variable of `DIRECTORIES` names; None where it is not set.
+
+    Raises:
+        InvalidOption: it begins with a home directory that cannot be determined.
+    """
     value = os.environ.get(name, "")
-    return Path(value).expanduser() if value.strip() else None
+    try:
+        return Path(value).expanduser() if value.strip() else None
+    except RuntimeError as error:
+        raise InvalidOption(
+            f"{name}={value!r}: expected a directory: {DIRECTORIES[name]}. The home directory "
+            f"{value.split('/')[0]!r} cannot be determined. Write the directory out, or unset it."
+        ) from error
 
 
 _DEFAULTS = Options()

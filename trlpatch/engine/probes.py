@@ -126,15 +126,6 @@ def legal_rank(rank: int) -> int | None:
     return next((legal for legal in legal_ranks() if legal >= rank), None)
 
 
-def engine_accepts(argument: str) -> bool:
-    """Does this vLLM's engine know the argument? (`logprobs_mode` came with 0.10.0.)"""
-    try:
-        from vllm.engine.arg_utils import EngineArgs
-    except ImportError:
-        return False
-    return argument in inspect.signature(EngineArgs).parameters
-
-
 def accepted(function: Callable[..., object], arguments: Mapping[str, T]) -> dict[str, T]:
     """Those of `arguments` that `function` has a parameter for: vLLM's releases differ."""
     parameters = inspect.signature(function).parameters

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from trlpatch.engine import guards, probes
 from trlpatch.engine.attach import attached_engine, share_in_copies
+from trlpatch.engine.build import engine_argument_names
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.lora_limits import MAX_CPU_LORAS
 from trlpatch.engine.model_inspection import inspected_here
@@ -129,7 +130,7 @@ def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> 
         "max_loras": 1,
         "max_cpu_loras": MAX_CPU_LORAS,
     }
-    if "logprobs_mode" not in given and probes.engine_accepts("logprobs_mode"):
+    if "logprobs_mode" not in given and "logprobs_mode" in engine_argument_names():
         added["logprobs_mode"] = "processed_logprobs"
     if graphs := compilation_config(given):
         added["compilation_config"] = graphs

@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trlpatch.errors import TrlpatchError
 from trlpatch.options import CACHE_DIR, read_directory
 
 FORMAT = "v1"
@@ -33,13 +35,6 @@ INDEX = "index"
 """Name of the folder below the root for `trlpatch.runtime.index`."""
 
 _KEY = r"[0-9a-f]{64}"
-_PACKAGE = Path(__file__).resolve().parent.parent
-
-RULES = ("outcomes.py", "trl_names.py", "rewrite", "source")
-"""The files and folders of the package that decide patched text.
-
-Of what the rewriter imports, `trlpatch.errors` alone is not among them: it decides messages.
-"""
 
 
 def debug(message: str, *args: object, **named: Any) -> None:
@@ -62,12 +57,17 @@ class Stored(NamedTuple):
     manifest: Mapping[str, Any]
 
 
-class CacheRefused(OSError):
+class CacheRefused(TrlpatchError, OSError):
     """The directory is not safe to run code from."""
 
 
 def root() -> Path:
-    """Return the cache directory: `TRLPATCH_CACHE_DIR`, else the user's cache directory. Creates nothing."""
+    """Return the cache directory: `TRLPATCH_CACHE_DIR`, else the user's cache directory. Creates nothing.
+
+    Raises:
+        InvalidOption: TRLPATCH_CACHE_DIR begins with a home directory that cannot be determined.
+        CacheRefused: there is no home directory: HOME is not set, and the user has no entry in the user database.
+    """
     override = read_directory(CACHE_DIR)
     if override is not None:
         return override.absolute()
@@ -75,8 +75,19 @@ def root() -> Path:
     if platform == "linux":
         # What platformdirs answers, without the 15 ms that importing it adds to every warm start.
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "trlpatch"
+        return (base if base.is_absolute() else _home() / ".cache") / "trlpatch"
     return _platform_root()
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        # A container run as any user, such as on OpenShift.
+        raise CacheRefused(
+            f"the home directory of user {os.geteuid()} cannot be determined: HOME is not set, and the user database "
+            f"does not know this user ({CACHE_DIR} names another directory)"
+        ) from error
 
 
 def _platform_root() -> Path:
@@ -119,65 +130,15 @@ def entry_key(
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def rules_digest() -> str:
-    """Return a digest of all that turns upstream text into patched text, computed without importing any of it.
-
-    Covers all that `trlpatch.rewrite` is made of and imports, the version of trlpatch and that of libcst.
-    """
-    digest = hashlib.sha256("\0".join(rules_versions()).encode())
-    for name in _rules():
-        digest.update(f"\0{name}\0".encode())
-        with open(f"{_PACKAGE}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - pathlib doubles the time
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def rules_versions() -> tuple[str, ...]:
-    """Return the versions of the distributions that the rules are made of, as their metadata directories say them."""
-    return _versions("trlpatch", "libcst")
-
-
-def rule_places() -> list[str]:
-    """Return the paths of all sources in RULES, and of those that read and write what is kept about them."""
-    return [f"{_PACKAGE}/{name}" for name in (*_rules(), *_modules_in("runtime"))]
-
-
-def _rules() -> Iterator[str]:
-    """Yield the sources in RULES, relative to the package."""
-    for name in RULES:
-        yield from [name] if name.endswith(".py") else _modules_in(name)
-
-
-def _modules_in(folder: str) -> Iterator[str]:
-    for entry in sorted(os.scandir(_PACKAGE / folder), key=lambda entry: entry.name):
-        if entry.is_dir():
-            yield from _modules_in(f"{folder}/{entry.name}")
-        elif entry.name.endswith(".py"):
-            yield f"{folder}/{entry.name}"
-
-
-def _versions(*distributions: str) -> tuple[str, ...]:
-    # The name of the dist-info directory holds the version; importlib.metadata costs 30 ms to import.
-    found: dict[str, str] = {}
-    for place in sys.path:
-        try:
-            names = os.listdir(place or ".")  # noqa: PTH208 - pathlib doubles the time
-        except OSError:
-            continue
-        infos = sorted(name for name in names if name.endswith(".dist-info"))
-        for distribution in set(distributions) - found.keys():
-            here = [name for name in infos if name.startswith(f"{distribution}-")]
-            found.update((distribution, name) for name in here[:1])
-        if len(found) == len(distributions):
-            break
-    return tuple(found.get(distribution, f"{distribution} without metadata") for distribution in distributions)
-
-
 class Cache:
-    """Entries below one root directory."""
+    """Entries below one root directory; where there is none, nothing can be read or written."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        self.root = root() if directory is None else directory
+        self._refused: CacheRefused | None = None
+        try:
+            self.root = root() if directory is None else directory
+        except CacheRefused as error:
+            self.root, self._refused = Path(os.devnull, "trlpatch"), error
 
     def entry(self, key: str) -> Path:
         """Return the directory of `key`, which need not exist."""
@@ -218,7 +179,6 @@ class Cache:
             OSError: the directory is read-only, full or not safe to run code from; nothing half written is left.
         """
         directory = self.entry(key)
-        self._make(directory)
         content = text.encode()
         described = {
             **manifest,
@@ -226,8 +186,8 @@ class Cache:
             "key": key,
             "patched_sha256": hashlib.sha256(content).hexdigest(),
         }
-        publish(directory / basename, content)
-        publish(directory / MANIFEST, json.dumps(described, indent=1, sort_keys=True).encode())
+        manifest_text = json.dumps(described, indent=1, sort_keys=True)
+        self._publish(directory, {basename: content, MANIFEST: manifest_text.encode()})
         return directory / basename
 
     def keep_rejected(self, key: str, basename: str, text: str) -> Path | None:
@@ -237,8 +197,7 @@ class Cache:
         """
         directory = self.root / REJECTED / key
         try:
-            self._make(directory)
-            publish(directory / basename, text.encode())
+            self._publish(directory, {basename: text.encode()})
         except OSError:
             debug("cannot write %s", directory, exc_info=True)
             return _temporary(basename, text)
@@ -259,16 +218,31 @@ class Cache:
         Raises:
             OSError: the directory is read-only, full or not safe to run code from; nothing half written is left.
         """
-        self._make(self.root / INDEX)
-        publish(self.root / INDEX / name, content)
+        self._publish(self.root / INDEX, {name: content})
+
+    def _publish(self, directory: Path, contents: Mapping[str, bytes]) -> None:
+        """Publish files in this order; again where `clear` of another process takes the directory away meanwhile."""
+        for last in (*[False] * 9, True):
+            try:
+                self._make(directory)
+                for name, content in contents.items():
+                    publish(directory / name, content)
+                return
+            except (FileNotFoundError, FileExistsError):  # Path.mkdir raises both in that race
+                if last:
+                    raise
 
     def _make(self, directory: Path) -> None:
+        if self._refused is not None:
+            raise self._refused
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         for place in self._from_root(directory):
             place.mkdir(exist_ok=True, mode=0o700)
             _refuse_unsafe(place)
 
     def _refuse_unsafe(self, directory: Path) -> None:
+        if self._refused is not None:
+            raise self._refused
         for place in self._from_root(directory):
             _refuse_unsafe(place)
 
@@ -276,28 +250,58 @@ class Cache:
         return [self.root, *reversed([place for place in directory.parents if self.root in place.parents]), directory]
 
     def clear(self) -> int:
-        """Delete every entry and return how many there were. Touches nothing that is not an entry.
+        """Delete every entry and the index, and return how many entries there were. Touches nothing else.
+
+        Other processes may be writing: what is gone by itself is no error, and an entry that is being written stays.
 
         Raises:
             OSError: one of them cannot be deleted.
         """
-        import shutil  # here and in publish: 12 ms that a warm start does not need
-
-        entries = list(self._entries())
-        for directory in entries:
-            shutil.rmtree(directory)
-        return len(entries)
+        for answer in self._children(INDEX):
+            answer.unlink(missing_ok=True)
+        return sum(_deleted(entry) for entry in self._entries())
 
     def size(self) -> int:
-        """Return the bytes that the entries take."""
-        files = (file for directory in self._entries() for file in directory.rglob("*"))
-        return sum(file.lstat().st_size for file in files if not file.is_dir())
+        """Return the bytes that the entries and the index take."""
+        return sum(_size(place) for place in (*self._entries(), *self._children(INDEX)))
 
     def _entries(self) -> Iterator[Path]:
-        versions = [place for place in (self.root / FORMAT, self.root / REJECTED) if place.is_dir()]
-        for child in (child for place in versions for child in sorted(place.iterdir())):
-            if re.fullmatch(_KEY, child.name) and child.is_dir() and not child.is_symlink():
+        for child in (*self._children(FORMAT), *self._children(REJECTED)):
+            if child.is_dir() and not child.is_symlink():
                 yield child
+
+    def _children(self, folder: str) -> list[Path]:
+        """Return what is called like a key below `folder` of the root."""
+        if self._refused is not None:
+            return []
+        try:
+            return [child for child in sorted((self.root / folder).iterdir()) if re.fullmatch(_KEY, child.name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def _deleted(entry: Path) -> bool:
+    """Delete an entry; False where another process did, or is writing into it."""
+    import shutil  # here and in publish: 12 ms that a warm start does not need
+
+    try:
+        shutil.rmtree(entry)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False
+    return True
+
+
+def _size(path: Path) -> int:
+    try:
+        if stat.S_ISDIR(path.lstat().st_mode):
+            return sum(map(_size, path.iterdir()))
+        return path.lstat().st_size
+    except FileNotFoundError:  # deleted by another process
+        return 0
 
 
 def publish(path: Path, content: bytes) -> None:
@@ -347,7 +351,8 @@ def _refuse_unsafe(directory: Path) -> None:
 
 
 def _read_own(path: Path) -> bytes:
-    with path.open("rb") as file:
+    # Not blocking: opening a FIFO for reading would wait for a writer.
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise CacheRefused(f"{path} is not a regular file")

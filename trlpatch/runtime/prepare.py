@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trlpatch.errors import PatchError
 from trlpatch.outcomes import MODULE, Outcome
-from trlpatch.runtime.cache import Cache, debug, entry_key, rule_places, rules_digest, rules_versions
+from trlpatch.runtime.cache import Cache, debug, entry_key
 from trlpatch.runtime.index import Index, stamp
 from trlpatch.runtime.loader import ModuleSource
 from trlpatch.runtime.report import CacheState
+from trlpatch.runtime.rules import rule_places, rules_digest, rules_versions
 from trlpatch.source.locate import SourceFile, TrlInstall
 
 if TYPE_CHECKING:

@@ -43,6 +43,8 @@ from trlpatch.source.locate import SourceFile, find_trl, left_alone, sources, ta
 from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from trlpatch.runtime.undo_journal import UndoJournal
 
 Warned = tuple[type[Warning], str]
@@ -58,7 +60,6 @@ class _Session:
         patched: by module name.
     """
 
-    # A plain class for the reason that `trlpatch.outcomes` gives.
     def __init__(self, options: Options) -> None:
         self.options = options
         self.report = PatchReport()
@@ -215,7 +216,7 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
 
 def _extend(session: _Session, options: Options, new: frozenset[str], pending: list[Warned]) -> None:
     """Patch the targets `new` too. Nothing of the session changes if this raises."""
-    start = time.perf_counter()
+    start, dump_to = time.perf_counter(), read_directory(DUMP)
     batch = _prepared(options, new)
     rebound, unfixable = _put_in_place(session, batch.patched)
     session.covered |= new
@@ -225,7 +226,8 @@ def _extend(session: _Session, options: Options, new: frozenset[str], pending: l
     notes = _notes(batch, warned)
     _warn_early(rebound, unfixable, warned)
     milliseconds = (time.perf_counter() - start) * 1000
-    _dump(batch, warned)
+    if dump_to is not None:
+        _dump(dump_to, batch, warned)
     pending += [warning for warning in warned if warning[0] not in session.warned]
     session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
     report = _report(batch, milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes)
@@ -387,10 +389,7 @@ def _warn_early(rebound: Sequence[str], unfixable: Sequence[str], pending: list[
         pending.append((AlreadyImported, "\n".join([text, *(f"out of reach: {line}" for line in unfixable)])))
 
 
-def _dump(batch: _Batch, pending: list[Warned]) -> None:
-    place = read_directory(DUMP)
-    if place is None:
-        return
+def _dump(place: Path, batch: _Batch, pending: list[Warned]) -> None:
     from trlpatch.runtime.dump import dump
 
     try:

@@ -74,8 +74,9 @@ class ReleaseRange:
 
     def _bound(self, part: str) -> tuple[Callable[[Release, Release], bool], Release]:
         for symbol, compare in _COMPARE.items():
-            if part.startswith(symbol) and _is_plain(part.removeprefix(symbol)):
-                return compare, parse_release(part.removeprefix(symbol))
+            version = part.removeprefix(symbol)
+            if version != part and _is_plain(version):
+                return compare, _padded(tuple(map(int, version.split("."))))
         raise ValueError(f"release range {self.text!r}: expected bounds such as '>=0.18' and '<0.25'")
 
     def __contains__(self, release: Release) -> bool:
