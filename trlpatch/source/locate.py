@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,12 +84,30 @@ def find_trl(path: Path | None = None) -> TrlInstall:
 
 def _installed_root() -> Path:
     # find_spec of a top-level name runs no code of that package.
-    spec = importlib.util.find_spec("trl")
+    try:
+        spec = importlib.util.find_spec("trl")
+    except ValueError as error:  # what stands in sys.modules has no __spec__
+        raise _stand_in() from error
+    if spec is not None and spec.origin is None:
+        if not spec.submodule_search_locations:
+            raise _stand_in()
+        raise TrlNotFound(
+            f"`import trl` finds no TRL, but a directory without __init__.py: "
+            f"{', '.join(spec.submodule_search_locations)}. A folder of that name comes first on sys.path, such as "
+            "that of a checkout. Run from another directory, or: pip install trl"
+        )
     if spec is None or spec.origin is None:
         raise TrlNotFound(
             "TRL is not installed in this environment (no package `trl` on sys.path). Run: pip install trl"
         )
     return Path(spec.origin).parent
+
+
+def _stand_in() -> TrlNotFound:
+    return TrlNotFound(
+        f"sys.modules['trl'] is {sys.modules.get('trl')!r}, which was not loaded from a file: expected TRL's package. "
+        "Take the stand-in out of sys.modules, or call trlpatch.PatchFastRL() before it is put there."
+    )
 
 
 def _root_at(path: Path) -> Path:
