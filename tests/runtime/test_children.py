@@ -276,3 +276,16 @@ def test_child_environment_says_what_is_in_force(fake_trl, patch_grpo, monkeypat
     assert (handed["algorithm"], handed["sleep"], tuple(handed["skip"])) == ("grpo", "kv", SKIP)
     monkeypatch.setattr(children, "target_names", lambda algorithm: frozenset({"rloo"}))
     assert json.loads(children.child_environment()[CHILDREN])["algorithm"] is None
+
+
+def test_a_finder_in_front_that_answers_for_trl_does_not_keep_a_child_stock(child):
+    """typeguard's does, where a child installs it before it imports TRL: the submodules' directory is noticed."""
+    done = child(
+        "import sys\nfrom importlib.machinery import PathFinder\n"
+        "class Wrapping:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        return PathFinder.find_spec(name, path, target) if name.startswith('trl') else None\n"
+        "sys.meta_path.insert(0, Wrapping)\n" + PROBE
+    )
+    assert done.stdout == "True grpo auto\n", done.stderr

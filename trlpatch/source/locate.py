@@ -93,7 +93,7 @@ def _installed_root() -> Path:
             raise _stand_in()
         raise TrlNotFound(
             f"`import trl` finds no TRL, but a directory without __init__.py: "
-            f"{', '.join(spec.submodule_search_locations)}. A folder of that name comes first on sys.path, such as "
+            f"{', '.join(dict.fromkeys(spec.submodule_search_locations))}. A folder of that name comes first on sys.path, such as "
             "that of a checkout. Run from another directory, or: pip install trl"
         )
     if spec is None or spec.origin is None:
