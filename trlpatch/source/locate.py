@@ -91,10 +91,10 @@ def _installed_root() -> Path:
     if spec is not None and spec.origin is None:
         if not spec.submodule_search_locations:
             raise _stand_in()
+        folders = ", ".join(dict.fromkeys(spec.submodule_search_locations))
         raise TrlNotFound(
-            f"`import trl` finds no TRL, but a directory without __init__.py: "
-            f"{', '.join(dict.fromkeys(spec.submodule_search_locations))}. A folder of that name comes first on sys.path, such as "
-            "that of a checkout. Run from another directory, or: pip install trl"
+            f"`import trl` finds no TRL, but a directory without __init__.py: {folders}. A folder of that name comes "
+            "first on sys.path, such as that of a checkout. Run from another directory, or: pip install trl"
         )
     if spec is None or spec.origin is None:
         raise TrlNotFound(
