@@ -35,6 +35,14 @@ def test_typeguard_before_us_leaves_the_patched_modules_alone(fake_trl):
     assert done.stdout == "True True ()\nPatchedLoader TypeguardLoader\n", done.stderr
 
 
+@pytest.mark.parametrize("order", [TYPEGUARD + BEARTYPE, BEARTYPE + TYPEGUARD])
+def test_both_after_us(fake_trl, order):
+    pytest.importorskip("typeguard")
+    pytest.importorskip("beartype")
+    done = fake_trl.python(PATCH + order + SHOW)
+    assert done.stdout.startswith("True True ()\nTypeguardLoader"), done.stderr
+
+
 @pytest.mark.parametrize("order", [PATCH + BEARTYPE, BEARTYPE + PATCH])
 def test_beartype_leaves_the_patched_modules_alone(fake_trl, order):
     pytest.importorskip("beartype")
