@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from tests.cpu.stack import free_port
 from tests.helpers import SKIP
 from tests.runtime.conftest import REPOSITORY, FakeTrl
 from trlpatch.source.locate import find_trl
+
+pytest.importorskip("accelerate")
 
 PROBE = """\
 import os, sys, trl
@@ -86,6 +89,7 @@ def test_drift_ends_a_launch_before_it_begins(fake_trl: FakeTrl, tmp_path: Path)
 
 @pytest.mark.cpu
 @pytest.mark.release
+@pytest.mark.skipif(find_spec("trl") is None, reason="runs TRL's own command line")
 def test_trl_grpo_trains_in_a_patched_process(tmp_path: Path) -> None:
     script(tmp_path, "trl", "trl.cli")
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")

@@ -1,7 +1,7 @@
 """sitecustomize of the processes under `trlpatch run`: patch TRL right before it is first imported.
 
 Python imports this at its start, because this directory comes first on PYTHONPATH (trlpatch/runtime/children.py). It
-imports nothing of trlpatch before that, so a process without TRL pays next to nothing, whatever its Python is.
+imports nothing of trlpatch before that, so a process without TRL pays next to nothing; from Python 3.7 on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PatchBeforeTrl:
             sys.path.append(root)  # the trlpatch of the parent, which may be run from a checkout
             try:
                 from trlpatch.runtime.children import patch_child
-            except (ImportError, SyntaxError) as error:
+            except Exception as error:
                 raise RuntimeError(
                     "trlpatch run: this process imports trl and inherits TRLPATCH_CHILDREN, but trlpatch cannot be "
                     "imported by " + sys.executable + ": " + str(error) + ". Install it there, or start the process "
