@@ -54,21 +54,22 @@ class PatchBeforeTrl:
 
     def patch(self) -> None:
         """Patch, unless the process did so itself; stay in place where that fails, so that nothing runs stock."""
+        root = __file__.replace("\\", "/").rsplit("/", 4)[0]
         try:
-            from trlpatch.runtime.children import patch_child
-        except ImportError:
-            root = __file__.replace("\\", "/").rsplit("/", 4)[0]
-            sys.path.append(root)  # the trlpatch of the parent, which may be run from a checkout
             try:
                 from trlpatch.runtime.children import patch_child
-            except Exception as error:
-                raise RuntimeError(
-                    "trlpatch run: this process imports trl and inherits TRLPATCH_CHILDREN, but trlpatch cannot be "
-                    "imported by " + sys.executable + ": " + str(error) + ". Install it there, or start the process "
-                    "with TRLPATCH_DISABLE=1 and without " + root + "/trlpatch/runtime/bootstrap on PYTHONPATH."
-                ) from error
-            finally:
-                sys.path.remove(root)
+            except ImportError:
+                sys.path.append(root)  # the trlpatch of the parent, which may be run from a checkout
+                try:
+                    from trlpatch.runtime.children import patch_child
+                finally:
+                    sys.path.remove(root)
+        except Exception as error:
+            raise RuntimeError(
+                "trlpatch run: this process imports trl and inherits TRLPATCH_CHILDREN, but trlpatch cannot be "
+                "imported by " + sys.executable + ": " + str(error) + ". Install it there, or start the process "
+                "without " + root + "/trlpatch/runtime/bootstrap on PYTHONPATH."
+            ) from error
         patch_child()
         self.remove()
 
