@@ -1,7 +1,7 @@
 """Plain TRL: GRPO with LoRA and TRL's own colocated engine. Nothing here knows of trlpatch.
 
 trlpatch run examples/plain_trl.py --model Qwen/Qwen2.5-0.5B-Instruct
-accelerate launch -m trlpatch run examples/plain_trl.py
+trlpatch run accelerate launch examples/plain_trl.py
 """
 
 import argparse

@@ -25,6 +25,7 @@ def test_public_names():
         "PatchReport",
         "__version__",
         "attach_engine",
+        "child_environment",
         "errors",
         "lora_request",
         "patch",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trlpatch.engine.sampling_params import vLLMSamplingParams
     from trlpatch.hooks.lora_request import live_lora_request as lora_request
     from trlpatch.loading.model import FastLanguageModel
+    from trlpatch.runtime.children import child_environment
     from trlpatch.runtime.report import PatchReport
     from trlpatch.runtime.session import PatchFastRL, patch, status, unpatch
 
@@ -32,6 +33,7 @@ __all__ = [
     "PatchReport",
     "__version__",
     "attach_engine",
+    "child_environment",
     "errors",
     "lora_request",
     "patch",
@@ -45,6 +47,7 @@ _HOMES = {
     "PatchFastRL": ("trlpatch.runtime.session", "PatchFastRL"),
     "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
     "attach_engine": ("trlpatch.engine.attach", "attach_engine"),
+    "child_environment": ("trlpatch.runtime.children", "child_environment"),
     "lora_request": ("trlpatch.hooks.lora_request", "live_lora_request"),
     "patch": ("trlpatch.runtime.session", "patch"),
     "status": ("trlpatch.runtime.session", "status"),

@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import click
 
 from trlpatch.errors import PatchError, TrlpatchError
-from trlpatch.options import DISABLE, OldLogps, Options
+from trlpatch.options import ALLOWED, DISABLE, OldLogps, Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -216,22 +216,34 @@ def cache_clear() -> None:
     click.echo(f"deleted {count} {'entry' if count == 1 else 'entries'} of {path()}")
 
 
+def _patching(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the arguments of PatchFastRL as options."""
+    for name, words in reversed(ALLOWED.items()):
+        option = click.option(
+            f"--{name.replace('_', '-')}", type=click.Choice(words), help=f"As PatchFastRL({name}=)."
+        )
+        command = option(command)
+    algorithm = click.option("--algorithm", metavar="NAME", help="Patch only what this trainer needs: grpo, rloo, ...")
+    return algorithm(_skip(command))
+
+
 @cli.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
-    options_metavar="",
 )
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-m] SCRIPT [ARGS]...")
-def run(words: Sequence[str]) -> None:
-    """Patch TRL, then run a script (or with -m a module) as python would.
+@_patching
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-m] SCRIPT|PROGRAM [ARGS]...")
+def run(words: Sequence[str], **chosen: Any) -> None:
+    """Patch TRL, then run a script (or with -m a module) as python would, or a program: trl, accelerate, torchrun.
 
-    For scripts that should not be edited; also as `accelerate launch -m trlpatch run SCRIPT`.
+    For what should not be edited. Child processes are patched as well, unless python reads no PYTHONPATH there (-E,
+    -I) or no sitecustomize (-S). Options come before SCRIPT; what follows it is its own.
     """
     if words[:1] in (("-h",), ("--help",)):
         click.echo(click.get_current_context().get_help())
         return
     from trlpatch.runtime.run import run_script
 
-    run_script(list(words), Options())
+    run_script(list(words), Options(**{name: value for name, value in chosen.items() if value is not None}))
 
 
 @cli.command()

@@ -19,7 +19,7 @@ OnDrift = Literal["raise", "stock"]
 OldLogps = Literal["stock", "reuse"]
 LoraLayers = Literal["auto", "trlpatch", "vllm"]
 
-_ALLOWED: dict[str, tuple[str, ...]] = {
+ALLOWED: dict[str, tuple[str, ...]] = {
     "colocate": get_args(Colocate),
     "sleep": get_args(Sleep),
     "adapter": get_args(Adapter),
@@ -27,6 +27,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "old_logps": get_args(OldLogps),
     "lora_layers": get_args(LoraLayers),
 }
+"""The options that are one of several words, and the words."""
 
 
 class Options:
@@ -74,7 +75,7 @@ class Options:
                 f"algorithm={self.algorithm!r}: expected a trainer's short name such as 'grpo', or None for all of "
                 f"them, found {type(self.algorithm).__name__}. See: trlpatch list"
             )
-        for name, allowed in _ALLOWED.items():
+        for name, allowed in ALLOWED.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise InvalidOption(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
@@ -112,6 +113,9 @@ DIRECTORIES = {
     DUMP: "where PatchFastRL() also writes the files that run",
 }
 """The environment variables that name a directory."""
+
+CHILDREN = "TRLPATCH_CHILDREN"
+"""The variable in which `trlpatch run` hands its options down to child processes; nobody else sets it."""
 
 # The words of click's BOOL. Importing click would cost a warm start 20 ms.
 _ON = frozenset({"1", "true", "t", "yes", "y", "on"})
@@ -167,3 +171,8 @@ def activate(options: Options | None) -> None:
 def active() -> Options:
     """Return the active options, or the defaults where nothing was patched through PatchFastRL."""
     return _active if _active is not None else _DEFAULTS
+
+
+def in_force() -> bool:
+    """Tell whether `PatchFastRL()` has patched this process, and `unpatch()` has not undone it."""
+    return _active is not None

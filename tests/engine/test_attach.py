@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ pytest.importorskip("peft")
 
 from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub  # noqa: E402
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
+from trlpatch.engine import stock_trainers  # noqa: E402
 from trlpatch.engine.attach import attach_engine, attached_engine, detach_engine  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine  # noqa: E402
@@ -43,6 +46,17 @@ def test_what_carries_no_engine(engine: Any) -> None:
     model = base_model()
     model.vllm_engine = "not an engine"
     assert attached_engine(model) is None
+
+
+def test_a_stock_trainer_of_this_process_is_told_of(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stock_trainers, "_watch", stock_trainers._Watch())  # it says a thing once
+    monkeypatch.setattr(stock_trainers, "in_force", lambda: False)
+    monkeypatch.setitem(sys.modules, "trl.trainer.rloo_trainer", ModuleType("trl.trainer.rloo_trainer"))
+    monkeypatch.delitem(sys.modules, "trl.trainer.grpo_trainer", raising=False)
+    attach_engine(base_model(), engine)
+    assert "a stock RLOOTrainer does not use that engine" in caplog.text
 
 
 def test_a_deep_copy_shares_the_engine(engine: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import SKIP
+from trlpatch.options import activate
 from trlpatch.runtime import index, session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -185,6 +186,7 @@ def fake_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTr
     if session._active is not None:
         session._active.finder.restore({})
     session._active = session._disabled = None
+    activate(None)
     _forget_trl()
     sys.modules.update(aside)
     gc.collect()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
+import importlib.util
 import inspect
 import json
 import re
@@ -330,21 +331,37 @@ def test_a_failure_of_the_report_says_where_as_json(fake_trl, patch_grpo):
     assert (entry["drift"]["expected"], entry["drift"]["found"]) == (1, 0)
 
 
-def test_report_tells_when_another_hook_came_first(patch_grpo):
+def test_a_hook_that_came_first_and_asks_pathfinder_gets_the_patched_file(patch_grpo):
+    report = patch_grpo()
+
+    class Wrapping:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            return importlib.machinery.PathFinder.find_spec(name, path, target)
+
+    sys.meta_path.insert(0, Wrapping)
+    try:
+        assert trainer_module().__file__ == report.files["grpo"]
+    finally:
+        sys.meta_path.remove(Wrapping)
+    assert report.bypassed == ()
+
+
+def test_report_tells_when_another_hook_came_first(fake_trl, patch_grpo):
     report = patch_grpo()
 
     class Squelching:
         @staticmethod
         def find_spec(name, path=None, target=None):
-            return importlib.machinery.PathFinder.find_spec(name, path, target)
+            file = fake_trl.site.joinpath(*name.split(".")).with_suffix(".py")
+            return importlib.util.spec_from_file_location(name, file) if file.exists() else None
 
     sys.meta_path.insert(0, Squelching)
     try:
         trainer_module()
     finally:
         sys.meta_path.remove(Squelching)
-    assert "trl.trainer.grpo_trainer" in report.bypassed
-    assert "another import hook" in str(report)
+    assert ("trl.trainer.grpo_trainer" in report.bypassed, "another import hook" in str(report)) == (True, True)
 
 
 def test_dump_writes_what_runs(fake_trl, patch_grpo, monkeypatch, tmp_path):

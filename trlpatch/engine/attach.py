@@ -9,7 +9,7 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trlpatch.engine import guards, live_request, probes
+from trlpatch.engine import guards, live_request, probes, stock_trainers
 from trlpatch.engine.backend import backend_of
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.saved_adapter import is_adapter, saved_request
@@ -85,6 +85,7 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
     base.load_lora = types.MethodType(_load_lora, base)
     base.save_lora = types.MethodType(save_lora, base)
     base.fast_generate = types.MethodType(_fast_generate, base)
+    stock_trainers.watch()
     return model
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.runtime.path_hook import PatchedPathHook
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.readers import FileReader
@@ -131,6 +133,7 @@ class PatchedFinder(MetaPathFinder):
 
     def __init__(self) -> None:
         self._sources: Mapping[str, ModuleSource] = {}
+        self._path_hook = PatchedPathHook(lambda: self._sources, spec_of)
 
     @property
     def sources(self) -> Mapping[str, ModuleSource]:
@@ -142,12 +145,14 @@ class PatchedFinder(MetaPathFinder):
         self._sources = {**self._sources, **sources}
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
+        self._path_hook.install(bool(self._sources))
 
     def restore(self, sources: Mapping[str, ModuleSource]) -> None:
         """Claim exactly these modules; without any, leave `sys.meta_path`."""
         self._sources = dict(sources)
         if not sources and self in sys.meta_path:
             sys.meta_path.remove(self)
+        self._path_hook.install(bool(sources))
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -177,7 +182,8 @@ def spec_of(source: ModuleSource) -> ModuleSpec:
 def running_file(module: ModuleType) -> str | None:
     """Return the file whose text `module` runs."""
     loader = getattr(getattr(module, "__spec__", None), "loader", None)
-    return loader.path if isinstance(loader, PatchedLoader) else getattr(module, "__file__", None)
+    # Also of a loader that instruments ours and runs the same file (typeguard's).
+    return loader.path if isinstance(loader, SourceFileLoader) else getattr(module, "__file__", None)
 
 
 def show_source(source: ModuleSource) -> None:

@@ -1,37 +1,59 @@
-"""Script runner (`trlpatch run`): run somebody's script or module as `__main__` in a patched process."""
+"""Runner (`trlpatch run`): run a script, a module or a program, it and its child processes with TRL patched.
+
+A script or module runs in this process. A program (`trl`, `accelerate`, `torchrun`, ...) replaces this process, and is
+patched as its children are: trlpatch/runtime/children.py.
+"""
 
 from __future__ import annotations
 
+import os
 import runpy
+import shutil
 import sys
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trlpatch.errors import InvalidOption
 from trlpatch.options import Options
+from trlpatch.runtime.children import environment_for, is_child, stock_children
+from trlpatch.runtime.report import PatchReport
 from trlpatch.runtime.session import apply
+from trlpatch.source.targets import TARGETS
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+"""Where launchers say a process's rank, those over all hosts first."""
 
 
 def run_script(argv: Sequence[str], options: Options) -> None:
-    """Patch TRL, then do what `python *argv` does: `[script, args...]` or `["-m", module, args...]`.
+    """Patch TRL, then do what `python *argv` does: `[script, args...]` or `["-m", module, args...]`; or run a program.
 
     `sys.argv` and `sys.path[0]` are what python itself would set, and stay so: this is a process's last act. What the
-    script raises, `SystemExit` included, reaches the caller. Under `accelerate launch -m trlpatch run script.py` every
-    rank patches for itself.
+    script raises, `SystemExit` included, reaches the caller. A first word that is no Python script is a program,
+    looked for beside this interpreter, then on PATH. PYTHONPATH and TRLPATCH_CHILDREN are set, so that child processes
+    are patched, too. A line on stderr says what was patched; of several ranks that run this, rank 0 says it.
 
     Raises:
-        InvalidOption: there is no script or module to run.
+        InvalidOption: there is no script, module or program to run.
         TrlpatchError: TRL cannot be patched, see `PatchFastRL`.
     """
     as_module = argv[:1] == ["-m"]
     words = list(argv[1:] if as_module else argv)
     if not words:
         raise InvalidOption(
-            "nothing to run: expected `trlpatch run script.py args...` or `trlpatch run -m module ...`"
+            "nothing to run: expected `trlpatch run script.py args...`, `trlpatch run -m module ...` or a program, "
+            "such as `trlpatch run trl grpo ...`"
         )
-    if not as_module and not Path(words[0]).exists():
-        raise InvalidOption(f"cannot run {words[0]!r}: no such file in {Path.cwd()}. A module is run with -m.")
-    apply(options)
+    program = None if as_module or _is_script(Path(words[0])) else _program(words[0])
+    # Also before a program: what does not fit is said once, here, and the ranks to come find the cache full.
+    report = apply(options)
+    if is_first_rank(os.environ) and not is_child(os.environ):
+        sys.stderr.write(f"{announcement(report, options)}\n")
+    os.environ.update(environment_for(options, os.environ))
+    if program is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(program, words)
     sys.argv = words
     if as_module:
         _set_first_path(str(Path.cwd()))
@@ -43,6 +65,49 @@ def run_script(argv: Sequence[str], options: Options) -> None:
     elif not sys.flags.safe_path:
         del sys.path[0]  # runpy puts a directory or archive with a __main__.py there itself
     runpy.run_path(words[0], run_name="__main__")
+
+
+def announcement(report: PatchReport, options: Options) -> str:
+    """Return the line that says what was patched and with which options."""
+    if report.disabled:
+        return str(report)
+    trainers = [name for name in report.modules if TARGETS[name].kind == "trainer" and report.cache[name] != "off"]
+    defaults = vars(Options())
+    chosen = [f"{name}={value!r}" for name, value in vars(options).items() if value != defaults[name]]
+    parts = [
+        f"trlpatch: TRL {report.trl}, {len(report.applied)} patches applied, child processes included",
+        f"trainers {', '.join(trainers)}",
+        f"options {' '.join(chosen) or 'default'}",
+    ]
+    return "; ".join([*parts, *filter(None, [stock_children()])])
+
+
+def is_first_rank(environ: Mapping[str, str]) -> bool:
+    """Tell whether this process is rank 0, or no rank of anything."""
+    return next((environ[name] for name in _RANKS if environ.get(name)), "0") == "0"
+
+
+def _is_script(path: Path) -> bool:
+    """Tell whether python itself can run `path`: a directory or archive with a `__main__`, or a file of Python."""
+    if path.is_dir():
+        return (path / "__main__.py").is_file()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.readline(256)
+    return not (head.startswith(b"\x7fELF") or (head.startswith(b"#!") and b"python" not in head))
+
+
+def _program(name: str) -> str:
+    # Beside this interpreter first: the `trl` of its environment, also where that is not activated.
+    beside = None if os.sep in name else shutil.which(name, path=sysconfig.get_path("scripts"))
+    found = beside or shutil.which(name)
+    if found is None:
+        raise InvalidOption(
+            f"cannot run {name!r}: no such file in {Path.cwd()}, and no such program beside {sys.executable} or on "
+            "PATH. A module is run with -m."
+        )
+    return found
 
 
 def _set_first_path(directory: str) -> None:

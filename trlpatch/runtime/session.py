@@ -168,7 +168,7 @@ def revert() -> None:
             alive = _built(session.patched.values())
             _restore(session)
             _active = None
-            activate(Options())
+            activate(None)
     if alive:
         warnings.warn(
             f"unpatch(): {_counted(alive)} built from patched TRL still exist and now run TRL's own code on an engine "

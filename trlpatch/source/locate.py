@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
@@ -98,21 +99,33 @@ def _installed_root() -> Path:
     # find_spec of a top-level name runs no code of that package.
     try:
         spec = importlib.util.find_spec("trl")
-    except ValueError as error:  # what find_spec raises for a module in sys.modules without __spec__
-        raise TrlNotFound(
-            "sys.modules holds a module `trl` that was not imported from a file (it has no __spec__). Remove it "
-            "before PatchFastRL(): del sys.modules['trl']"
-        ) from error
+    except ValueError as error:  # what stands in sys.modules has no __spec__
+        raise _stand_in() from error
     if spec is not None and spec.origin is not None and spec.submodule_search_locations is None:
         raise TrlNotFound(
             f"`import trl` finds {spec.origin}, a single module, instead of the package TRL. Rename or remove it, or "
             "put the directory that holds TRL before it on sys.path."
+        )
+    if spec is not None and spec.origin is None:
+        if not spec.submodule_search_locations:
+            raise _stand_in()
+        folders = ", ".join(dict.fromkeys(spec.submodule_search_locations))
+        raise TrlNotFound(
+            f"`import trl` finds no TRL, but a directory without __init__.py: {folders}. A folder of that name comes "
+            "first on sys.path, such as that of a checkout. Run from another directory, or: pip install trl"
         )
     if spec is None or spec.origin is None:
         raise TrlNotFound(
             "TRL is not installed in this environment (no package `trl` on sys.path). Run: pip install trl"
         )
     return Path(spec.origin).parent
+
+
+def _stand_in() -> TrlNotFound:
+    return TrlNotFound(
+        f"sys.modules['trl'] is {sys.modules.get('trl')!r}, which was not loaded from a file: expected TRL's package. "
+        "Take the stand-in out of sys.modules, or call trlpatch.PatchFastRL() before it is put there."
+    )
 
 
 def _root_at(path: Path) -> Path:
