@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trlpatch.outcomes import OUTPUT_CHECK, Drift, Outcome
@@ -183,32 +185,35 @@ def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Ou
 
 def _skipped(source: SourceFile, file: Outline, skip: Skip) -> Outcome:
     target, patch = source.target.name, skip.patch.name
-    for anchor in {a for variant in skip.patch.variants for a in variant.anchors if a.strict and skip.forbids}:
-        line = _first_line(file, anchor.strict)
-        if line:
+    for anchor in skip.patch.signs if skip.forbids else ():
+        node = next(signs(file, anchor), None)
+        if node is not None:
             reason = f"{anchor.name}: expected 0, because {skip.reason}, found one"
-            return Outcome(target, patch, "failed", reason, drift=_drift(source, file, anchor, 0, 1, line))
+            return Outcome(target, patch, "failed", reason, drift=_drift(source, file, anchor, 0, 1, node.lineno))
     return Outcome(target, patch, "skipped", skip.reason)
+
+
+def signs(file: Outline, anchor: Anchor) -> Iterator[ast.stmt | ast.expr]:
+    """Yield what is such an anchor and not patched, anywhere in the file."""
+    if anchor.sign is not None:
+        yield from filter(anchor.sign, file.nodes)
 
 
 def _lines_like(file: Outline, pattern: str) -> list[int]:
     search = re.compile(pattern).search
-    return [n for n, line in enumerate(file.lines, 1) if search(line) and not line.lstrip().startswith("#")]
-
-
-def _first_line(file: Outline, pattern: str) -> int:
-    return next(iter(_lines_like(file, pattern)), 0)
+    code = ((n, line) for n, line in enumerate(file.lines, 1) if n not in file.prose)
+    return [n for n, line in code if search(line) and not line.lstrip().startswith("#")]
 
 
 def _drift(source: SourceFile, file: Outline, anchor: Anchor, expected: int, found: int, line: int) -> Drift:
     alike = _lines_like(file, anchor.hint)
     nearest = min(alike, key=lambda candidate: abs(candidate - line), default=0) if line else next(iter(alike), 0)
     around = line or nearest
-    function = next((f for f in file.functions if f.first <= around <= f.last), None)
+    qualname, first = file.scope(around) if around else ("", 0)
     return Drift(
         file=str(source.path),
-        line=function.first if function else max(around, 1),
-        qualname=function.qualname if function else ", ".join(source.target.classes) or "module",
+        line=first or max(around, 1),
+        qualname=qualname or ", ".join(source.target.classes) or "module",
         anchor=anchor.name,
         expected=expected,
         found=found,
