@@ -116,9 +116,14 @@ class Outline:
     import_line: int
 
     @cached_property
-    def nodes(self) -> tuple[ast.AST, ...]:
+    def nodes(self) -> tuple[ast.stmt | ast.expr, ...]:
         """Every node of the file that the sign of an anchor can be, in whatever class, function or block it stands."""
         return tuple(node for node in ast.walk(self.tree) if isinstance(node, _SIGNS))
+
+    def matching(self, sign: Callable[[ast.AST], bool] | None) -> Iterator[ast.stmt | ast.expr]:
+        """Yield the nodes that the sign of an anchor accepts."""
+        if sign is not None:
+            yield from (node for node in self.nodes if sign(node))
 
     @cached_property
     def prose(self) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """Scopes of Python, on `ast`: which names a function binds itself, and which its body reads from outside of it.
 
-`ast.walk` does not know scopes: to it, a name that only a lambda, a nested function or a comprehension binds is bound in
-the function around it, where reading that name raises NameError.
+`ast.walk` does not know scopes: to it, a name that only a lambda, a nested function or a comprehension binds is bound
+in the function around it, where reading that name raises NameError.
 """
 
 from __future__ import annotations

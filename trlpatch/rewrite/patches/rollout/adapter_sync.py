@@ -40,7 +40,7 @@ PUSH = Anchor(
     prefilter=(".load_weights(",),
 )
 
-# A wake behind anything that may push: returning early would leave it out, returning after it would come after the push.
+# Behind a statement that may push: returning before this wake leaves it out, returning after it comes after the push.
 LATE_WAKE = Anchor("wake_behind_push", hint=r"wake_up\(")
 
 _IN_VLLM_GENERATION = "weights are synchronised in VLLMGeneration"
@@ -65,17 +65,24 @@ def _early_return(file: Outline, function: Function) -> Insertion:
     late = next((s for s in function.body[len(leading) :] if _wakes(s)), None)
     if late is not None:
         return before(file, function, late, LATE_WAKE, statements)
-    wakes = [s for s in leading if isinstance(s, ast.If)]
+    wakes = [s for s in leading if _wakes(s)]
     if wakes:
         return after(file, function, wakes[-1], SYNC, statements)
     return before(file, function, function.body[0], SYNC, statements)
 
 
 def _leads(statement: ast.stmt) -> bool:
-    """Tell whether a statement may precede the early return: an assignment, or an `if` that wakes the engine."""
+    """Tell whether a statement may precede the early return: one that binds names, or an `if` that wakes the engine."""
+    if isinstance(statement, ast.If) and _wakes(statement):
+        return not statement.orelse
+    return _binds(statement) and not _wakes(statement)
+
+
+def _binds(statement: ast.stmt) -> bool:
+    # GOLD (0.25-0.29) binds `gather_if_zero3` in both branches of an `if` first.
     if isinstance(statement, ast.If):
-        return _wakes(statement) and not statement.orelse
-    return isinstance(statement, ast.Assign | ast.AnnAssign) and not _wakes(statement)
+        return all(map(_binds, [*statement.body, *statement.orelse]))
+    return isinstance(statement, ast.Assign | ast.AnnAssign | ast.Import | ast.ImportFrom)
 
 
 def _wakes(statement: ast.stmt) -> bool:
