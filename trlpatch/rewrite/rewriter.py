@@ -55,8 +55,8 @@ def rewrite(
 ) -> Rewritten:
     """Return `source` with every patch that applies to it in `release`, of the optional ones those in `asked_for`.
 
-    Never raises for drift, a failed check or a use of an engine that no patch knows: the outcome says so and the text is
-    upstream's.
+    Never raises for drift, a failed check or a use of an engine that no patch knows: the outcome says so and the text
+    is upstream's.
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.

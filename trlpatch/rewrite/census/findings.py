@@ -24,7 +24,7 @@ MODULE_ADVICE = (
 
 
 def in_target(source: SourceFile, release: Release, steps: Plan, upstream: Outline, patched: Outline) -> list[Outcome]:
-    """Return what of a target's engine is used in no known form after its plan was applied, and which names are gone."""
+    """Return which uses of an engine are of no known form in patched text, and which names the target lost."""
     stock = frozenset(skip.patch.name for skip in steps.skips if not skip.forbids)
     target = source.target
     found = [*unknown_uses(patched.tree, stock)] if _mentions("".join(patched.lines)) else []
@@ -55,7 +55,7 @@ def in_module(text: str, name: str, path: str = "") -> list[Outcome]:
 
 
 def in_modules(install: TrlInstall) -> list[Outcome]:
-    """Return the findings of `in_module` for every module of this TRL that is no target and runs no process of its own."""
+    """Return the findings of `in_module` for all modules of this TRL but targets and those of `OWN_PROCESS`."""
     found: list[Outcome] = []
     for path in module_files(install):
         name = f"trl/{path.relative_to(install.root).as_posix()}"

@@ -1,7 +1,7 @@
 """Names of TRL's that hooks read and write: where a release has none of them, hooks would be talking to nobody.
 
-`configure` sets fields of the config that the trainer has to have and to read; hooks find the engine and the mode at the
-owner. All of them are asked for with `getattr`, because not every release has them all, so a renamed one would not fail.
+`configure` sets fields of the config that the trainer has to have and to read; hooks find the engine and the mode at
+the owner. All are asked for with `getattr`, because not every release has them all, so a renamed one would not fail.
 """
 
 from __future__ import annotations

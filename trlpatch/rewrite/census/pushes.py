@@ -1,4 +1,4 @@
-"""Weight pushes that the adapter's hand-over can prevent: those that run behind the early return of a sync method only."""
+"""Weight pushes that handing the adapter over prevents: those behind the early return of a sync method alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Pushes:
         return False
 
     def _closed(self) -> frozenset[str]:
-        """Return the largest set of private functions that are named behind the early return and in each other only."""
+        """Return the largest set of private functions that only code behind the return, and they themselves, name."""
         uses: defaultdict[str, list[ast.AST]] = defaultdict(list)
         for node in self._tree.nodes:
             name = _named(node)

@@ -173,9 +173,8 @@ class _Census:
             yield from self._named(node)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield from self._text(node, node.value)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-            if any(alias.name == "*" or (alias.name in CONSTRUCTORS and alias.asname) for alias in node.names):
-                yield node, "a class of vLLM's that makes engines gets another name"
+        elif isinstance(node, ast.ImportFrom) and _renames(node):
+            yield node, "a class of vLLM's that makes engines gets another name"
 
     def _named(self, node: ast.Attribute | ast.Name) -> _Found:
         name = last_name(node)
@@ -203,6 +202,12 @@ class _Census:
     def _left_to_trl_text(self, node: ast.Constant) -> bool:
         parent = self._tree.parent(node)
         return isinstance(parent, ast.Call) and self._left_to_trl(parent)
+
+
+def _renames(node: ast.ImportFrom) -> bool:
+    of_vllm = (node.module or "").split(".")[0] == "vllm"
+    renamed = any(alias.name in CONSTRUCTORS and alias.asname not in (None, alias.name) for alias in node.names)
+    return renamed or (of_vllm and node.names[0].name == "*")
 
 
 def _gets_attribute(node: ast.AST | None, *names: str) -> bool:

@@ -26,11 +26,10 @@ ENGINE_ONLY = frozenset(
         "load_weights",
         "model_runner",
         "reload_weights",
-        "start_weight_update",
         "wake_up",
     }
 )
-"""Attributes that nothing in TRL but an engine or a part of it has: a use without an engine's name is one by another."""
+"""Attributes that nothing in TRL but an engine or a part of it has, whatever they are read from."""
 
 ROLLOUTS = ("generate", "chat")
 HARMLESS_CALLS = frozenset({"get_tokenizer", "reset_prefix_cache"})

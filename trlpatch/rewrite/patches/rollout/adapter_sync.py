@@ -72,7 +72,7 @@ def _early_return(file: Outline, function: Function) -> Insertion:
 
 
 def _leads(statement: ast.stmt) -> bool:
-    """Tell whether a statement may precede the early return: one that binds names, or an `if` that wakes the engine."""
+    """Tell whether a statement may precede the early return: it binds names, or is an `if` that wakes the engine."""
     if isinstance(statement, ast.If) and _wakes(statement):
         return not statement.orelse
     return _binds(statement) and not _wakes(statement)
