@@ -183,7 +183,8 @@ def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Ou
     target, patch, variant = source.target.name, step.patch.name, str(step.variant.trl)
     found, expected = edits.found[patch], step.variant.anchors
     counts = {anchor.name: found[anchor] for anchor in [*expected, *(a for a in found if a not in expected)]}
-    for anchor in {**expected, **found}:
+    # What should not be there says more than what is therefore missing.
+    for anchor in [*(anchor for anchor in found if anchor not in expected), *expected]:
         if found[anchor] != expected.get(anchor, 0):
             place = edits.places.get((patch, anchor), 0)
             drift = _drift(source, file, anchor, expected.get(anchor, 0), found[anchor], place)
