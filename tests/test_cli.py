@@ -267,7 +267,7 @@ def test_check_names_a_file_that_is_not_there(trl: Path, trlpatch: Run) -> None:
 
 def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None:
     (trl / "trl" / "trainer" / "grpo_trainer.py").write_text("def broken(:\n", encoding="utf-8")
-    fails(trlpatch("check", "--trl-path", trl), 1, "line 1 is not Python")
+    fails(trlpatch("check", "--trl-path", trl), 1, "grpo_trainer.py:1 is not Python")
 
 
 @pytest.mark.parametrize(
