@@ -141,7 +141,14 @@ def trl(tmp_path: Path) -> TrlInstall:
 def test_only_unknown_modules_are_counted(trl: TrlInstall):
     assert [outcome.target for outcome in in_modules(trl)] == ["trl/experimental/newpo/newpo_trainer.py"]
     names = [path.relative_to(trl.root).as_posix() for path in module_files(trl)]
-    assert names == ["__init__.py", "experimental/newpo/latin.py", "experimental/newpo/newpo_trainer.py"]
+    of_newpo = ["experimental/newpo/latin.py", "experimental/newpo/newpo_trainer.py"]
+    assert names == ["__init__.py", *of_newpo, "scripts/vllm_serve.py"]
+
+
+def test_a_module_is_set_apart_in_its_releases_only():
+    use, name = "llm = LLM('m')\n", "trl/experimental/ssd/ssd_eval.py"
+    assert in_module(use, name) == in_module(use, name, release=(1, 6, 0)) == []
+    assert in_module(use, name, release=(1, 7, 0))
 
 
 def test_every_module_set_apart_says_why():

@@ -64,7 +64,7 @@ def test_files_are_read_again_only_after_a_change(newpo, settled, monkeypatch: p
     assert [found.target for found in before] == [f"trl/{NEW}"]
     read: list[str] = []
     real = findings.in_module
-    monkeypatch.setattr(findings, "in_module", lambda text, name, path: read.append(name) or real(text, name, path))
+    monkeypatch.setattr(findings, "in_module", lambda text, name, *more: read.append(name) or real(text, name, *more))
     assert module_census(install) == before
     assert read == []
     newpo.write(NEW, "pass\n")

@@ -38,14 +38,15 @@ def in_target(source: SourceFile, release: Release, steps: Plan, upstream: Outli
     ]
 
 
-def in_module(text: str, name: str, path: str = "") -> list[Outcome]:
+def in_module(text: str, name: str, path: str = "", release: Release | None = None) -> list[Outcome]:
     """Return what `text`, a file of TRL that is no target, does with an engine in no known form.
 
     Args:
         name: path inside the distribution, with slashes: `trl/experimental/dppo/dppo_trainer.py`.
         path: where it is on this machine, for the message.
+        release: of the modules of `OWN_PROCESS` only those of this one have no findings; None means those of any.
     """
-    if not _mentions(text):
+    if not _mentions(text) or _own_process(name, release):
         return []
     try:
         file = outline(text, ())
@@ -63,18 +64,20 @@ def in_modules(install: TrlInstall, shown: Callable[[Path], Path] = Path) -> lis
     found: list[Outcome] = []
     for path in module_files(install):
         name = f"trl/{path.relative_to(install.root).as_posix()}"
-        found += in_module(path.read_bytes().decode(errors="replace"), name, str(shown(path)))
+        found += in_module(path.read_bytes().decode(errors="replace"), name, str(shown(path)), install.release)
     return found
 
 
 def module_files(install: TrlInstall) -> list[Path]:
     """Return the files that `in_modules` reads, sorted."""
-    known = {entry.module for entry in OWN_PROCESS if install.release in entry.trl}
     locations = (target.location(install.release) for target in TARGETS.values() if target.kind != "support")
-    known |= {location.file for location in locations if location is not None}
-    return sorted(
-        path for path in install.root.rglob("*.py") if path.relative_to(install.root).as_posix() not in known
-    )
+    known = {location.file for location in locations if location is not None}
+    files = install.root.rglob("*.py")
+    return sorted(path for path in files if path.relative_to(install.root).as_posix() not in known)
+
+
+def _own_process(name: str, release: Release | None) -> bool:
+    return any(name == f"trl/{one.module}" and (release is None or release in one.trl) for one in OWN_PROCESS)
 
 
 def _mentions(text: str) -> bool:
