@@ -11,7 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from trlpatch.engine.memory.cumem import discard_kv_cache
-from trlpatch.policy.adapter import AdapterTensors, LoraWeights, adapter_tensors
+from trlpatch.policy.adapter import LoraWeights
+from trlpatch.policy.adapter_tensors import AdapterTensors, adapter_tensors
 
 
 class ExecutorStub:

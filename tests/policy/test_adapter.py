@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
-from trlpatch.policy.adapter import adapter_tensors, base_of, lora_view, unwrap  # noqa: E402
+from trlpatch.policy.adapter import base_of, lora_view, unwrap  # noqa: E402
+from trlpatch.policy.adapter_tensors import adapter_tensors  # noqa: E402
 from trlpatch.policy.change_detection import fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.torch

@@ -17,7 +17,8 @@ from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.state import forget, state_of
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
 from trlpatch.log import warn_once
-from trlpatch.policy.adapter import PEFT_PREFIX, base_of, lora_view, unwrap
+from trlpatch.policy.adapter import base_of, lora_view, unwrap
+from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 from trlpatch.policy.base_parameters import changed_parameter, contents
 
 if TYPE_CHECKING:

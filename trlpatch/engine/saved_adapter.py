@@ -18,7 +18,7 @@ from trlpatch.engine.private_files import private_directory
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import EngineState
 from trlpatch.errors import AdapterNotExpressible, RankAboveEngine
-from trlpatch.policy.adapter import PEFT_PREFIX
+from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 from trlpatch.policy.lora_support import config_reason
 
 if TYPE_CHECKING:

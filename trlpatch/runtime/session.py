@@ -8,17 +8,15 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from importlib.util import spec_from_file_location
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import (
     AlreadyImported,
-    CacheUnavailable,
     DumpUnavailable,
     LeftStock,
     OptionsConflict,
     PatchedTrainersAlive,
     TrainerAlreadyBuilt,
-    UntestedRelease,
 )
 from trlpatch.options import (
     DISABLE,
@@ -34,20 +32,17 @@ from trlpatch.options import (
     read_directory,
     read_switch,
 )
-from trlpatch.runtime.fit import Fit, judge_fit
+from trlpatch.runtime.batch import Batch, Warned, batch_notes, batch_report, prepared_batch
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
-from trlpatch.runtime.prepare import PatchedTarget, PreparedTargets, prepare_targets
-from trlpatch.runtime.report import CacheState, PatchReport
+from trlpatch.runtime.prepare import PatchedTarget
+from trlpatch.runtime.report import PatchReport
 from trlpatch.source.algorithms import require_algorithm
-from trlpatch.source.locate import SourceFile, find_trl, left_alone, sources, target_names
-from trlpatch.trl_names import LEFT_ALONE_REASON
+from trlpatch.source.locate import find_trl, target_names
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from trlpatch.runtime.undo_journal import UndoJournal
-
-Warned = tuple[type[Warning], str]
 
 
 class _Session:
@@ -217,77 +212,21 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
 def _extend(session: _Session, options: Options, new: frozenset[str], pending: list[Warned]) -> None:
     """Patch the targets `new` too. Nothing of the session changes if this raises."""
     start, dump_to = time.perf_counter(), read_directory(DUMP)
-    batch = _prepared(options, new)
+    batch = prepared_batch(options, new)
     rebound, unfixable = _put_in_place(session, batch.patched)
     session.covered |= new
     session.stock = (session.stock - new) | batch.fit.stock
     session.patched |= {one.source.module: one for one in batch.patched}
     warned: list[Warned] = []
-    notes = _notes(batch, warned)
+    notes = batch_notes(batch, warned)
     _warn_early(rebound, unfixable, warned)
     milliseconds = (time.perf_counter() - start) * 1000
     if dump_to is not None:
         _dump(dump_to, batch, warned)
     pending += [warning for warning in warned if warning[0] not in session.warned]
     session.warned |= {category for category, _ in warned} - {AlreadyImported, LeftStock}
-    report = _report(batch, milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes)
+    report = batch_report(batch, milliseconds=milliseconds, rebound=rebound, unfixable=unfixable, notes=notes)
     session.report = session.report.extended_by(report)
-
-
-class _Batch(NamedTuple):
-    """The targets of one call.
-
-    Attributes:
-        found: their sources.
-        patched: those that shall run patched.
-        fit: which of them stay stock, and why.
-        left_alone: trainers of this release that no patch may reach.
-    """
-
-    found: Sequence[SourceFile]
-    prepared: PreparedTargets
-    patched: Sequence[PatchedTarget]
-    fit: Fit
-    left_alone: Sequence[str]
-
-
-def _prepared(options: Options, new: frozenset[str]) -> _Batch:
-    """Find the targets `new` and get their patched text.
-
-    Raises:
-        PatchError: patches do not fit, and `on_drift` is "raise"; as AnchorDrift or OutputCheckError if it is one.
-    """
-    install = find_trl()
-    found = [source for source in sources(install, options.algorithm, read=False) if source.target.name in new]
-    prepared = prepare_targets(install, found, options.skip, options.asked_for)
-    fit = judge_fit(install, found, new, prepared.failures)
-    if fit.failures and options.on_drift == "raise":
-        from trlpatch.runtime.failures import failure_error
-
-        raise failure_error(fit, prepared.rejected)
-    patched = [one for one in prepared.patched if one.source.target.name not in fit.stock]
-    return _Batch(found, prepared, patched, fit, left_alone(install, new))
-
-
-def _report(batch: _Batch, **more: Any) -> PatchReport:
-    files = {one.source.target.name: str(one.file) for one in batch.patched}
-    modules = {one.source.target.name: one.source.module for one in batch.patched}
-    states: dict[str, CacheState] = {one.source.target.name: one.cache for one in batch.patched}
-    for source in batch.found:
-        if source.target.name in batch.fit.stock:
-            files[source.target.name] = str(source.path)
-            modules[source.target.name] = source.module
-            states[source.target.name] = "off"
-    entries = [outcome for one in batch.patched for outcome in one.outcomes]
-    return PatchReport(
-        trl=batch.fit.install.version,
-        entries=(*entries, *batch.fit.failures),
-        files=files,
-        modules=modules,
-        cache=states,
-        absent=batch.fit.gone,
-        **more,
-    )
 
 
 def _put_in_place(session: _Session, patched: Sequence[PatchedTarget]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -361,35 +300,13 @@ def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
     )
 
 
-def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
-    """Return the report's notes; what also has to be said at once goes to `pending`."""
-    fit, prepared = batch.fit, batch.prepared
-    notes = []
-    if batch.left_alone:
-        notes.append(f"{' and '.join(batch.left_alone)} are left alone: {LEFT_ALONE_REASON}")
-    if fit.untested:
-        notes.append(fit.untested_line)
-        pending.append((UntestedRelease, fit.untested_line))
-    if fit.failures:
-        from trlpatch.runtime.failures import describe_all
-
-        text = f"left as TRL wrote them: {fit.verdict}"
-        notes.append(text)
-        pending.append((LeftStock, f"{text}\n{describe_all(fit, prepared.rejected)}\n  more     trlpatch check"))
-    if prepared.unwritable:
-        text = f"the patched text is kept in memory, the cache cannot be used: {prepared.unwritable}"
-        notes.append(text)
-        pending.append((CacheUnavailable, f"{text}. Set TRLPATCH_CACHE_DIR to a directory of your own."))
-    return tuple(notes)
-
-
 def _warn_early(rebound: Sequence[str], unfixable: Sequence[str], pending: list[Warned]) -> None:
     if rebound:
         text = f"imported before PatchFastRL and patched in place: {', '.join(rebound)}. Call PatchFastRL() first."
         pending.append((AlreadyImported, "\n".join([text, *(f"out of reach: {line}" for line in unfixable)])))
 
 
-def _dump(place: Path, batch: _Batch, pending: list[Warned]) -> None:
+def _dump(place: Path, batch: Batch, pending: list[Warned]) -> None:
     from trlpatch.runtime.dump import dump
 
     try:

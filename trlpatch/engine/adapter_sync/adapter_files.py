@@ -11,7 +11,8 @@ from trlpatch.engine.adapter_sync import registry
 from trlpatch.engine.private_files import private_directory
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.errors import AdapterNotExpressible
-from trlpatch.policy.adapter import LoraWeights, adapter_tensors
+from trlpatch.policy.adapter import LoraWeights
+from trlpatch.policy.adapter_tensors import adapter_tensors
 
 
 class AdapterFiles:

@@ -6,7 +6,8 @@ import weakref
 
 from trlpatch.engine.adapter_sync import registry
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
-from trlpatch.policy.adapter import LoraWeights, adapter_tensors
+from trlpatch.policy.adapter import LoraWeights
+from trlpatch.policy.adapter_tensors import adapter_tensors
 
 
 class Registration:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from trlpatch.engine import probes
 from trlpatch.engine.protocols import AdapterManager, WeightsMapper
-from trlpatch.policy.adapter import PEFT_PREFIX
+from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 
 Shape = tuple[str, int, int]
 """A module by vLLM's name, its input and its output features."""

@@ -10,7 +10,8 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trlpatch.policy.adapter import LoraWeights, tensor_names
+from trlpatch.policy.adapter import LoraWeights
+from trlpatch.policy.adapter_tensors import tensor_names
 
 if TYPE_CHECKING:
     import torch
