@@ -16,6 +16,7 @@ Colocate = Literal["auto", "always", "never"]
 Sleep = Literal["auto", "on", "off", "kv"]
 Adapter = Literal["auto", "request", "off"]
 OnDrift = Literal["raise", "stock"]
+Logps = Literal["stock", "chunked"]
 OldLogps = Literal["stock", "reuse"]
 
 _ALLOWED: dict[str, tuple[str, ...]] = {
@@ -23,6 +24,7 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     "sleep": get_args(Sleep),
     "adapter": get_args(Adapter),
     "on_drift": get_args(OnDrift),
+    "logps": get_args(Logps),
     "old_logps": get_args(OldLogps),
 }
 
@@ -31,8 +33,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
 class Options:
     """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
-    Only `skip` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. `colocate`, `sleep`
-    and `adapter` are read by the hooks while training.
+    Only `skip`, `logps` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. The hooks
+    read `colocate`, `sleep` and `adapter` while training.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -45,6 +47,7 @@ class Options:
     on_drift: OnDrift = "raise"
     skip: tuple[str, ...] = ()
     old_logps: OldLogps = "stock"
+    logps: Logps = "stock"
 
     def __post_init__(self) -> None:
         algorithm: object = self.algorithm
@@ -67,7 +70,8 @@ class Options:
     @property
     def asked_for(self) -> tuple[str, ...]:
         """Names of the optional patches that these options ask for."""
-        return ("old_logps",) if self.old_logps == "reuse" else ()
+        asked = {"logps": self.logps == "chunked", "old_logps": self.old_logps == "reuse"}
+        return tuple(name for name, wanted in asked.items() if wanted)
 
 
 DISABLE = "TRLPATCH_DISABLE"

@@ -27,6 +27,7 @@ from trlpatch.options import (
     DUMP,
     Adapter,
     Colocate,
+    Logps,
     OldLogps,
     OnDrift,
     Options,
@@ -80,6 +81,7 @@ def PatchFastRL(
     colocate: Colocate = "auto",
     sleep: Sleep = "auto",
     adapter: Adapter = "auto",
+    logps: Logps = "stock",
     old_logps: OldLogps = "stock",
     on_drift: OnDrift = "raise",
     skip: Iterable[str] = (),
@@ -98,6 +100,9 @@ def PatchFastRL(
             way too, until training was measured to leave room for them.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, "request" raises
             where it cannot, "off" keeps TRL's own weight sync.
+        logps: "chunked" computes log-probabilities and entropies of GRPO and RLOO without ever holding the logits of a
+            whole batch: TRL's own functions get them in chunks. Where a model or how it is wrapped does not allow
+            that, logits are as in stock, and `status()` says why. TRL 1.15 and newer chunk by themselves.
         old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the extra forward pass for `old_per_token_logps`: on
             policy, without dropout and without methods overridden, the training forward has the same numbers; in any
             other case the pass runs, and `status()` says why. "stock" always runs it.
@@ -119,10 +124,10 @@ def PatchFastRL(
         OutputCheckError: patched text failed a check, the message names the file with it; nothing was changed.
         PatchError: a file is missing, or a module cannot be changed in place; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
-        OptionsConflict: an earlier call used another `skip` or `old_logps`.
+        OptionsConflict: an earlier call used another `skip`, `logps` or `old_logps`.
     """
     named: Any = tuple(skip) if not isinstance(skip, str) else skip
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps))
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, logps))
 
 
 patch = PatchFastRL
@@ -186,7 +191,7 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
     _disabled = None
     wanted = target_names(options.algorithm)
     session = _active or _Session(options, PatchReport(), frozenset())
-    for name in ("skip", "old_logps") if _active is not None else ():
+    for name in ("skip", "logps", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
             raise OptionsConflict(
