@@ -183,6 +183,10 @@ def _head_of(model: Any) -> tuple[Any, str]:
     from torch.distributed.tensor import DTensor
     from torch.nn.modules.module import _has_any_global_hook
 
+    parallel = type(model) is torch.nn.parallel.DistributedDataParallel
+    if parallel and model.static_graph:
+        return None, "the model is wrapped in DistributedDataParallel(static_graph=True)"
+    model = model.module if parallel else model
     name = type(model).__name__
     if type(model).__module__.split(".")[0] in ("torch", "deepspeed"):
         return None, f"the model is wrapped in {name}"
@@ -200,4 +204,7 @@ def _head_of(model: Any) -> tuple[Any, str]:
         return None, "lm_head has hooks"
     if any(isinstance(tensor, DTensor) or hasattr(tensor, "ds_id") for tensor in (head.weight, head.bias)):
         return None, "lm_head is sharded over ranks"
+    if parallel and any(parameter.requires_grad for parameter in head.parameters()):
+        # It is used after the forward pass, where DistributedDataParallel takes it for unused.
+        return None, "lm_head is trained, and the model is wrapped in DistributedDataParallel"
     return head, ""

@@ -73,6 +73,13 @@ class _Head:
 
     linear: nn.Linear
     autocast: _Autocast
+    contiguous: bool
+    """Whether it multiplies a contiguous tensor: for others, torch adds the bias to a product that is rounded."""
+
+    @classmethod
+    def called_with(cls, linear: nn.Linear, hidden: Tensor) -> _Head:
+        head = cls(linear, _Autocast.now(hidden.device.type), hidden.is_contiguous())
+        return head if hidden.dtype == head.dtype else replace(head, contiguous=True)  # a cast copies
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,6 +90,14 @@ class _Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         with self.autocast():
             return functional.linear(hidden, self.linear.weight, self.linear.bias)
+
+    def of_tokens(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return logits [tokens, vocab] of hidden states [tokens, features], rounded as those of a call."""
+        with torch.autocast(self.autocast.device_type, enabled=False):
+            hidden = hidden.to(weight.dtype)
+            if bias is None or self.contiguous:
+                return functional.linear(hidden, weight, bias)
+            return functional.linear(hidden, weight).add_(bias)
 
 
 @dataclass(eq=False)
@@ -225,21 +240,21 @@ def _is_number(value: Any) -> bool:
 
 
 @contextmanager
-def deferring(linear: nn.Linear, watcher: Watcher) -> Iterator[list[DeferredLogits]]:
-    """Let `linear`, a model's output embeddings, return `DeferredLogits`; yield those that it returned."""
-    deferred: list[DeferredLogits] = []
+def deferring(linear: nn.Linear, watcher: Watcher) -> Iterator[list[Tensor]]:
+    """Let `linear`, a model's output embeddings, return `DeferredLogits`; yield what it has been called with."""
+    calls: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Any:
-        head = _Head(linear, _Autocast.now(hidden.device.type))
+        calls.append(hidden)
+        head = _Head.called_with(linear, hidden)
         if hidden.ndim != 3 or hidden.device != linear.weight.device or not _multiplies(head, hidden):
             watcher.whole(f"lm_head is called with {hidden.dtype} {tuple(hidden.shape)} on {hidden.device}")
             return functional.linear(hidden, linear.weight, linear.bias)
-        deferred.append(DeferredLogits(hidden, head, watcher, torch.is_grad_enabled()))
-        return deferred[-1]
+        return DeferredLogits(hidden, head, watcher, torch.is_grad_enabled())
 
     linear.forward = forward
     try:
-        yield deferred
+        yield calls
     finally:
         del linear.forward
 
@@ -264,7 +279,8 @@ def reduce_per_token(
     """
     batch, length, vocab = logits.shape
     tokens = chunk_tokens(batch * length, vocab)
-    logits.watcher.reduced(logits, batch * length, tokens)
+    if logits._whole is None:
+        logits.watcher.reduced(logits, batch * length, tokens)
     if tokens >= batch * length or logits._whole is not None:
         whole = logits._made()
         return tuple(result for reduction in reductions for result in reduction(whole, **per_token))
@@ -299,8 +315,7 @@ class _Replay:
         self, reductions: Sequence[Reduction], hidden: Tensor, weight: Tensor, bias: Any, *per_token: Tensor
     ) -> list[tuple[Tensor, ...]]:
         """Return the results of each reduction; `weight` and `bias` have the dtype that the head multiplies in."""
-        with torch.autocast(self.autocast.device_type, enabled=False):
-            logits = functional.linear(hidden.to(weight.dtype), weight, bias)[None]
+        logits = self.head.of_tokens(hidden, weight, bias)[None]
         for step in self.steps:
             logits = logits if step.slices else step(logits)
         named = {name: tensor[None] for name, tensor in zip(self.names, per_token, strict=True)}
