@@ -115,7 +115,7 @@ def test_1_14_computes_both_in_one_call():
 
 
 def test_another_forward_pass_is_drift():
-    text = GRPO.replace("model(**model_inputs).logits\n            #", "self.model(**model_inputs).logits\n            #")
+    text = GRPO.replace("logits = model(**model_inputs)", "logits = self.model(**model_inputs)", 1)
     check_drift("logps", "grpo", "0.29.1", text, "forward_for_logits: expected 1, found 0", "model(**model_inputs)")
 
 
