@@ -100,12 +100,9 @@ def PatchFastRL(
             way too, until training was measured to leave room for them.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, "request" raises
             where it cannot, "off" keeps TRL's own weight sync.
-        logps: "chunked" computes log-probabilities and entropies of GRPO and RLOO without ever holding the logits of a
-            whole batch: TRL's own functions get them in chunks. Where a model or how it is wrapped does not allow
-            that, logits are as in stock, and `status()` says why. TRL 1.15 and newer chunk by themselves.
-        old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the extra forward pass for `old_per_token_logps`: on
-            policy, without dropout and without methods overridden, the training forward has the same numbers; in any
-            other case the pass runs, and `status()` says why. "stock" always runs it.
+        logps: "chunked" computes log-probabilities without the logits of a whole batch, or `status()` says why not.
+        old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the forward pass for `old_per_token_logps` while on
+            policy, where the training forward has the same numbers; where it runs, `status()` says why.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
             the targets concerned as TRL wrote them and warns.
         skip: patches to leave out, by name (`trlpatch list`).
