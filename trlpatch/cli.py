@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from trlpatch.errors import PatchError, TrlpatchError
-from trlpatch.options import ALLOWED, DISABLE, OldLogps, Options
+from trlpatch.options import ALLOWED, DISABLE, Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,13 +45,22 @@ _trl_path = click.option(
     help="A TRL to look at instead of the installed one: a directory that holds `trl`, or a wheel.",
 )
 _skip = click.option("--skip", multiple=True, metavar="PATCH", help="Leave this patch out; repeatable.")
-_old_logps = click.option(
-    "--old-logps",
-    type=click.Choice(get_args(OldLogps)),
-    default="stock",
-    show_default=True,
-    help='As PatchFastRL(old_logps=...): "reuse" is a patch more.',
-)
+
+
+def _optional_patches(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `PatchFastRL` that ask for a patch more; the command gets them as keyword arguments."""
+    for name in ("old_logps", "logps"):
+        words = ALLOWED[name]
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            type=click.Choice(words),
+            default=words[0],
+            show_default=True,
+            help=f'As PatchFastRL({name}=...): "{words[1]}" is a patch more.',
+        )(command)
+    return command
+
+
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _targets = click.argument("targets", nargs=-1, metavar="[TARGET]...")
 
@@ -91,13 +100,11 @@ def list_patches(as_json: bool) -> None:
 @_targets
 @_trl_path
 @_skip
-@_old_logps
+@_optional_patches
 @_json
-def plan(
-    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps, as_json: bool
-) -> None:
+def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool, **asked: str) -> None:
     """Show, per target, which patches apply, in which variant, and which do not and why."""
-    found = _preview(trl_path, targets, skip, old_logps)
+    found = _preview(trl_path, targets, skip, asked)
     if as_json:
         _print_json(found.to_dict())
         return
@@ -118,12 +125,12 @@ def plan(
 @_targets
 @_trl_path
 @_skip
-@_old_logps
-def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps) -> None:
+@_optional_patches
+def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], **asked: str) -> None:
     """Print the unified diff from TRL's own text to the patched text."""
     from trlpatch.console import show_diff
 
-    found = _preview(trl_path, targets, skip, old_logps)
+    found = _preview(trl_path, targets, skip, asked)
     show_diff("".join(file.diff() for file in found.files))
     _leave_on_drift(found)
 
@@ -133,10 +140,10 @@ def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory to write to.")
 @_trl_path
 @_skip
-@_old_logps
-def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps) -> None:
+@_optional_patches
+def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str], **asked: str) -> None:
     """Write the patched files to DIRECTORY/<TRL release>/trl/... and print their paths."""
-    found = _preview(trl_path, targets, skip, old_logps)
+    found = _preview(trl_path, targets, skip, asked)
     _leave_on_drift(found)
     for path in found.dump(out):
         click.echo(path)
@@ -146,11 +153,9 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
 @_targets
 @_trl_path
 @_skip
-@_old_logps
+@_optional_patches
 @_json
-def check(
-    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps, as_json: bool
-) -> None:
+def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool, **asked: str) -> None:
     """Tell whether every patch fits this TRL, and whether the versions of vLLM and transformers beside it ran with it.
 
     Needs neither torch nor vLLM. Exit status 1 where PatchFastRL() would raise because a patch does not fit, and
@@ -158,7 +163,7 @@ def check(
     """
     from trlpatch.compatibility.verdict import installed, judge
 
-    found = _preview(trl_path, targets, skip, old_logps)
+    found = _preview(trl_path, targets, skip, asked)
     versions = judge(found.install, installed(), at=found.where)
     bad = KNOWN_BAD if versions.state == "known-bad" else 0
     if as_json:
@@ -299,10 +304,10 @@ def _explain(error: Exception) -> int:
     return DRIFT if isinstance(error, PatchError) else BAD_INPUT
 
 
-def _preview(trl_path: Path | None, targets: Sequence[str], skip: Sequence[str], old_logps: OldLogps) -> Preview:
+def _preview(trl_path: Path | None, targets: Sequence[str], skip: Sequence[str], asked: Mapping[str, Any]) -> Preview:
     from trlpatch.preview import preview
 
-    options = Options(skip=tuple(skip), old_logps=old_logps)
+    options = Options(skip=tuple(skip), **asked)
     return preview(trl_path, targets, frozenset(options.skip), frozenset(options.asked_for))
 
 

@@ -16,6 +16,7 @@ Colocate = Literal["auto", "always", "never"]
 Sleep = Literal["auto", "on", "off", "kv"]
 Adapter = Literal["auto", "request", "off"]
 OnDrift = Literal["raise", "stock"]
+Logps = Literal["stock", "chunked"]
 OldLogps = Literal["stock", "reuse"]
 LoraLayers = Literal["auto", "trlpatch", "vllm"]
 
@@ -24,6 +25,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "sleep": get_args(Sleep),
     "adapter": get_args(Adapter),
     "on_drift": get_args(OnDrift),
+    "logps": get_args(Logps),
     "old_logps": get_args(OldLogps),
     "lora_layers": get_args(LoraLayers),
 }
@@ -33,8 +35,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 class Options:
     """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
-    Only `skip` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. The hooks read
-    `colocate`, `sleep`, `adapter` and `lora_layers` while training.
+    Only `skip`, `logps` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. The hooks
+    read `colocate`, `sleep`, `adapter` and `lora_layers` while training.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -51,6 +53,7 @@ class Options:
         skip: Iterable[str] = (),
         old_logps: OldLogps = "stock",
         lora_layers: LoraLayers = "auto",
+        logps: Logps = "stock",
     ) -> None:
         self.algorithm = algorithm
         self.colocate = colocate
@@ -59,6 +62,7 @@ class Options:
         self.on_drift = on_drift
         self.old_logps = old_logps
         self.lora_layers = lora_layers
+        self.logps = logps
         self.skip = self._checked(skip)
 
     def __eq__(self, other: object) -> bool:
@@ -90,7 +94,8 @@ class Options:
     @property
     def asked_for(self) -> tuple[str, ...]:
         """Names of the optional patches that these options ask for."""
-        return ("old_logps",) if self.old_logps == "reuse" else ()
+        asked = {"logps": self.logps == "chunked", "old_logps": self.old_logps == "reuse"}
+        return tuple(name for name, wanted in asked.items() if wanted)
 
 
 DISABLE = "TRLPATCH_DISABLE"

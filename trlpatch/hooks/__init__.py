@@ -7,6 +7,12 @@ imported.
 from trlpatch.hooks.adapter_sync import hand_over
 from trlpatch.hooks.adopt_engine import engine
 from trlpatch.hooks.configure import configure
+from trlpatch.hooks.logps import (
+    deferred_logits,
+    entropy_from_logits,
+    selective_log_softmax,
+    selective_log_softmax_and_entropy,
+)
 from trlpatch.hooks.lora_request import lora_request
 from trlpatch.hooks.old_logps import (
     importance_sampling_ratio,
@@ -38,7 +44,9 @@ from trlpatch.hooks.sleep import reload_weights, sleep, wake_up
 
 __all__ = [
     "configure",
+    "deferred_logits",
     "engine",
+    "entropy_from_logits",
     "generation",
     "given",
     "guided_decoding_field",
@@ -61,6 +69,8 @@ __all__ = [
     "sampling_limit",
     "sampling_params",
     "seed_worker",
+    "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
     "sleep",
     "top_k",
     "use_apex",

@@ -95,6 +95,14 @@ class PatchReport:
         return tuple(described)
 
     @property
+    def logps(self) -> tuple[str, ...]:
+        """The trainers that met `logps="chunked"`, as of now: what became of their logits and why, a line each."""
+        if "trlpatch.hooks.logps" not in sys.modules:
+            return ()
+        described: list[str] = import_module("trlpatch.hooks.logps").describe()
+        return tuple(described)
+
+    @property
     def old_logps(self) -> tuple[str, ...]:
         """The trainers that met `old_logps="reuse"`, as of now: what became of the extra pass and why, a line each."""
         if "trlpatch.hooks.old_logps" not in sys.modules:
@@ -113,6 +121,7 @@ class PatchReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines, "old_logps": self.old_logps}
+        plain["logps"] = self.logps
         plain["checkpointing"] = self.checkpointing
         plain["entries"] = [entry.to_dict() for entry in self.entries]
         return {name: _plain(value) for name, value in plain.items()}
@@ -197,6 +206,7 @@ class PatchReport:
             ("out of reach", self.unfixable),
             ("running from another file: another import hook came first", self.bypassed),
             ("engines", self.engines),
+            ("log-probabilities", self.logps),
             ("old log-probabilities", self.old_logps),
             ("activation checkpointing", self.checkpointing),
             ("not in this TRL", tuple(f"{target}: {reason}" for target, reason in self.absent.items())),

@@ -23,6 +23,7 @@ from trlpatch.options import (
     DUMP,
     Adapter,
     Colocate,
+    Logps,
     LoraLayers,
     OldLogps,
     OnDrift,
@@ -78,6 +79,7 @@ def PatchFastRL(
     colocate: Colocate = "auto",
     sleep: Sleep = "auto",
     adapter: Adapter = "auto",
+    logps: Logps = "stock",
     old_logps: OldLogps = "stock",
     lora_layers: LoraLayers = "auto",
     on_drift: OnDrift = "raise",
@@ -97,6 +99,7 @@ def PatchFastRL(
             way too, until training was measured to leave room for them.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, "request" raises
             where it cannot, "off" keeps TRL's own weight sync.
+        logps: "chunked" computes log-probabilities without the logits of a whole batch, or `status()` says why not.
         old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the extra forward pass for `old_per_token_logps`: on
             policy, without dropout and without methods overridden, the training forward has the same numbers; in any
             other case the pass runs, and `status()` says why. "stock" always runs it.
@@ -123,10 +126,10 @@ def PatchFastRL(
         OutputCheckError: patched text failed a check, the message names the file with it; nothing was changed.
         PatchError: a file is missing, or a module cannot be changed in place; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
-        OptionsConflict: an earlier call used another `skip` or `old_logps`.
+        OptionsConflict: an earlier call used another `skip`, `logps` or `old_logps`.
     """
     named: Any = skip  # Options checks what it is, and keeps it as a tuple.
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers))
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps))
 
 
 patch = PatchFastRL
@@ -192,7 +195,7 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
     if options.algorithm is not None:
         require_algorithm(find_trl(), options.algorithm)
     session = _active or _Session(options)
-    for name in ("skip", "old_logps") if _active is not None else ():
+    for name in ("skip", "logps", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
             raise OptionsConflict(
