@@ -1,0 +1,91 @@
+"""The verdict on a mutant: what trlpatch makes of it, judged by the two oracles."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+
+from tests.mutation import config_oracle, engine_reading, executed, hosts
+from tests.mutation.mutants import Mutant
+from trlpatch.rewrite.rewriter import rewrite
+from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, missing, sources
+
+VERDICTS = ("killed", "routed", "silent", "false alarm", "unproven", "invalid")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A mutant with its verdict and the reasons for it."""
+
+    mutant: Mutant
+    verdict: str
+    reasons: tuple[str, ...] = ()
+
+
+def judge(mutant: Mutant) -> Judged:
+    """Return what became of a mutant.
+
+    killed: trlpatch refuses it. routed: applied, and both oracles find it right. silent: applied, and one finds it
+    wrong. false alarm: harmless and refused. unproven: applied, and a hook was not reached. invalid: not Python.
+    """
+    for text in mutant.files.values():
+        try:
+            compile(text or "", "<mutant>", "exec", dont_inherit=True)
+        except SyntaxError as error:
+            return Judged(mutant, "invalid", (str(error),))
+    refusals, patched = attempt(mutant)
+    if refusals:
+        return Judged(mutant, "false alarm" if mutant.harmless else "killed", tuple(refusals))
+    wrong: list[str] = []
+    unreached: list[str] = []
+    for path, text in patched.items():
+        before = mutant.files.get(path) or ""
+        if path.endswith("_config.py"):
+            wrong += config_oracle.judge(text)
+            continue
+        wrong += engine_reading.judge(text, *(other for name, other in patched.items() if name != path))
+        ran = executed.judge(text, before, _upstream(mutant.release, path))
+        wrong += ran.wrong
+        unreached += ran.unreached
+    wrong += config_oracle.across(mutant.release, mutant.files)
+    if wrong:
+        return Judged(mutant, "silent", tuple(wrong))
+    return Judged(mutant, "unproven" if unreached else "routed", tuple(unreached))
+
+
+def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
+    """Return why trlpatch refuses the tree, or the text that would run of each touched file.
+
+    What `trlpatch check` does with a directory, without its files that are as upstream's.
+    """
+    install, targets, _ = _release(mutant.release)
+    refusals: list[str] = []
+    patched: dict[str, str] = {}
+    for path, text in mutant.files.items():
+        source = targets.get(path)
+        if text is None:
+            if source is not None:
+                refusals.append(f"{path} is not there")
+            continue
+        if source is None:
+            patched[path] = text
+            continue
+        rewritten = rewrite(dataclasses.replace(source, text=text), install.release)
+        refusals += [f"{outcome.patch}: {outcome.reason}" for outcome in rewritten.failed]
+        patched[path] = rewritten.text
+    return refusals, patched
+
+
+@cache
+def _release(release: str) -> tuple[TrlInstall, dict[str, SourceFile], int]:
+    install = find_trl(hosts.tree_of(release))
+    return install, {source.name: source for source in sources(install)}, len(missing(install))
+
+
+def _upstream(release: str, path: str) -> str:
+    try:
+        return hosts.read(release, path)
+    except FileNotFoundError:
+        return ""
+
