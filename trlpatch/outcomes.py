@@ -20,6 +20,9 @@ FIELDS = ".<fields>"
 OUTPUT_CHECK = "output check"
 """Stands for a patch's name where patched text failed a check."""
 
+ENGINE_USE = "engine use"
+"""Stands for a patch's name where the census found a use of an engine, or a lost name, that no patch knows."""
+
 WHOLE_FILE = "every patch"
 """Stands for a patch's name where a file as a whole cannot be used."""
 

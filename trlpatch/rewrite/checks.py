@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from trlpatch.outcomes import MODULE
 from trlpatch.rewrite.edits import HOOKS, MARKER
 from trlpatch.rewrite.outline import Outline
-from trlpatch.source.syntax import blocks, imported_names, loaded_names, stored_names
+from trlpatch.rewrite.scopes import bound_names, free_names, read_names
+from trlpatch.source.syntax import blocks, imported_names
 
 _IMPORT_LINES = frozenset({f"{MARKER}hooks\n", f"import trlpatch.hooks as {HOOKS}\n"})
 
@@ -17,8 +18,9 @@ def problems(upstream: Outline, patched: Outline, touched: frozenset[str]) -> li
     """Return what is wrong with `patched`.
 
     It must compile; differ from upstream only inside `touched`; keep every signature and comment; and use no name
-    that is neither bound nor used in that function upstream. At module level, a statement may only be replaced by one
-    that calls a hook, and no name may be lost.
+    that is neither bound nor used in that scope upstream: what only a lambda or a nested function binds or reads is
+    not known in the function around it. At module level, a statement may only be replaced by one that calls a hook,
+    and no name may be lost.
     """
     try:
         compile(patched.tree, "<patched>", "exec", dont_inherit=True)
@@ -70,7 +72,7 @@ def _inside(upstream: Outline, patched: Outline, touched: frozenset[str]) -> Ite
             continue
         if _signature(original.node) != _signature(function.node):
             yield f"{function.qualname}: the signature changed"
-        unknown = loaded_names(function.node) - loaded_names(original.node) - _bound(function.node) - {HOOKS}
+        unknown = read_names(function.node) - read_names(original.node) - bound_names(function.node) - {HOOKS}
         if unknown:
             yield f"{function.qualname}: {', '.join(sorted(unknown))} is not bound there"
         lost = _comments(upstream, original.first, original.last) - _comments(patched, function.first, function.last)
@@ -96,9 +98,9 @@ def _simple(body: list[ast.stmt]) -> list[ast.stmt]:
 
 def _at_module_level(upstream: Outline, patched: Outline, replaced: list[tuple[ast.stmt, ast.stmt]]) -> Iterator[str]:
     for old, new in replaced:
-        if HOOKS not in loaded_names(new):
+        if HOOKS not in free_names([new]):
             yield f"{MODULE}: line {new.lineno} changed and calls no hook"
-        if unknown := loaded_names(new) - loaded_names(old) - {HOOKS}:
+        if unknown := free_names([new]) - free_names([old]) - {HOOKS}:
             yield f"{MODULE}: {', '.join(sorted(unknown))} is not used there upstream"
     lost = _bound_by_imports(upstream) - _bound_by_imports(patched) if replaced else set()
     targets = [target for _, new in replaced for target in getattr(new, "targets", [])]
@@ -113,10 +115,6 @@ def _bound_by_imports(file: Outline) -> set[str]:
 
 def _signature(node: ast.FunctionDef) -> str:
     return f"{ast.dump(node.args)}{[ast.dump(decorator) for decorator in node.decorator_list]}"
-
-
-def _bound(node: ast.FunctionDef) -> set[str]:
-    return stored_names(node) | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 
 def _comments(file: Outline, first: int, last: int) -> set[str]:

@@ -23,10 +23,6 @@ MARKER = "# trlpatch: "
 """Every edited or inserted statement has this comment above it, with the patch's name."""
 
 
-ENGINE = rf"\b({'|'.join(ENGINE_ATTRIBUTES)})\."
-"""Regular expression for what precedes a method that is called on an engine."""
-
-
 class PatchTransformer(cst.CSTTransformer):
     """Base of a patch's transformer; it sees one statement and counts the anchors it consumes.
 
@@ -70,6 +66,32 @@ def calls_hook(statement: ast.stmt | None, name: str) -> bool:
 def is_hook_call(node: ast.expr, name: str) -> bool:
     """Tell whether an `ast` expression is a call of the hook `name`."""
     return isinstance(node, ast.Call) and ast.unparse(node.func) == f"{HOOKS}.{name}"
+
+
+def engine_call(node: ast.AST, *methods: str) -> ast.Call | None:
+    """Return `node` if it calls one of `methods` on an attribute or a name that holds an engine."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in methods):
+        return None
+    return node if last_name(node.func.value) in ENGINE_ATTRIBUTES else None
+
+
+def last_name(node: ast.AST | None) -> str:
+    """Return `c` for the expression `a.b.c` or for the name `c`, else an empty text."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls(node: ast.AST, name: str) -> bool:
+    """Tell whether `node` is a call of the class or function `name`, also as `module.name(...)`."""
+    return isinstance(node, ast.Call) and last_name(node.func) == name
+
+
+def imports_from(node: ast.AST, module: str, name: str = "") -> bool:
+    """Tell whether `node` is `from <module> import ...`, of `name` if one is given."""
+    if not isinstance(node, ast.ImportFrom) or node.module != module or node.level:
+        return False
+    return not name or any(alias.name == name for alias in node.names)
 
 
 def before(file: Outline, function: Function, statement: ast.stmt, anchor: Anchor, statements: str) -> Insertion:

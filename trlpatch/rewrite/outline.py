@@ -10,6 +10,7 @@ import ast
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import libcst as cst
 
@@ -17,6 +18,9 @@ from trlpatch.outcomes import FIELDS, MODULE
 from trlpatch.source.syntax import blocks
 
 _WRAPPER = "class _:\n"
+
+_SIGNS = (ast.Call, ast.Expr, ast.Assign, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef)
+"""Types of nodes that a sign of an anchor can be; one in three hundred lines is, so others are not asked."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,26 @@ class Outline:
     module: Function
     import_line: int
 
+    @cached_property
+    def nodes(self) -> tuple[ast.stmt | ast.expr, ...]:
+        """Every node of the file that the sign of an anchor can be, in whatever class, function or block it stands."""
+        return tuple(node for node in ast.walk(self.tree) if isinstance(node, _SIGNS))
+
+    def matching(self, sign: Callable[[ast.AST], bool] | None) -> Iterator[ast.stmt | ast.expr]:
+        """Yield the nodes that the sign of an anchor accepts."""
+        if sign is not None:
+            yield from (node for node in self.nodes if sign(node))
+
+    @cached_property
+    def prose(self) -> frozenset[int]:
+        """Lines of docstrings and of other strings that are statements."""
+        strings = (n for n in self.nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+        return frozenset(line for n in strings for line in range(n.lineno, (n.end_lineno or n.lineno) + 1))
+
+    def scope(self, line: int) -> tuple[str, int]:
+        """Return the innermost class or function around a line and its own first line; ("", 0) at module level."""
+        return next(reversed([*_scopes(self.tree.body, line, "")]), ("", 0))
+
     def text(self, first: int, last: int) -> str:
         """Return lines `first` to `last`, both included."""
         return "".join(self.lines[first - 1 : last])
@@ -187,6 +211,19 @@ def _function(qualname: str, node: ast.FunctionDef) -> Function:
 def _parameters(node: ast.FunctionDef) -> frozenset[str]:
     every = node.args
     return frozenset(arg.arg for arg in [*every.posonlyargs, *every.args, *every.kwonlyargs])
+
+
+def _scopes(body: list[ast.stmt], line: int, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yield the classes and functions around a line, outer ones first."""
+    for statement in body:
+        if not statement.lineno <= line <= (statement.end_lineno or statement.lineno):
+            continue
+        inner = prefix
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            inner = f"{prefix}{statement.name}."
+            yield f"{prefix}{statement.name}", statement.lineno
+        for block in blocks(statement):
+            yield from _scopes(block, line, inner)
 
 
 def _import_line(tree: ast.Module) -> int:

@@ -70,6 +70,12 @@ class Patch:
         """Names of the targets this patch has a variant for."""
         return frozenset(variant.target for variant in self.variants)
 
+    @cached_property
+    def signs(self) -> tuple[Anchor, ...]:
+        """The anchors of all variants that have a sign, each once."""
+        every = (anchor for variant in self.variants for anchor in variant.anchors if anchor.sign is not None)
+        return tuple(dict.fromkeys(every))
+
     def variant(self, target: str, release: Release) -> Variant | None:
         """Return the variant for `target` in `release`, if there is one."""
         return next((v for v in self.variants if v.target == target and release in v.trl), None)

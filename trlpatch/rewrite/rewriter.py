@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from trlpatch.outcomes import OUTPUT_CHECK, Drift, Outcome
 from trlpatch.rewrite.anchor import Anchor
+from trlpatch.rewrite.census.findings import in_target
 from trlpatch.rewrite.checks import problems
 from trlpatch.rewrite.edits import HOOKS, MARKER
 from trlpatch.rewrite.outline import Function, Outline, Region, outline
@@ -54,21 +55,30 @@ def rewrite(
 ) -> Rewritten:
     """Return `source` with every patch that applies to it in `release`, of the optional ones those in `asked_for`.
 
-    Never raises for drift or a failed check: the outcome says so and the text is upstream's.
+    Never raises for drift, a failed check or a use of an engine that no patch knows: the outcome says so and the text
+    is upstream's.
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.
         SyntaxError: `source` is not Python.
     """
-    return apply_plan(source, plan(source.target, release, skip, asked_for))
+    steps = plan(source.target, release, skip, asked_for)
+    result, upstream, patched = _apply(source, steps)
+    unknown = [] if result.failed else in_target(source, release, steps, upstream, patched)
+    return Rewritten(source, source.text, (*result.outcomes, *unknown), ()) if unknown else result
 
 
 def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:
-    """Return `source` with `steps` applied, or its own text if one of them failed.
+    """Return `source` with `steps` applied, or its own text if one of them failed; without the census of `rewrite`.
 
     Raises:
         SyntaxError: `source` is not Python.
     """
+    return _apply(source, steps)[0]
+
+
+def _apply(source: SourceFile, steps: Plan) -> tuple[Rewritten, Outline, Outline]:
+    """Return the result, and the outlines of upstream's text and of the result's."""
     upstream = outline(source.text, source.target.classes)
     edits = _Edits(upstream, steps)
     outcomes = [_applied(source, upstream, edits, step) for step in steps.steps]
@@ -76,12 +86,13 @@ def apply_plan(source: SourceFile, steps: Plan) -> Rewritten:
     absent = (_skipped(source, upstream, skip) for skip in steps.absent)
     outcomes += [outcome for outcome in absent if outcome.status == "failed"]
     if any(outcome.status == "failed" for outcome in outcomes):
-        return Rewritten(source, source.text, tuple(outcomes), ())
+        return Rewritten(source, source.text, tuple(outcomes), ()), upstream, upstream
     text = edits.splice()
-    if problems_found := _check(source, upstream, edits, text):
-        outcomes += [_failed_check(source, problem) for problem in problems_found]
-        return Rewritten(source, source.text, tuple(outcomes), (), rejected=text)
-    return Rewritten(source, text, tuple(outcomes), edits.touched)
+    patched, found = _checked(source, upstream, edits, text)
+    if found:
+        outcomes += [_failed_check(source, problem) for problem in found]
+        return Rewritten(source, source.text, tuple(outcomes), (), rejected=text), upstream, upstream
+    return Rewritten(source, text, tuple(outcomes), edits.touched), upstream, patched
 
 
 class _Edits:
@@ -183,32 +194,29 @@ def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Ou
 
 def _skipped(source: SourceFile, file: Outline, skip: Skip) -> Outcome:
     target, patch = source.target.name, skip.patch.name
-    for anchor in {a for variant in skip.patch.variants for a in variant.anchors if a.strict and skip.forbids}:
-        line = _first_line(file, anchor.strict)
-        if line:
+    for anchor in skip.patch.signs if skip.forbids else ():
+        node = next(file.matching(anchor.sign), None)
+        if node is not None:
             reason = f"{anchor.name}: expected 0, because {skip.reason}, found one"
-            return Outcome(target, patch, "failed", reason, drift=_drift(source, file, anchor, 0, 1, line))
+            return Outcome(target, patch, "failed", reason, drift=_drift(source, file, anchor, 0, 1, node.lineno))
     return Outcome(target, patch, "skipped", skip.reason)
 
 
 def _lines_like(file: Outline, pattern: str) -> list[int]:
     search = re.compile(pattern).search
-    return [n for n, line in enumerate(file.lines, 1) if search(line) and not line.lstrip().startswith("#")]
-
-
-def _first_line(file: Outline, pattern: str) -> int:
-    return next(iter(_lines_like(file, pattern)), 0)
+    code = ((n, line) for n, line in enumerate(file.lines, 1) if n not in file.prose)
+    return [n for n, line in code if search(line) and not line.lstrip().startswith("#")]
 
 
 def _drift(source: SourceFile, file: Outline, anchor: Anchor, expected: int, found: int, line: int) -> Drift:
     alike = _lines_like(file, anchor.hint)
     nearest = min(alike, key=lambda candidate: abs(candidate - line), default=0) if line else next(iter(alike), 0)
     around = line or nearest
-    function = next((f for f in file.functions if f.first <= around <= f.last), None)
+    qualname, first = file.scope(around) if around else ("", 0)
     return Drift(
         file=str(source.path),
-        line=function.first if function else max(around, 1),
-        qualname=function.qualname if function else ", ".join(source.target.classes) or "module",
+        line=first or max(around, 1),
+        qualname=qualname or ", ".join(source.target.classes) or "module",
         anchor=anchor.name,
         expected=expected,
         found=found,
@@ -216,16 +224,17 @@ def _drift(source: SourceFile, file: Outline, anchor: Anchor, expected: int, fou
     )
 
 
-def _check(source: SourceFile, upstream: Outline, edits: _Edits, text: str) -> list[str]:
+def _checked(source: SourceFile, upstream: Outline, edits: _Edits, text: str) -> tuple[Outline, list[str]]:
+    """Return the outline of the patched text, and what is wrong with it."""
     if not edits.hits:
-        return []
+        return upstream, []
     try:
         patched = outline(text, source.target.classes)
     except SyntaxError as error:
-        return [f"does not parse: {error}"]
+        return upstream, [f"does not parse: {error}"]
     second = _Edits(patched, edits.plan)
     again = [f"{name} is not idempotent" for name, counter in second.found.items() if counter]
-    return [*again, *problems(upstream, patched, frozenset(edits.touched))]
+    return patched, [*again, *problems(upstream, patched, frozenset(edits.touched))]
 
 
 def _failed_check(source: SourceFile, problem: str) -> Outcome:

@@ -10,15 +10,16 @@ from __future__ import annotations
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import HOOKS, PatchTransformer, bound_to_hook, imports
+from trlpatch.rewrite.edits import HOOKS, PatchTransformer, bound_to_hook, imports, imports_from
 from trlpatch.rewrite.patch import Patch, variants
 
+_MODULE = "transformers.utils.import_utils"
 _NAME = "_is_package_available"
 
 IMPORT = Anchor(
     "package_check_import",
     hint=r"_is_package_available",
-    strict=r"from transformers\.utils\.import_utils import .*\b_is_package_available\b",
+    sign=lambda node: imports_from(node, _MODULE, _NAME),
     prefilter=(f"import {_NAME}",),
     at_module_level=True,
 )
@@ -30,7 +31,7 @@ class PackageChecks(PatchTransformer):
     def leave_ImportFrom(
         self, original_node: cst.ImportFrom, updated_node: cst.ImportFrom
     ) -> cst.ImportFrom | cst.Assign:
-        if not imports(updated_node, "transformers.utils.import_utils", _NAME):
+        if not imports(updated_node, _MODULE, _NAME):
             return updated_node
         self.hits[IMPORT] += 1
         return bound_to_hook(cst.Attribute(cst.Name(HOOKS), cst.Name("is_package_available")), _NAME)

@@ -6,26 +6,29 @@
 
 from __future__ import annotations
 
+import ast
+
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
 from trlpatch.rewrite.edits import PatchTransformer, dotted, hook
 from trlpatch.rewrite.patch import Patch, variants
 
+_FUNCTION = "get_cached_tokenizer"
 _MODULE = "vllm.transformers_utils.tokenizer"
 
 IMPORT = Anchor(
     "tokenizer_import",
     hint=r"transformers_utils",
-    strict=r"import vllm\.transformers_utils\.tokenizer",
+    sign=lambda node: isinstance(node, ast.Import) and any(alias.name == _MODULE for alias in node.names),
     prefilter=(f"import {_MODULE}",),
     at_module_level=True,
 )
 OVERWRITE = Anchor(
     "tokenizer_overwrite",
-    hint=r"get_cached_tokenizer",
-    strict=r"vllm\.transformers_utils\.tokenizer\.get_cached_tokenizer =",
-    prefilter=(f"{_MODULE}.get_cached_tokenizer =",),
+    hint=_FUNCTION,
+    sign=lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == f"{_MODULE}.{_FUNCTION}",
+    prefilter=(f"{_MODULE}.{_FUNCTION} =",),
     at_module_level=True,
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import PatchTransformer, bound_to_hook, hook, imports
+from trlpatch.rewrite.edits import PatchTransformer, bound_to_hook, hook, imports, imports_from
 from trlpatch.rewrite.patch import Patch, variants
 
 MODULE = "vllm.distributed.weight_transfer.nccl_engine"
@@ -18,7 +18,7 @@ NAMES = ("NCCLTrainerSendWeightsArgs", "NCCLWeightTransferEngine")
 IMPORT = Anchor(
     "sender_import",
     hint=r"nccl_engine",
-    strict=r"^\s*from vllm\.distributed\.weight_transfer\.nccl_engine import",
+    sign=lambda node: imports_from(node, MODULE),
     prefilter=("NCCLTrainerSendWeightsArgs",),
     at_module_level=True,
 )

@@ -10,13 +10,13 @@ from __future__ import annotations
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import PatchTransformer, bound_to_hook, hook, imports
+from trlpatch.rewrite.edits import PatchTransformer, bound_to_hook, hook, imports, imports_from
 from trlpatch.rewrite.patch import Patch, variants
 
 IMPORT = Anchor(
     "adapter_import",
     hint=r"\brequests\b",
-    strict=r"^from requests\.adapters import",
+    sign=lambda node: imports_from(node, "requests.adapters"),
     prefilter=("from requests.adapters import",),
     at_module_level=True,
 )

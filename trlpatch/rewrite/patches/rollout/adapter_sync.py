@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Iterator
+from itertools import takewhile
 
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import Insertion, PatchTransformer, after, before, hook, is_hook_call
+from trlpatch.rewrite.edits import (
+    Insertion,
+    PatchTransformer,
+    after,
+    before,
+    calls,
+    hook,
+    is_hook_call,
+    last_name,
+)
 from trlpatch.rewrite.outline import Function, Outline
 from trlpatch.rewrite.patch import Patch, exemptions, variants
 from trlpatch.trl_names import SYNC_METHODS
@@ -21,14 +31,17 @@ from trlpatch.trl_names import SYNC_METHODS
 SYNC = Anchor(
     "sync_method",
     hint=r"def \w*(sync|vllm)\w*\(",
-    strict=rf"def ({'|'.join(SYNC_METHODS)})\(",
+    sign=lambda node: isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _syncs(node),
 )
 PUSH = Anchor(
     "state_dict_push",
     hint=r"\.load_weights\(",
-    strict=r"\.load_weights\(.*\.state_dict\(\)",
+    sign=lambda node: isinstance(node, ast.Expr) and _loads_state_dict(node.value),
     prefilter=(".load_weights(",),
 )
+
+# Behind a statement that may push: returning before this wake leaves it out, returning after it comes after the push.
+LATE_WAKE = Anchor("wake_behind_push", hint=r"wake_up\(")
 
 _IN_VLLM_GENERATION = "weights are synchronised in VLLMGeneration"
 
@@ -36,18 +49,48 @@ _IN_VLLM_GENERATION = "weights are synchronised in VLLMGeneration"
 def insertions(file: Outline, expected: Collection[Anchor]) -> Iterator[Insertion]:
     """Return early from the sync method, after a leading wake."""
     for function in file.functions:
-        handed_over = any(isinstance(s, ast.If) and is_hook_call(s.test, "hand_over") for s in function.body)
-        if function.name in SYNC_METHODS and not handed_over:
+        if _syncs(function.node):
             yield _early_return(file, function)
+
+
+def _syncs(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Tell whether this is a sync method that does not return early yet."""
+    handed_over = any(isinstance(s, ast.If) and is_hook_call(s.test, "hand_over") for s in function.body)
+    return function.name in SYNC_METHODS and not handed_over
 
 
 def _early_return(file: Outline, function: Function) -> Insertion:
     statements = "if _trlpatch.hand_over(self):\n    return"
-    wakes = [s for s in function.body if isinstance(s, ast.If) and ".wake_up(" in ast.unparse(s)]
-    wakes += [s for s in function.body if isinstance(s, ast.If) and "_trlpatch.wake_up(" in ast.unparse(s)]
+    leading = list(takewhile(_leads, function.body))
+    late = next((s for s in function.body[len(leading) :] if _wakes(s)), None)
+    if late is not None:
+        return before(file, function, late, LATE_WAKE, statements)
+    wakes = [s for s in leading if _wakes(s)]
     if wakes:
         return after(file, function, wakes[-1], SYNC, statements)
     return before(file, function, function.body[0], SYNC, statements)
+
+
+def _leads(statement: ast.stmt) -> bool:
+    """Tell whether a statement may precede the early return: it binds names, or is an `if` that wakes the engine."""
+    if isinstance(statement, ast.If) and _wakes(statement):
+        return not statement.orelse
+    return _binds(statement) and not _wakes(statement)
+
+
+def _binds(statement: ast.stmt) -> bool:
+    # GOLD (0.25-0.29) binds `gather_if_zero3` in both branches of an `if` first.
+    if isinstance(statement, ast.If):
+        return all(map(_binds, [*statement.body, *statement.orelse]))
+    return isinstance(statement, ast.Assign | ast.AnnAssign | ast.Import | ast.ImportFrom)
+
+
+def _wakes(statement: ast.stmt) -> bool:
+    return any(calls(node, "wake_up") for node in ast.walk(statement))
+
+
+def _loads_state_dict(node: ast.expr) -> bool:
+    return calls(node, "load_weights") and any(last_name(inner) == "state_dict" for inner in ast.walk(node))
 
 
 class GuardedPush(PatchTransformer):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import PatchTransformer, hook
+from trlpatch.rewrite.edits import PatchTransformer, calls, hook
 from trlpatch.rewrite.patch import Patch, exemptions, variants
 
 CONSTRUCTOR = Anchor(
     "engine_constructor",
     hint=r"LLM\w*\(",
-    strict=r"(?<![\w.])LLM\(",
+    sign=lambda node: calls(node, "LLM"),
     prefilter=("LLM(",),
 )
 

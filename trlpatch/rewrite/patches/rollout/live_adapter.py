@@ -6,20 +6,36 @@ from the base model without an error, so the number of calls is pinned for every
 
 from __future__ import annotations
 
+import ast
+
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import ENGINE, PatchTransformer, engine_method, hook, is_hook, keyword, with_keyword
+from trlpatch.rewrite.edits import (
+    PatchTransformer,
+    engine_call,
+    engine_method,
+    hook,
+    is_hook,
+    is_hook_call,
+    keyword,
+    with_keyword,
+)
 from trlpatch.rewrite.patch import Patch, exemptions, variants
 
 ROLLOUT = Anchor(
     "rollout_call",
     hint=r"\.(generate|chat)\(",
-    strict=ENGINE + r"(generate|chat)\(",
+    sign=lambda node: (call := engine_call(node, "generate", "chat")) is not None and not requests_adapter(call),
     prefilter=(".generate(", ".chat("),
 )
 
 _IN_VLLM_GENERATION = "rollouts run in VLLMGeneration"
+
+
+def requests_adapter(call: ast.Call) -> bool:
+    """Tell whether a rollout call carries the adapter being trained."""
+    return any(word.arg == "lora_request" and is_hook_call(word.value, "lora_request") for word in call.keywords)
 
 
 class LiveAdapter(PatchTransformer):

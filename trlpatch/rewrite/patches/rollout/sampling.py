@@ -10,19 +10,19 @@ from __future__ import annotations
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import PatchTransformer, hook
+from trlpatch.rewrite.edits import PatchTransformer, calls, hook
 from trlpatch.rewrite.patch import Patch, variants
 
 PARAMS = Anchor(
     "sampling_params",
     hint=r"SamplingParams",
-    strict=r"(?<!\w)SamplingParams\(",
+    sign=lambda node: calls(node, "SamplingParams"),
     prefilter=("SamplingParams(",),
 )
 GENERATION = Anchor(
     "vllm_generation",
     hint=r"VLLMGeneration",
-    strict=r"=\s*VLLMGeneration\(",
+    sign=lambda node: calls(node, "VLLMGeneration"),
     prefilter=("VLLMGeneration(",),
 )
 

@@ -16,27 +16,35 @@ from collections.abc import Collection, Iterator, Sequence
 import libcst as cst
 
 from trlpatch.rewrite.anchor import Anchor
-from trlpatch.rewrite.edits import ENGINE, Insertion, PatchTransformer, after, calls_hook, engine_method, hook
+from trlpatch.rewrite.edits import Insertion, PatchTransformer, after, calls_hook, engine_call, engine_method, hook
 from trlpatch.rewrite.outline import Outline
 from trlpatch.rewrite.patch import Patch, exemptions, variants
 from trlpatch.source.syntax import nested_blocks
 from trlpatch.trl_names import ENGINE_ATTRIBUTES
 
-SLEEP = Anchor("sleep_call", hint=r"\bsleep\(", strict=ENGINE + r"sleep\(", prefilter=(".sleep(",))
-WAKE = Anchor("wake_call", hint=r"wake_up\(", strict=ENGINE + r"wake_up\(", prefilter=(".wake_up(",))
+SLEEP = Anchor(
+    "sleep_call", hint=r"\bsleep\(", sign=lambda node: engine_call(node, "sleep") is not None, prefilter=(".sleep(",)
+)
+WAKE = Anchor(
+    "wake_call",
+    hint=r"wake_up\(",
+    sign=lambda node: engine_call(node, "wake_up") is not None,
+    prefilter=(".wake_up(",),
+)
 RELOAD = Anchor(
     "reload_call",
     hint=r"reload_weights",
-    strict=ENGINE + r"collective_rpc\(\s*[\"']reload_weights",
+    sign=lambda node: (call := engine_call(node, "collective_rpc")) is not None and reloads(call),
     prefilter=(".collective_rpc(",),
 )
-UNSLEPT = Anchor(
-    "rollout_without_sleep",
-    hint=r"\.(generate|chat)\(",
-    strict=ENGINE + r"(generate|chat)\(",
-)
+UNSLEPT = Anchor("rollout_without_sleep", hint=r"\.(generate|chat)\(")
 
 _IN_VLLM_GENERATION = "the engine sleeps in VLLMGeneration"
+
+
+def reloads(call: ast.Call) -> bool:
+    """Tell whether `collective_rpc` is called for `reload_weights`."""
+    return bool(call.args) and isinstance(call.args[0], ast.Constant) and call.args[0].value == "reload_weights"
 
 
 class Sleep(PatchTransformer):

@@ -1,0 +1,100 @@
+"""Census of a patched target and of TRL's other modules: each finding as the outcome of a check, with its place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from trlpatch.outcomes import ENGINE_USE, Drift, Outcome
+from trlpatch.rewrite.census.names import lost_names
+from trlpatch.rewrite.census.uses import Use, unknown_uses
+from trlpatch.rewrite.census.vocabulary import MENTIONED, OWN_PROCESS
+from trlpatch.rewrite.outline import Outline, outline
+from trlpatch.rewrite.plan import Plan
+from trlpatch.source.locate import SourceFile, TrlInstall
+from trlpatch.source.releases import Release
+from trlpatch.source.targets import TARGETS
+
+TARGET_ADVICE = "a patch has to learn this form; until then this target and those coupled to it can only stay stock"
+MODULE_ADVICE = (
+    "rollouts made here would not carry the LoRA adapter: do not train on an engine with what this module defines; "
+    'on_drift="stock" patches the rest and warns'
+)
+
+
+def in_target(source: SourceFile, release: Release, steps: Plan, upstream: Outline, patched: Outline) -> list[Outcome]:
+    """Return which uses of an engine are of no known form in patched text, and which names the target lost."""
+    stock = frozenset(skip.patch.name for skip in steps.skips if not skip.forbids)
+    target = source.target
+    found = [*unknown_uses(patched.tree, stock)] if _mentions("".join(patched.lines)) else []
+    found += _left_over(steps, patched)
+    if "live_adapter" not in stock:
+        found += lost_names(target.name, release, target.classes, patched.tree)
+    lines = _upstream_lines(upstream.lines, patched.lines) if found else []
+    return [
+        _outcome(target.name, str(source.path), upstream, Use(lines[use.line - 1], use.what), TARGET_ADVICE)
+        for use in dict.fromkeys(found)
+    ]
+
+
+def in_module(text: str, name: str, path: str = "") -> list[Outcome]:
+    """Return what `text`, a file of TRL that is no target, does with an engine in no known form.
+
+    Args:
+        name: path inside the distribution, with slashes: `trl/experimental/dppo/dppo_trainer.py`.
+        path: where it is on this machine, for the message.
+    """
+    if not _mentions(text):
+        return []
+    try:
+        file = outline(text, ())
+    except SyntaxError:  # it cannot be imported, so it uses nothing
+        return []
+    return [_outcome(name, path or name, file, use, MODULE_ADVICE) for use in unknown_uses(file.tree, None)]
+
+
+def in_modules(install: TrlInstall) -> list[Outcome]:
+    """Return the findings of `in_module` for all modules of this TRL but targets and those of `OWN_PROCESS`."""
+    found: list[Outcome] = []
+    for path in module_files(install):
+        name = f"trl/{path.relative_to(install.root).as_posix()}"
+        found += in_module(path.read_bytes().decode(errors="replace"), name, str(path))
+    return found
+
+
+def module_files(install: TrlInstall) -> list[Path]:
+    """Return the files that `in_modules` reads, sorted."""
+    known = {entry.module for entry in OWN_PROCESS if install.release in entry.trl}
+    locations = (target.location(install.release) for target in TARGETS.values() if target.kind != "support")
+    known |= {location.file for location in locations if location is not None}
+    return sorted(
+        path for path in install.root.rglob("*.py") if path.relative_to(install.root).as_posix() not in known
+    )
+
+
+def _mentions(text: str) -> bool:
+    return MENTIONED.search(text) is not None
+
+
+def _left_over(steps: Plan, patched: Outline) -> Iterator[Use]:
+    """Yield the anchors that patches left as they were, because they stand where patches do not look."""
+    for step in steps.steps:
+        for anchor in step.patch.signs:
+            for node in patched.matching(anchor.sign):
+                yield Use(node.lineno, f"{step.patch.name} does not reach this {anchor.name.replace('_', ' ')}")
+
+
+def _outcome(target: str, path: str, file: Outline, use: Use, advice: str) -> Outcome:
+    qualname, _ = file.scope(use.line)
+    line = f"{use.line}: {file.lines[use.line - 1].strip()}" if file.lines else ""
+    drift = Drift(path, use.line, qualname or "module", ENGINE_USE, 0, 1, line)
+    return Outcome(target, ENGINE_USE, "failed", f"{use.what}; {advice}", drift=drift)
+
+
+def _upstream_lines(upstream: Sequence[str], patched: Sequence[str]) -> list[int]:
+    """Return, for every line of the patched text, the line of upstream's that it stands for."""
+    lines: list[int] = []
+    for _, low, high, start, end in difflib.SequenceMatcher(None, upstream, patched, autojunk=False).get_opcodes():
+        lines += [min(low + offset, max(high - 1, low)) + 1 for offset in range(end - start)]
+    return [min(line, len(upstream)) for line in lines]
