@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every mutant; without it, each kind once per release")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write every verdict with its reasons here")
+    parser.add_argument("--json", type=Path, help="write every verdict with its reasons here, a line each")
     parser.add_argument("--list", action="store_true", help="print the kinds and stop")
     parser.add_argument("--show", type=int, default=20, help="how many faults to print with their change")
     options = parser.parse_args(arguments)
@@ -34,13 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = mutants.sample(chosen, options.sample, options.seed)
     elif not options.all:
         chosen = mutants.thinned(chosen, options.seed)
-    judged = campaign.run(chosen, options.processes)
+    judged = list(campaign.saved(campaign.run(chosen, options.processes), options.json))
     faults = [one for one in judged if one.verdict in campaign.FAULTS]
     for one in faults[: options.show]:
         print(campaign.explained(one))
     print(campaign.table(judged))
-    if options.json:
-        campaign.save(judged, options.json)
     return 1 if faults else 0
 
 

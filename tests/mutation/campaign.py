@@ -6,7 +6,8 @@ import difflib
 import json
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from tests.mutation import hosts
@@ -16,12 +17,13 @@ from tests.mutation.verdicts import VERDICTS, Judged, judge
 FAULTS = ("silent", "false alarm")
 
 
-def run(mutants: list[Mutant], processes: int = 1) -> list[Judged]:
+def run(mutants: list[Mutant], processes: int = 1) -> Iterator[Judged]:
     """Judge all mutants, in their order."""
     if processes == 1:
-        return [safely(mutant) for mutant in mutants]
+        yield from map(safely, mutants)
+        return
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return pool.map(safely, mutants, chunksize=16)
+        yield from pool.imap(safely, mutants, chunksize=8)
 
 
 def safely(mutant: Mutant) -> Judged:
@@ -69,19 +71,19 @@ def explained(judged: Judged) -> str:
     return f"{judged.verdict}: {judged.mutant.name}\n{reasons}{diff(judged.mutant)}"
 
 
-def save(judged: Iterable[Judged], path: Path) -> None:
-    """Write every verdict as JSON; with its change where it is a fault or unproven."""
-    rows = [
-        {
-            "kind": j.mutant.kind,
-            "category": j.mutant.category,
-            "release": j.mutant.release,
-            "host": j.mutant.host,
-            "number": j.mutant.number,
-            "verdict": j.verdict,
-            "reasons": list(j.reasons),
-            **({"diff": diff(j.mutant)} if j.verdict in (*FAULTS, "unproven") else {}),
-        }
-        for j in judged
-    ]
-    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+def saved(judged: Iterable[Judged], path: Path | None) -> Iterator[Judged]:
+    """Yield every verdict, and write it as a line of JSON; with its change where it is a fault or unproven."""
+    with path.open("w", encoding="utf-8") if path else nullcontext() as file:
+        for one in judged:
+            row = {
+                "mutant": one.mutant.name,
+                "kind": one.mutant.kind,
+                "category": one.mutant.category,
+                "release": one.mutant.release,
+                "verdict": one.verdict,
+                "reasons": list(one.reasons),
+                **({"diff": diff(one.mutant)} if one.verdict in (*FAULTS, "unproven") else {}),
+            }
+            if file:
+                print(json.dumps(row), file=file, flush=True)
+            yield one

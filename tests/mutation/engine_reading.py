@@ -6,9 +6,11 @@ Shares no code with trlpatch. What the executed oracle cannot reach (a branch, a
 from __future__ import annotations
 
 import ast
+import copy
+import re
 from collections.abc import Iterator
 
-from tests.mutation.hosts import ENGINES, SYNCS
+from tests.mutation.hosts import ENGINES, SYNCS, parsed
 
 HOOKS = "_trlpatch"
 ON_ENGINE = frozenset({"lora_request", "sleep", "wake_up", "reload_weights"})
@@ -19,10 +21,45 @@ PUSHES = frozenset({"load_weights", "update_weights", "load_state_dict", "apply_
 ENGINE_CLASSES = frozenset({"LLM", "LLMEngine", "AsyncLLM", "AsyncLLMEngine", "EngineCore", "EngineCoreClient"})
 
 
+WORDS = (*ENGINES, *ENGINE_CLASSES, *PUSHES, "vllm", HOOKS)
+DEFINED = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 def judge(text: str, *others: str) -> list[str]:
     """Return what is wrong with `text`; `others` are texts of files that may call its sync helpers."""
-    reading = _Reading(ast.parse(text), [ast.parse(other) for other in others])
+    reading = _Reading(_relevant(text), [parsed(other) for other in others])
     return [*reading.engines(), *reading.classes(), *reading.pushes()]
+
+
+def _relevant(text: str) -> ast.Module:
+    """Parse `text`, and keep the statements that name an engine or push, or a function that does; walking is dear."""
+    lines = text.splitlines()
+    every = [
+        (owner, node, "\n".join(lines[_first(node) - 1 : node.end_lineno]))
+        for owner in parsed(text).body
+        for node in (owner.body if isinstance(owner, ast.ClassDef) else [owner])
+    ]
+    words, known = set(WORDS), 0
+    while len(words) != known:
+        known = len(words)
+        search = re.compile(rf"\b({'|'.join(sorted(words))})\b").search
+        kept = [(owner, node, chunk) for owner, node, chunk in every if search(chunk)]
+        pushing = re.compile(rf"\b({'|'.join(sorted((words - set(WORDS)) | PUSHES))})\b").search
+        words |= {d.name for _, node, chunk in kept if pushing(chunk) for d in ast.walk(node) if isinstance(d, DEFINED)}
+    found: dict[ast.stmt, ast.stmt] = {}
+    for owner, node, _ in kept:
+        if isinstance(owner, ast.ClassDef):
+            if owner not in found:
+                found[owner] = copy.copy(owner)
+                found[owner].body = []  # type: ignore[attr-defined]
+            found[owner].body.append(node)  # type: ignore[attr-defined]
+        else:
+            found[owner] = owner
+    return ast.Module(list(found.values()), [])
+
+
+def _first(node: ast.stmt) -> int:
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
 
 
 class _Reading:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import copy
 import functools
 import inspect
+import io
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any
 
-from tests.mutation.hosts import ENGINES, SYNCS
+from tests.mutation.hosts import ENGINES, SYNCS, parsed
 from tests.mutation.stub_imports import Event, Recorder, StubHooks, StubObject, _is_engine, importer
 
 REQUESTS = frozenset(
@@ -65,6 +69,8 @@ def judge(patched: str, mutant: str, upstream: str) -> Verdict:
         try:
             ours = _Run(patched, known, condition)
             stock = _Run(mutant, known, condition)
+        except SyntaxError:
+            raise
         except Exception as error:  # noqa: BLE001
             verdict.unreached.append(f"the module cannot be executed: {type(error).__name__}: {error}")
             return verdict
@@ -149,8 +155,10 @@ def _sequence(events: list[Event]) -> list[str]:
 def hook_calls(text: str) -> list[ast.Call]:
     """Return the calls of hooks that decide over the engine."""
     names = {f"_trlpatch.{name}" for name in ("lora_request", "hand_over", "sleep", "wake_up", "reload_weights")}
-    calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
-    return [node for node in calls if ast.unparse(node.func) in names]
+    if "_trlpatch." not in text:
+        return []
+    calls = (node for node in ast.walk(parsed(text)) if isinstance(node, ast.Call))
+    return [node for node in calls if isinstance(node.func, ast.Attribute) and ast.unparse(node.func) in names]
 
 
 class _Run:
@@ -165,7 +173,7 @@ class _Run:
             "__builtins__": {**vars(builtins), "__import__": importer(self.recorder, self.hooks)},
             "__file__": "stub_module.py",
         }
-        with time_limit():
+        with time_limit(), warnings.catch_warnings(action="ignore"):
             exec(_compiled(text), namespace)
         self.entries = dict(self._entries(namespace, known))
 
@@ -183,7 +191,7 @@ class _Run:
         owner, function = self.entries[name]
         self.recorder.events = []
         try:
-            with time_limit():
+            with time_limit(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
                 _call(self.recorder, owner, function)
         except Exception as error:  # noqa: BLE001
             self.errors[name] = f"{type(error).__name__}: {error}"
@@ -200,12 +208,12 @@ def _with_builders(text: str) -> ast.Module:
 
     What comes before it in a trainer (datasets, models, rewards) needs real ones.
     """
-    tree = ast.parse(text)
-    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    tree = ast.Module([_copied(node) for node in parsed(text).body], [])
+    lines, search = text.splitlines(keepends=True), re.compile(rf"\b({'|'.join(ENGINES)}|LLM)\b").search
     for node in tree.body:
         methods = [m for m in getattr(node, "body", ()) if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
         for method in methods if isinstance(node, ast.ClassDef) else ():
-            building = [s for s in method.body if _builds(s)]
+            building = [s for s in method.body if search("".join(lines[s.lineno - 1 : s.end_lineno])) and _builds(s)]
             if building:
                 inside = {n.id for s in building for n in ast.walk(s) if isinstance(n, ast.Name)}
                 assigned = {
@@ -213,11 +221,20 @@ def _with_builders(text: str) -> ast.Module:
                 }
                 given = {a.arg for a in ast.walk(method.args) if isinstance(a, ast.arg)}
                 local = {n.id for s in method.body for n in ast.walk(s) if isinstance(n, ast.Name) and not _loads(n)}
-                names = sorted(inside & (given | local & bound) - assigned - {"self"})
+                names = sorted(inside & (given | local) - assigned - {"self"})
                 arguments = ast.arguments([], [ast.arg(name) for name in ["self", *names]], None, [], [], None, [])
                 added = ast.FunctionDef("_build", arguments, building, [], None, None, lineno=1)
                 node.body.append(ast.fix_missing_locations(ast.copy_location(added, method)))
     return tree
+
+
+def _copied(node: ast.stmt) -> ast.stmt:
+    """Return a class whose body can be added to; parsed texts are shared."""
+    if not isinstance(node, ast.ClassDef):
+        return node
+    changed = copy.copy(node)
+    changed.body = list(node.body)
+    return changed
 
 
 def _loads(node: ast.Name) -> bool:

@@ -10,7 +10,7 @@ import ast
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 from tests.golden.sources import pinned, unpacked, wheel_cache
@@ -59,6 +59,12 @@ def read(release: str, path: str) -> str:
     return (tree_of(release) / path).read_text(encoding="utf-8")
 
 
+@lru_cache(maxsize=8)
+def parsed(text: str) -> ast.Module:
+    """Return the syntax tree of a text; it is shared, so nobody may change it."""
+    return ast.parse(text)
+
+
 @dataclass(frozen=True)
 class Host:
     """One TRL file; `cls` is empty where it holds functions that take the trainer."""
@@ -74,7 +80,7 @@ class Host:
 
     @cached_property
     def tree(self) -> ast.Module:
-        return ast.parse(self.text)
+        return parsed(self.text)
 
     @cached_property
     def parents(self) -> dict[ast.AST, ast.AST]:

@@ -8,8 +8,10 @@ from functools import cache
 
 from tests.mutation import config_oracle, engine_reading, executed, hosts
 from tests.mutation.mutants import Mutant
+from trlpatch.rewrite.census.findings import in_module
+from trlpatch.rewrite.census.vocabulary import OWN_PROCESS
 from trlpatch.rewrite.rewriter import rewrite
-from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, missing, sources
+from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, sources
 
 VERDICTS = ("killed", "routed", "silent", "false alarm", "unproven", "invalid")
 
@@ -29,12 +31,12 @@ def judge(mutant: Mutant) -> Judged:
     killed: trlpatch refuses it. routed: applied, and both oracles find it right. silent: applied, and one finds it
     wrong. false alarm: harmless and refused. unproven: applied, and a hook was not reached. invalid: not Python.
     """
-    for text in mutant.files.values():
-        try:
+    try:
+        refusals, patched = attempt(mutant)
+        for text in mutant.files.values() if mutant.harmless and refusals else ():
             compile(text or "", "<mutant>", "exec", dont_inherit=True)
-        except SyntaxError as error:
-            return Judged(mutant, "invalid", (str(error),))
-    refusals, patched = attempt(mutant)
+    except SyntaxError as error:
+        return Judged(mutant, "invalid", (str(error),))
     if refusals:
         return Judged(mutant, "false alarm" if mutant.harmless else "killed", tuple(refusals))
     wrong: list[str] = []
@@ -45,7 +47,10 @@ def judge(mutant: Mutant) -> Judged:
             wrong += config_oracle.judge(text)
             continue
         wrong += engine_reading.judge(text, *(other for name, other in patched.items() if name != path))
-        ran = executed.judge(text, before, _upstream(mutant.release, path))
+        try:
+            ran = executed.judge(text, before, _upstream(mutant.release, path))
+        except SyntaxError as error:
+            return Judged(mutant, "invalid", (str(error),))
         wrong += ran.wrong
         unreached += ran.unreached
     wrong += config_oracle.across(mutant.release, mutant.files)
@@ -59,7 +64,8 @@ def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
 
     What `trlpatch check` does with a directory, without its files that are as upstream's.
     """
-    install, targets, _ = _release(mutant.release)
+    install, targets = _release(mutant.release)
+    own_process = {entry.module for entry in OWN_PROCESS if install.release in entry.trl}
     refusals: list[str] = []
     patched: dict[str, str] = {}
     for path, text in mutant.files.items():
@@ -69,7 +75,10 @@ def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
                 refusals.append(f"{path} is not there")
             continue
         if source is None:
-            patched[path] = text
+            # As `in_modules` does with every file of the directory.
+            if path.removeprefix("trl/") not in own_process:
+                refusals += [f"{found.patch}: {found.reason}" for found in in_module(text, path)]
+                patched[path] = text
             continue
         rewritten = rewrite(dataclasses.replace(source, text=text), install.release)
         refusals += [f"{outcome.patch}: {outcome.reason}" for outcome in rewritten.failed]
@@ -78,9 +87,9 @@ def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
 
 
 @cache
-def _release(release: str) -> tuple[TrlInstall, dict[str, SourceFile], int]:
+def _release(release: str) -> tuple[TrlInstall, dict[str, SourceFile]]:
     install = find_trl(hosts.tree_of(release))
-    return install, {source.name: source for source in sources(install)}, len(missing(install))
+    return install, {source.name: source for source in sources(install)}
 
 
 def _upstream(release: str, path: str) -> str:

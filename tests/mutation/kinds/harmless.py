@@ -434,7 +434,7 @@ def transformers_pipeline_elsewhere(on: Host) -> Change:
 def server_script_changes(on: Host) -> Change:
     """TRL's server, a process of its own, gains a call on its engine."""
     path = "trl/scripts/vllm_serve.py"
-    if not (tree_of(on.release) / path).is_file():
+    if not (tree_of(on.release) / path).is_file() or "LLM(" not in read(on.release, path):
         return None
     added = indented("def warm_up(llm):\n    return llm.generate(['a'])\n", 0)
     return {path: f"{read(on.release, path).rstrip()}\n\n\n{added}"}
