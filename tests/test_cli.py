@@ -26,6 +26,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class {name}:
+    use_vllm: bool = field(default=False)
+    vllm_mode: str = field(default="server")
+    vllm_server_host: str = field(default="0.0.0.0")
+    vllm_server_port: int = field(default=8000)
+    vllm_server_base_url: str | None = field(default=None)
+    vllm_tensor_parallel_size: int = field(default=1)
     beta: float = field(default=0.1)
 
     def __post_init__(self):
@@ -43,13 +49,15 @@ if is_vllm_available():
 
 class GRPOTrainer:
     def __init__(self, model, args=None):
+        self.use_vllm, self.vllm_mode = args.use_vllm, args.vllm_mode
         model_init_kwargs = {}
         model_init_kwargs["use_cache"] = model_init_kwargs.get("use_cache")
         model.warnings_issued["estimate_tokens"] = True
         self.llm = LLM(model=model.name_or_path)
 
     def _move_model_to_vllm(self):
-        self.llm.load_weights(self.model)
+        llm_model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        llm_model.load_weights(self.model)
 
     def _generate_and_score_completions(self, prompts):
         sampling_params = SamplingParams(n=1, guided_decoding=None)
@@ -61,14 +69,16 @@ ONLINE_DPO = """
 class OnlineDPOTrainer:
     def __init__(self, model, args=None):
         model.warnings_issued["estimate_tokens"] = True
-        self.llm = LLM(model=model.name_or_path)
+        if args.use_vllm:
+            self.llm = LLM(model=model.name_or_path)
         self.generation_config = SamplingParams(n=2)
 
     def get_train_dataloader(self):
         dataloader_params["worker_init_fn"] = seed_worker
 
     def _generate_vllm(self, model, prompts):
-        self.llm.load_weights(model.state_dict().items())
+        llm_model = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        llm_model.load_weights(model.state_dict().items())
         if prompts:
             outputs = self.llm.chat(prompts, self.generation_config)
         else:
@@ -257,7 +267,7 @@ def test_check_names_a_file_that_is_not_there(trl: Path, trlpatch: Run) -> None:
 
 def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None:
     (trl / "trl" / "trainer" / "grpo_trainer.py").write_text("def broken(:\n", encoding="utf-8")
-    fails(trlpatch("check", "--trl-path", trl), 1, "line 1 is not Python")
+    fails(trlpatch("check", "--trl-path", trl), 1, "grpo_trainer.py:1 is not Python")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
-Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given, 3 the
-installed versions are known not to work together.
+Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given (a name that
+is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together.
 
 rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
 random state of a script under `trlpatch run` is the script's own.
@@ -14,12 +14,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import click
 
 from trlpatch.errors import PatchError, TrlpatchError
-from trlpatch.options import DISABLE
+from trlpatch.options import DISABLE, OldLogps, Options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trlpatch.compatibility.verdict import Verdict
     from trlpatch.environment import EnvironmentReport
     from trlpatch.preview import FilePreview, Preview
+    from trlpatch.source.absent import Absence
 
 DRIFT = 1
 BAD_INPUT = 2
@@ -44,6 +45,13 @@ _trl_path = click.option(
     help="A TRL to look at instead of the installed one: a directory that holds `trl`, or a wheel.",
 )
 _skip = click.option("--skip", multiple=True, metavar="PATCH", help="Leave this patch out; repeatable.")
+_old_logps = click.option(
+    "--old-logps",
+    type=click.Choice(get_args(OldLogps)),
+    default="stock",
+    show_default=True,
+    help='As PatchFastRL(old_logps=...): "reuse" is a patch more.',
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _targets = click.argument("targets", nargs=-1, metavar="[TARGET]...")
 
@@ -83,10 +91,13 @@ def list_patches(as_json: bool) -> None:
 @_targets
 @_trl_path
 @_skip
+@_old_logps
 @_json
-def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool) -> None:
+def plan(
+    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps, as_json: bool
+) -> None:
     """Show, per target, which patches apply, in which variant, and which do not and why."""
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     if as_json:
         _print_json(found.to_dict())
         return
@@ -99,17 +110,20 @@ def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_
         rows = [(Text(step.patch.name), Text(f"fits trl {step.variant.trl}")) for step in file.plan.steps]
         rows += [(Text(one.patch.name, GREY), Text(one.reason, GREY)) for one in file.plan.skips]
         show("", Text.assemble((file.source.target.name, "bold"), f"  {file.name}"), grid(rows, indent=4))
+    for target, reason in found.absent.items():
+        show("", Text.assemble((target, "bold"), f"  {reason}"))
 
 
 @cli.command()
 @_targets
 @_trl_path
 @_skip
-def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str]) -> None:
+@_old_logps
+def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps) -> None:
     """Print the unified diff from TRL's own text to the patched text."""
     from trlpatch.console import show_diff
 
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     show_diff("".join(file.diff() for file in found.files))
     _leave_on_drift(found)
 
@@ -119,9 +133,10 @@ def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str]) -> 
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory to write to.")
 @_trl_path
 @_skip
-def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str]) -> None:
+@_old_logps
+def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps) -> None:
     """Write the patched files to DIRECTORY/<TRL release>/trl/... and print their paths."""
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     _leave_on_drift(found)
     for path in found.dump(out):
         click.echo(path)
@@ -131,15 +146,19 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
 @_targets
 @_trl_path
 @_skip
+@_old_logps
 @_json
-def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool) -> None:
+def check(
+    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], old_logps: OldLogps, as_json: bool
+) -> None:
     """Tell whether every patch fits this TRL, and whether the versions of vLLM and transformers beside it ran with it.
 
-    Needs neither torch nor vLLM. Exit status 1 if a patch does not fit, 3 if the versions are known not to work.
+    Needs neither torch nor vLLM. Exit status 1 where PatchFastRL() would raise because a patch does not fit, and
+    nowhere else; 2 if there is no TRL that can be read; 3 if the versions are known not to work.
     """
     from trlpatch.compatibility.verdict import installed, judge
 
-    found = _preview(trl_path, targets, skip)
+    found = _preview(trl_path, targets, skip, old_logps)
     versions = judge(found.install, installed(), at=found.where)
     bad = KNOWN_BAD if versions.state == "known-bad" else 0
     if as_json:
@@ -149,9 +168,11 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
 
     from trlpatch.console import grid, show
 
-    show(_heading(found), grid(((file.source.target.name, _verdict(found, file)) for file in found.files), indent=2))
+    rows = [(file.source.target.name, _verdict(found, file)) for file in found.files]
+    rows += [(one.target.name, _absence(one)) for one in found.fit.absences]
+    show(_heading(found), grid(rows, indent=2))
     _leave_on_drift(found)
-    show(Text("every patch fits", "green"), *_facts([], versions))
+    show(Text(found.fit.verdict, "green"), *_facts([], versions))
     sys.exit(bad)
 
 
@@ -208,7 +229,6 @@ def run(words: Sequence[str]) -> None:
     if words[:1] in (("-h",), ("--help",)):
         click.echo(click.get_current_context().get_help())
         return
-    from trlpatch.options import Options
     from trlpatch.runtime.run import run_script
 
     run_script(list(words), Options())
@@ -263,29 +283,40 @@ def _explain(error: Exception) -> int:
     return DRIFT if isinstance(error, PatchError) else BAD_INPUT
 
 
-def _preview(trl_path: Path | None, targets: Sequence[str], skip: Iterable[str]) -> Preview:
+def _preview(trl_path: Path | None, targets: Sequence[str], skip: Sequence[str], old_logps: OldLogps) -> Preview:
     from trlpatch.preview import preview
 
-    return preview(trl_path, targets, frozenset(skip))
+    options = Options(skip=tuple(skip), old_logps=old_logps)
+    return preview(trl_path, targets, frozenset(options.skip), frozenset(options.asked_for))
 
 
 def _heading(found: Preview) -> str:
     return f"TRL {found.install.version} at {found.where}" + (
-        ": newer than every tested release, decided by its anchors" if found.untested else ""
+        ": newer than every tested release, decided by its anchors" if found.fit.untested else ""
     )
 
 
 def _verdict(found: Preview, file: FilePreview) -> Text:
     from rich.text import Text
 
+    from trlpatch.runtime.fit import HELD_BACK
+
     target = file.source.target.name
     counts = {"applied": 0, "skipped": 0, "failed": 0}
     for outcome in file.rewritten.outcomes:
         counts[outcome.status] += 1
     texts = [Text(f"{count} {status}", _MARKS[status]) for status, count in counts.items() if count]
-    if target in found.held_back:
-        texts.append(Text("stays stock: shares an engine with a target that does not fit", "yellow"))
+    if target in found.fit.held_back:
+        texts.append(Text(HELD_BACK, "yellow"))
     return Text(", ").join(texts)
+
+
+def _absence(absence: Absence) -> Text:
+    from rich.text import Text
+
+    if absence.failed:
+        return Text.assemble(("1 failed", _MARKS["failed"]), f": {absence.reason}")
+    return Text(f"not in this TRL: {absence.reason}", GREY)
 
 
 def _facts(rows: Iterable[tuple[str, str]], verdict: Verdict) -> Iterator[RenderableType]:
@@ -311,6 +342,7 @@ def _environment_rows(now: EnvironmentReport) -> Iterator[tuple[str, str]]:
     for state, wanted in (("cached", True), ("not yet", False)):
         if names := [name for name, hit in now.cached.items() if hit is wanted]:
             yield state, ", ".join(names)
+    yield from (("absent", f"{target}: {reason}") for target, reason in now.absent.items())
     packages = [f"{name} {version}" for name, version in now.packages.items() if version]
     absent = [name for name, version in now.packages.items() if not version]
     yield "installed", ", ".join(packages) + (f"; not installed: {', '.join(absent)}" if absent else "")
@@ -319,7 +351,7 @@ def _environment_rows(now: EnvironmentReport) -> Iterator[tuple[str, str]]:
 
 def _leave_on_drift(found: Preview) -> None:
     if found.failures:
-        click.echo(f"\nPatches do not fit TRL {found.install.version}:\n\n{found.drift()}", err=True)
+        click.echo(f"\nTRL {found.install.version}: {found.fit.verdict}\n\n{found.drift()}", err=True)
         sys.exit(DRIFT)
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from trlpatch.compatibility.verdict import Verdict, installed, judge
 from trlpatch.options import DISABLE, read_switch
 from trlpatch.runtime.cache import Cache, entry_key, rules_digest
+from trlpatch.source.absent import absences
 from trlpatch.source.locate import find_trl, sources
 from trlpatch.source.releases import NEWEST_TESTED
+from trlpatch.source.targets import TARGETS
 from trlpatch.versions import installed_version
 
 COMPANIONS = ("trlpatch", "trl", "vllm", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "libcst")
@@ -24,6 +26,7 @@ class EnvironmentReport:
 
     Attributes:
         cached: per target of the release, whether its patched file lies in the cache.
+        absent: targets whose file is not there, and why.
         cache_writable: whether the cache directory, or the nearest existing one above it, can be written.
         packages: installed versions by distribution; None for what is not installed.
         loading: what `FastLanguageModel` lacks here, and the argument to set; empty when every package is there.
@@ -35,6 +38,7 @@ class EnvironmentReport:
     untested: bool
     disabled: bool
     cached: dict[str, bool]
+    absent: dict[str, str]
     cache: str
     cache_bytes: int
     cache_writable: bool
@@ -76,6 +80,7 @@ def inspect_environment() -> EnvironmentReport:
         untested=install.release > NEWEST_TESTED,
         disabled=bool(read_switch(DISABLE)),
         cached=cached,
+        absent={one.target.name: one.reason for one in absences(install, TARGETS.keys())},
         cache=str(cache.root),
         cache_bytes=cache.size(),
         cache_writable=_writable(cache.root),

@@ -22,8 +22,12 @@ class UnsupportedTrl(TrlpatchError):
     """TRL is older than 0.18.0, the first release with an in-process engine for GRPO."""
 
 
+class UnreadableSource(TrlpatchError):
+    """A file of TRL cannot be read, or is not UTF-8: the installation is damaged."""
+
+
 class UnknownAlgorithm(TrlpatchError, ValueError):
-    """`algorithm=` names no trainer that can use vLLM in this TRL release."""
+    """`algorithm=` names no trainer that can use vLLM in this TRL, or one that is not where trlpatch knows it."""
 
 
 class UnknownPatch(TrlpatchError, ValueError):
@@ -79,7 +83,7 @@ class LeftStock(TrlpatchWarning):
 
 
 class UntestedRelease(TrlpatchWarning):
-    """TRL is newer than every release trlpatch was tested with; its anchors all matched."""
+    """TRL is newer than every release trlpatch was tested with; the text says whether every patch fits."""
 
 
 class PatchedTrainersAlive(TrlpatchWarning):

@@ -58,9 +58,12 @@ class Options:
             if value not in allowed:
                 raise InvalidOption(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
         skip: object = self.skip
-        if not isinstance(skip, tuple | list) or not all(isinstance(name, str) for name in skip):
+        named = isinstance(skip, tuple | list | set | frozenset)
+        if not named or not all(isinstance(name, str) for name in self.skip):
             raise InvalidOption(
-                f"skip={self.skip!r}: expected a tuple or list of patch names such as ('sleep',). See: trlpatch list"
+                f"skip={self.skip!r}: expected a tuple, list or set of patch names such as ('sleep',), and () for "
+                f"none, found {type(skip).__name__}{' with other things than names' if named else ''}. "
+                "See: trlpatch list"
             )
         object.__setattr__(self, "skip", tuple(sorted(set(self.skip))))
 

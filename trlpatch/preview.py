@@ -7,25 +7,23 @@ or a wheel; neither torch nor vLLM.
 from __future__ import annotations
 
 import difflib
-import tempfile
-import zipfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trlpatch.errors import CannotWrite, TrlNotFound, UnknownTarget
-from trlpatch.outcomes import WHOLE_FILE, Outcome
+from trlpatch.errors import CannotWrite, UnknownTarget
+from trlpatch.outcomes import Outcome
 from trlpatch.rewrite.plan import Plan, plan
 from trlpatch.rewrite.registry import patches
 from trlpatch.rewrite.rewriter import Rewritten, rewrite
-from trlpatch.runtime.failures import describe
-from trlpatch.source.coupling import stock_targets
-from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, missing, sources
-from trlpatch.source.releases import NEWEST_TESTED
+from trlpatch.runtime.failures import describe_all
+from trlpatch.runtime.fit import Fit, judge_fit
+from trlpatch.source.absent import absences
+from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, sources
 from trlpatch.source.targets import TARGETS
+from trlpatch.source.wheel import opened
 
 
 @dataclass(frozen=True)
@@ -66,38 +64,26 @@ class FilePreview:
 
 @dataclass(frozen=True)
 class Preview:
-    """All files of one TRL that patches were tried on.
-
-    Attributes:
-        absent: files, by target, that the target table expects in this release and that are not there.
-    """
+    """All files of one TRL that patches were tried on, and how they fit."""
 
     install: TrlInstall
     where: Path
     files: tuple[FilePreview, ...]
-    absent: dict[str, str]
-
-    @property
-    def untested(self) -> bool:
-        """Whether this release is newer than the newest one in golden/releases.toml."""
-        return self.install.release > NEWEST_TESTED
+    fit: Fit
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        """The patches that do not fit and the files that are not there."""
-        unfit = (outcome for file in self.files for outcome in file.rewritten.failed)
-        gone = (Outcome(target, WHOLE_FILE, "failed", f"{path} is not there") for target, path in self.absent.items())
-        return (*unfit, *gone)
+        """The patches that do not fit, and the absent files that may not be passed over."""
+        return self.fit.failures
 
     @property
-    def held_back(self) -> frozenset[str]:
-        """Targets that fit but stay stock, because one that they share an engine with does not fit."""
-        failed = {failure.target for failure in self.failures}
-        return stock_targets(failed, [file.source.target.name for file in self.files]) - failed
+    def absent(self) -> dict[str, str]:
+        """Targets that the target table has in this release and whose file is not there, and why."""
+        return {one.target.name: one.reason for one in self.fit.absences}
 
     def drift(self) -> str:
         """Return what is known of every failure, for people; empty when all fits."""
-        return "\n\n".join(describe(self.install, failure) for failure in self.failures)
+        return describe_all(self.fit)
 
     def dump(self, directory: Path) -> list[Path]:
         """Write the patched files to `directory/<release>/trl/...` and return their paths.
@@ -122,16 +108,21 @@ class Preview:
         return {
             "trl": self.install.version,
             "where": str(self.where),
-            "untested": self.untested,
+            "untested": self.fit.untested,
             "fits": not self.failures,
+            "verdict": self.fit.verdict,
             "absent": self.absent,
-            "held_back": sorted(self.held_back),
+            "failures": [{"target": failure.target, **_outcome_dict(failure)} for failure in self.failures],
+            "held_back": sorted(self.fit.held_back),
             "files": [file.to_dict() for file in self.files],
         }
 
 
 def preview(
-    trl_path: Path | None = None, targets: Collection[str] = (), skip: frozenset[str] = frozenset()
+    trl_path: Path | None = None,
+    targets: Collection[str] = (),
+    skip: frozenset[str] = frozenset(),
+    asked_for: frozenset[str] = frozenset(),
 ) -> Preview:
     """Rewrite the sources of a TRL in memory.
 
@@ -139,43 +130,39 @@ def preview(
         trl_path: a `trl` package directory, a directory holding one, or a wheel; None means the installed TRL.
         targets: names of the target table; empty means every target of the release.
         skip: names of patches to leave out.
+        asked_for: names of optional patches to try as well.
 
     Raises:
         TrlNotFound: there is no TRL at `trl_path`.
+        UnreadableSource: a file of it cannot be read or is not UTF-8.
         UnsupportedTrl: it is older than 0.18.0.
         UnparsableVersion: its version is not PEP 440.
         UnknownTarget: a name in `targets` is not in the table, or this release has no such file.
         UnknownPatch: a name in `skip` is no patch.
     """
-    with _opened(trl_path) as directory:
-        install = find_trl(directory)
-        found = sources(install)
-        gone = {target.name: f"trl/{path.relative_to(install.root).as_posix()}" for target, path in missing(install)}
-    _check_targets(targets, {source.target.name for source in found} | set(gone), install)
-    files = tuple(
-        FilePreview(source, plan(source.target, install.release, skip), _rewritten(source, install, skip))
-        for source in found
-        if not targets or source.target.name in targets
-    )
-    absent = {name: path for name, path in gone.items() if not targets or name in targets}
-    return Preview(install, trl_path or install.root, files, absent)
+    with opened(trl_path) as trl:
+        install = find_trl(trl.directory)
+        found = [replace(source, path=trl.shown(source.path)) for source in sources(install)]
+        _check_targets(targets, install, [source.target.name for source in found])
+        wanted = frozenset(targets or TARGETS)
+        found = [source for source in found if source.target.name in wanted]
+        rewritten = [rewrite(source, install.release, skip=skip, asked_for=asked_for) for source in found]
+        fit = judge_fit(install, found, wanted, [failure for one in rewritten for failure in one.failed])
+        plans = [plan(one.source.target, install.release, skip, asked_for) for one in rewritten]
+        files = tuple(FilePreview(one.source, steps, one) for one, steps in zip(rewritten, plans, strict=True))
+    install = replace(install, root=trl.shown(install.root))
+    return Preview(install, trl_path or install.root, files, replace(fit, install=install))
 
 
-def _rewritten(source: SourceFile, install: TrlInstall, skip: frozenset[str]) -> Rewritten:
-    try:
-        return rewrite(source, install.release, skip=skip)
-    except SyntaxError as error:
-        reason = f"line {error.lineno} is not Python: {error.msg}"
-        return Rewritten(source, source.text, (Outcome(source.target.name, WHOLE_FILE, "failed", reason),), ())
-
-
-def _check_targets(targets: Collection[str], here: set[str], install: TrlInstall) -> None:
+def _check_targets(targets: Collection[str], install: TrlInstall, present: Collection[str]) -> None:
     for name in targets:
         if name not in TARGETS:
             raise UnknownTarget(f"Unknown target {name!r}. Known: {', '.join(TARGETS)}.")
-        if name not in here:
+        absent = absences(install, [name])
+        if name not in present and not any(one.failed for one in absent):
             raise UnknownTarget(
-                f"TRL {install.version} has no target {name!r}. It has: {', '.join(n for n in TARGETS if n in here)}."
+                f"TRL {install.version} has no target {name!r}{''.join(f': {one.reason}' for one in absent)}. "
+                f"It has: {', '.join(present)}."
             )
 
 
@@ -194,27 +181,6 @@ def catalogue() -> list[dict[str, Any]]:
         }
         for patch in patches()
     ]
-
-
-@contextmanager
-def _opened(trl_path: Path | None) -> Iterator[Path | None]:
-    """Yield a directory for `trl_path`; a wheel is unpacked and removed again."""
-    if trl_path is None or trl_path.is_dir():
-        yield trl_path
-        return
-    if not trl_path.exists():
-        raise TrlNotFound(f"No such file or directory: {trl_path}. Expected a TRL wheel or a directory holding `trl`.")
-    with tempfile.TemporaryDirectory(prefix="trlpatch-") as scratch:
-        try:
-            with zipfile.ZipFile(trl_path) as wheel:
-                wanted = [name for name in wheel.namelist() if name.endswith((".py", "METADATA"))]
-                wheel.extractall(scratch, wanted)
-        except zipfile.BadZipFile as error:
-            raise TrlNotFound(
-                f"{trl_path} is neither a directory nor a wheel ({error}). "
-                "Get one with: pip download trl==1.16.0 --no-deps"
-            ) from error
-        yield Path(scratch)
 
 
 def _outcome_dict(outcome: Outcome) -> dict[str, Any]:

@@ -179,6 +179,22 @@ def test_a_trl_for_a_newer_python_is_known_bad(described: Path) -> None:
     assert f"demands python{newer}" in found.findings[0].reason
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfe",
+        b"Requires-Python: junk!!",
+        b"Requires-Dist: transformers >>> 4\nRequires-Dist: ((",
+        b"Requires-Dist: transformers>=99; marker ~~ junk",
+        b"Requires-Dist: transformers>=99; python_version > extra and nothing",
+    ],
+)
+def test_metadata_that_cannot_be_read_says_nothing(described: Path, text: bytes) -> None:
+    (described.parent / "trl-1.16.0.dist-info" / "METADATA").write_bytes(text)
+    found = verdict("1.16.0", "0.26.0", "5.17.0", root=described)
+    assert (found.state, found.findings, found.notes) == ("tested", (), ())
+
+
 def test_trls_own_range_of_vllm_is_a_note_and_no_obstacle(described: Path) -> None:
     outside = verdict("1.16.0", "0.32.0", "5.18.0", root=described)
     assert outside.findings == ()

@@ -22,6 +22,7 @@ import torch
 
 class GRPOTrainer(_BaseTrainer):
     def __init__(self, model, reward_funcs, args=None, rollout_func=None):
+        self.use_vllm, self.vllm_mode = args.use_vllm, args.vllm_mode
         self.rollout_func = rollout_func
         self.vllm_generation = VLLMGeneration(
             model=self.model,

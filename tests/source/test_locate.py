@@ -8,6 +8,7 @@ import pytest
 
 from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnparsableVersion, UnsupportedTrl
 from trlpatch.source import locate
+from trlpatch.source.algorithms import require_algorithm
 from trlpatch.source.locate import find_trl, left_alone, missing, sources
 from trlpatch.source.targets import ALGORITHMS, TARGETS
 
@@ -85,7 +86,7 @@ def test_an_unknown_algorithm_lists_the_known_ones(tmp_path: Path):
 def test_an_algorithm_that_this_release_lacks(tmp_path: Path):
     install = find_trl(make_trl(tmp_path, "0.20.0", "trainer/grpo_trainer.py"))
     with pytest.raises(UnknownAlgorithm, match=r"'rloo' has no trainer.*TRL 0\.20\.0.*grpo"):
-        sources(install, "rloo")
+        require_algorithm(install, "rloo")
 
 
 @pytest.mark.parametrize(

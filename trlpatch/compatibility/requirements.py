@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PathDistribution
 from pathlib import Path
@@ -46,7 +47,7 @@ def unmet_requirements(trl: Path, installed: Mapping[str, str | None]) -> Iterat
         if distribution is None or installed.get(owner) is None:
             continue
         here = {**installed, "python": platform.python_version()}
-        required = [("python", distribution.metadata["Requires-Python"] or "")]
+        required = [("python", ranges) for ranges in _python_range(distribution)]
         required += [(name, ranges) for name in ENFORCED[owner] for ranges in _ranges(distribution, name)]
         for name, ranges in required:
             if here.get(name) is not None and not within(here[name], ranges):
@@ -72,13 +73,27 @@ def distribution_of(trl: Path) -> Distribution | None:
 
 def _ranges(distribution: Distribution, name: str) -> Iterator[str]:
     environment = {str(key): str(value) for key, value in default_environment().items()}
-    for line in distribution.requires or ():
-        requirement = Requirement(line)
-        if requirement.name.lower().replace("_", "-") != name or not requirement.specifier:
-            continue
-        # `peft` and `vllm` are extras of TRL that go by their own name; no other extra was asked for.
-        if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": name}):
-            yield str(without_local(requirement.specifier))
+    for line in _lines(distribution):
+        with suppress(ValueError):  # what is not PEP 508 says nothing
+            requirement = Requirement(line)
+            if requirement.name.lower().replace("_", "-") != name or not requirement.specifier:
+                continue
+            # `peft` and `vllm` are extras of TRL that go by their own name; no other extra was asked for.
+            if requirement.marker is None or requirement.marker.evaluate({**environment, "extra": name}):
+                yield str(without_local(requirement.specifier))
+
+
+def _lines(distribution: Distribution) -> list[str]:
+    with suppress(UnicodeDecodeError):
+        return distribution.requires or []
+    return []
+
+
+def _python_range(distribution: Distribution) -> Iterator[str]:
+    with suppress(ValueError):  # not UTF-8, or not PEP 440
+        ranges = distribution.metadata["Requires-Python"] or ""
+        SpecifierSet(ranges)
+        yield ranges
 
 
 def without_local(specifiers: SpecifierSet) -> SpecifierSet:

@@ -37,12 +37,14 @@ class Plan:
 
     Attributes:
         absent: patches that have nothing to do with this target; not reported, but it must be free of their anchors.
+        excluded: names of the patches that are left out of every target.
     """
 
     target: str
     steps: tuple[Step, ...]
     skips: tuple[Skip, ...]
     absent: tuple[Skip, ...] = ()
+    excluded: frozenset[str] = frozenset()
 
 
 def plan(
@@ -72,4 +74,4 @@ def plan(
             skips.append(Skip(patch, excluded[patch.name], forbids=False))
         elif variant is not None:
             steps.append(Step(patch, variant))
-    return Plan(target.name, tuple(steps), tuple(skips), tuple(absent))
+    return Plan(target.name, tuple(steps), tuple(skips), tuple(absent), frozenset(excluded))

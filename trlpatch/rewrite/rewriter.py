@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from trlpatch.outcomes import OUTPUT_CHECK, Drift, Outcome
+from trlpatch.outcomes import OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
 from trlpatch.rewrite.anchor import Anchor
 from trlpatch.rewrite.census.findings import in_target
 from trlpatch.rewrite.checks import problems
@@ -55,15 +55,18 @@ def rewrite(
 ) -> Rewritten:
     """Return `source` with every patch that applies to it in `release`, of the optional ones those in `asked_for`.
 
-    Never raises for drift, a failed check or a use of an engine that no patch knows: the outcome says so and the text
-    is upstream's.
+    Never raises for drift, a use of an engine that no patch knows, a failed check or what is not Python: the outcome
+    says so and the text is upstream's.
 
     Raises:
         UnknownPatch: `skip` names a patch that does not exist.
-        SyntaxError: `source` is not Python.
     """
     steps = plan(source.target, release, skip, asked_for)
-    result, upstream, patched = _apply(source, steps)
+    try:
+        result, upstream, patched = _apply(source, steps)
+    except SyntaxError as error:
+        reason = f"{source.path}:{error.lineno} is not Python: {error.msg}. Run: pip install --force-reinstall trl"
+        return Rewritten(source, source.text, (Outcome(source.target.name, WHOLE_FILE, "failed", reason),), ())
     unknown = [] if result.failed else in_target(source, release, steps, upstream, patched)
     return Rewritten(source, source.text, (*result.outcomes, *unknown), ()) if unknown else result
 
@@ -183,7 +186,8 @@ def _applied(source: SourceFile, file: Outline, edits: _Edits, step: Step) -> Ou
     target, patch, variant = source.target.name, step.patch.name, str(step.variant.trl)
     found, expected = edits.found[patch], step.variant.anchors
     counts = {anchor.name: found[anchor] for anchor in [*expected, *(a for a in found if a not in expected)]}
-    for anchor in {**expected, **found}:
+    # What should not be there says more than what is therefore missing.
+    for anchor in [*(anchor for anchor in found if anchor not in expected), *expected]:
         if found[anchor] != expected.get(anchor, 0):
             place = edits.places.get((patch, anchor), 0)
             drift = _drift(source, file, anchor, expected.get(anchor, 0), found[anchor], place)

@@ -26,17 +26,26 @@ def bound_names(function: _Function) -> set[str]:
 
 def free_names(nodes: Iterable[ast.AST]) -> set[str]:
     """Return the names that statements or expressions of one scope read, without what inner scopes bind themselves."""
-    found: set[str] = set()
+    direct, inner = _reads(nodes)
+    return direct | inner
+
+
+def _reads(nodes: Iterable[ast.AST]) -> tuple[set[str], set[str]]:
+    """Return the names that a scope reads itself, and those that its inner scopes read from outside of themselves."""
+    direct: set[str] = set()
+    inner: set[str] = set()
     for node in _own(nodes):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            found.add(node.id)
+            direct.add(node.id)
         elif isinstance(node, _Function):
-            found |= free_names(_body(node)) - bound_names(node)
+            inner |= free_names(_body(node)) - bound_names(node)
         elif isinstance(node, ast.ClassDef):
-            found |= free_names(node.body) - {name for inner in _own(node.body) for name in _bindings(inner)}
+            # What a class binds, its methods do not see.
+            of_class, of_methods = _reads(node.body)
+            inner |= of_methods | (of_class - {name for child in _own(node.body) for name in _bindings(child)})
         elif isinstance(node, _Comprehension):
-            found |= _free_in_comprehension(node)
-    return found
+            inner |= _free_in_comprehension(node)
+    return direct, inner
 
 
 def read_names(function: ast.FunctionDef) -> set[str]:
@@ -60,7 +69,7 @@ def _own(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 
 def _bindings(node: ast.AST) -> set[str]:
-    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
         return {node.id}
     if isinstance(node, Definition):
         return {node.name}

@@ -30,8 +30,17 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected"
 """Name of the folder below the root for text that failed an output check. It is read by people and never run."""
 
+INDEX = "index"
+"""Name of the folder below the root for `trlpatch.runtime.index`."""
+
 _KEY = r"[0-9a-f]{64}"
 _PACKAGE = Path(__file__).resolve().parent.parent
+
+RULES = ("outcomes.py", "trl_names.py", "rewrite", "source")
+"""The files and folders of the package that decide patched text.
+
+Of what the rewriter imports, `trlpatch.errors` alone is not among them: it decides messages.
+"""
 
 
 def debug(message: str, *args: object, **named: Any) -> None:
@@ -126,13 +135,9 @@ def rules_digest() -> str:
 
 
 def _rules() -> Iterator[str]:
-    """Yield the sources that decide patched text, relative to the package.
-
-    Of what the rewriter imports, `trlpatch.errors` alone is not among them: it decides messages.
-    """
-    yield from ("outcomes.py", "trl_names.py")
-    for room in ("rewrite", "source"):
-        yield from _modules_in(room)
+    """Yield the sources in RULES, relative to the package."""
+    for name in RULES:
+        yield from [name] if name.endswith(".py") else _modules_in(name)
 
 
 def _modules_in(folder: str) -> Iterator[str]:
@@ -218,9 +223,29 @@ class Cache:
             return _temporary(basename, text)
         return directory / basename
 
+    def read_index(self, name: str) -> bytes:
+        """Return an answer of the index as it was written.
+
+        Raises:
+            OSError: it is not there, or somebody else could have written it.
+        """
+        directory = self.root / INDEX
+        for place in (self.root, directory):
+            _refuse_unsafe(place)
+        return _read_own(directory / name)
+
+    def write_index(self, name: str, content: bytes) -> None:
+        """Publish an answer of the index.
+
+        Raises:
+            OSError: the directory is read-only, full or not safe to run code from; nothing half written is left.
+        """
+        self._make(self.root / INDEX)
+        publish(self.root / INDEX / name, content)
+
     def _make(self, directory: Path) -> None:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for place in (self.root, directory.parent, directory):
+        for place in dict.fromkeys((self.root, directory.parent, directory)):
             place.mkdir(exist_ok=True, mode=0o700)
             _refuse_unsafe(place)
 

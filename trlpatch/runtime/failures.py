@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trlpatch.errors import AnchorDrift, OutputCheckError, PatchError
 from trlpatch.outcomes import OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
-from trlpatch.source.locate import TrlInstall
+from trlpatch.runtime.fit import Fit
+from trlpatch.source.algorithms import algorithms_in
+from trlpatch.source.locate import target_names
+from trlpatch.source.releases import NEWEST_TESTED, format_release
+from trlpatch.versions import installed_version
 
 
-def failure_error(install: TrlInstall, failures: Sequence[Outcome], rejected: Mapping[str, Path]) -> PatchError:
+def failure_error(fit: Fit, rejected: Mapping[str, Path]) -> PatchError:
     """Return one error that lists every failure.
 
     It is an OutputCheckError if patched text failed a check, an AnchorDrift if all failures are anchors that moved.
@@ -18,18 +22,24 @@ def failure_error(install: TrlInstall, failures: Sequence[Outcome], rejected: Ma
     Args:
         rejected: where the text that failed an output check was kept, by target.
     """
-    described = "\n\n".join(describe(install, failure, rejected) for failure in failures)
-    targets = sorted({failure.target for failure in failures})
-    skippable = tuple(sorted({failure.patch for failure in failures} - {WHOLE_FILE, OUTPUT_CHECK}))
-    skip = f"skip={skippable!r} leaves {'these' if len(skippable) > 1 else 'this patch'} out; " if skippable else ""
-    text = (
-        f"{len(failures)} patch{'es do' if len(failures) > 1 else ' does'} not fit TRL {install.version} "
-        f"(targets {', '.join(targets)})\n{described}\n\n"
-        f"  effect   TRL is unpatched; {skip}"
-        'on_drift="stock" keeps TRL\'s own code for these targets and those coupled to them\n'
-        "  more     trlpatch check"
-    )
-    return _kind(failures)(text)
+    failures = fit.failures
+    count = f"{len(failures)} patch{'es do' if len(failures) > 1 else ' does'}"
+    stock = 'on_drift="stock" keeps TRL\'s own code for these targets and those coupled to them'
+    lines = [
+        f"{count} not fit TRL {fit.install.version} (targets {', '.join(sorted(fit.failed))})",
+        describe_all(fit, rejected),
+        "",
+        f"  effect   TRL is unpatched; {_skip(failures)}{stock}",
+        *_one_by_one(fit),
+        *_newer(fit),
+        "  more     trlpatch check",
+    ]
+    return _kind(failures)("\n".join(lines))
+
+
+def describe_all(fit: Fit, rejected: Mapping[str, Path] | None = None) -> str:
+    """Return what is known of every failure, as indented lines. Arguments as for `failure_error`."""
+    return "\n\n".join("\n".join(_described(fit, failure, rejected or {})) for failure in fit.failures)
 
 
 def _kind(failures: Sequence[Outcome]) -> type[PatchError]:
@@ -38,31 +48,49 @@ def _kind(failures: Sequence[Outcome]) -> type[PatchError]:
     return AnchorDrift if all(failure.drift is not None for failure in failures) else PatchError
 
 
-def describe(install: TrlInstall, failure: Outcome, rejected: Mapping[str, Path] | None = None) -> str:
-    """Return what is known of one failure, as indented lines. Arguments as for `failure_error`."""
-    head = f"  patch    {failure.patch} on {failure.target} of TRL {install.version}"
+def _skip(failures: Sequence[Outcome]) -> str:
+    names = tuple(sorted({failure.patch for failure in failures} - {WHOLE_FILE, OUTPUT_CHECK}))
+    return f"skip={names!r} leaves {'these' if len(names) > 1 else 'this patch'} out; " if names else ""
+
+
+def _one_by_one(fit: Fit) -> Iterator[str]:
+    """Yield how to patch a single trainer whose targets fit, where there is one."""
+    fine = [name for name in algorithms_in(fit.install) if target_names(name).isdisjoint(fit.failed)]
+    if fine:
+        one = "grpo" if "grpo" in fine else fine[0]
+        yield f'  one      PatchFastRL("{one}") patches what one trainer needs; these fit: {", ".join(fine)}'
+
+
+def _newer(fit: Fit) -> Iterator[str]:
+    if fit.untested:
+        mine, newest = installed_version("trlpatch") or "", format_release(NEWEST_TESTED)
+        yield f"  newer    trlpatch {mine} was tested up to TRL {newest}; a later one: pip install -U trlpatch"
+
+
+def _described(fit: Fit, failure: Outcome, rejected: Mapping[str, Path]) -> Iterator[str]:
+    yield f"  patch    {failure.patch} on {failure.target} of TRL {fit.install.version}"
     drift = failure.drift
     if drift is None:
-        lines = [f"  reason   {failure.reason}"]
+        yield f"  reason   {failure.reason}"
     elif failure.patch == OUTPUT_CHECK:
-        lines = _output_check(failure, drift, (rejected or {}).get(failure.target))
+        yield from _output_check(failure, drift, rejected.get(failure.target))
     else:
-        lines = _anchor(failure, drift)
-    return "\n".join([head, *lines])
+        yield from _anchor(failure, drift)
+        if failure.target in fit.moved:
+            yield f"  moved    {fit.moved[failure.target]}"
 
 
-def _anchor(failure: Outcome, drift: Drift) -> list[str]:
+def _anchor(failure: Outcome, drift: Drift) -> Iterator[str]:
     counts = f"{drift.anchor}: expected {drift.expected}, found {drift.found}"
     nearest = f";  nearest: line {drift.lookalike}" if drift.lookalike else ""
-    return [
-        f"  file     {drift.file}:{drift.line}",
-        f"  method   {drift.qualname}",
-        f"  anchor   {failure.reason or counts}{nearest}",
-    ]
+    yield f"  file     {drift.file}:{drift.line}"
+    yield f"  method   {drift.qualname}"
+    yield f"  anchor   {failure.reason or counts}{nearest}"
 
 
-def _output_check(failure: Outcome, drift: Drift, rejected: Path | None) -> list[str]:
-    lines = [f"  file     {drift.file}", f"  check    {failure.reason}"]
+def _output_check(failure: Outcome, drift: Drift, rejected: Path | None) -> Iterator[str]:
+    yield f"  file     {drift.file}"
+    yield f"  check    {failure.reason}"
     if rejected is not None:
-        lines += [f"  rejected {rejected}", f"  compare  diff -u {drift.file} {rejected}"]
-    return lines
+        yield f"  rejected {rejected}"
+        yield f"  compare  diff -u {drift.file} {rejected}"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.outcomes import MODULE, WHOLE_FILE, Outcome
+from trlpatch.outcomes import MODULE, Outcome
 from trlpatch.runtime.cache import Cache, Stored, debug, entry_key, rules_digest
 from trlpatch.runtime.loader import ModuleSource
 from trlpatch.runtime.report import CacheState
 from trlpatch.source.locate import SourceFile, TrlInstall
-from trlpatch.source.targets import Target
 
 if TYPE_CHECKING:
     from trlpatch.rewrite.rewriter import Rewritten
@@ -55,23 +54,20 @@ class PreparedTargets:
     """The targets of one call.
 
     Attributes:
-        failures: the patches that do not fit, and the files that cannot be used.
+        failures: the patches that do not fit.
         rejected: where text that failed an output check was kept, by target.
         unwritable: why the cache could not be written, if it could not.
-        absent: notes on targets of this release whose file is not there and which nothing else needs.
     """
 
     patched: list[PatchedTarget] = field(default_factory=list)
     failures: list[Outcome] = field(default_factory=list)
     rejected: dict[str, Path] = field(default_factory=dict)
     unwritable: str = ""
-    absent: tuple[str, ...] = ()
 
 
 def prepare_targets(
     install: TrlInstall,
     sources: Sequence[SourceFile],
-    missing: Iterable[tuple[Target, Path]],
     skip: tuple[str, ...],
     asked_for: tuple[str, ...] = (),
 ) -> PreparedTargets:
@@ -81,7 +77,6 @@ def prepare_targets(
         UnknownPatch: `skip` names a patch that does not exist. (Such a key is never in the cache.)
     """
     prepared = PreparedTargets()
-    _note_missing(prepared, install, sources, missing)
     cache, rules = Cache(), rules_digest()
     for source in sources:
         key = entry_key(
@@ -99,22 +94,6 @@ def prepare_targets(
         else:
             _rewrite(prepared, cache, key, install, source, skip=frozenset(skip), asked_for=frozenset(asked_for))
     return prepared
-
-
-def _note_missing(
-    prepared: PreparedTargets,
-    install: TrlInstall,
-    sources: Sequence[SourceFile],
-    missing: Iterable[tuple[Target, Path]],
-) -> None:
-    needed_by = {name: source.target.name for source in sources for name in source.target.coupled_with}
-    for target, path in missing:
-        if target.name in needed_by:
-            reason = f"{needed_by[target.name]} needs it, and its file {path} is not there"
-            prepared.failures.append(Outcome(target.name, WHOLE_FILE, "failed", reason))
-        else:
-            note = f"target {target.name} is left out: its file {path} is not in TRL {install.version}"
-            prepared.absent += (note,)
 
 
 def _from_cache(source: SourceFile, stored: Stored) -> PatchedTarget | None:
@@ -138,12 +117,7 @@ def _rewrite(
 ) -> None:
     from trlpatch.rewrite.rewriter import rewrite
 
-    try:
-        result = rewrite(source, install.release, **selection)
-    except SyntaxError as error:
-        reason = f"{source.path}:{error.lineno} is not Python: {error.msg}. Run: pip install --force-reinstall trl"
-        prepared.failures.append(Outcome(source.target.name, WHOLE_FILE, "failed", reason))
-        return
+    result = rewrite(source, install.release, **selection)
     if not result.failed:
         prepared.patched.append(_published(prepared, cache, key, install, result))
         return

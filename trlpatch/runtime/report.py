@@ -35,6 +35,7 @@ class PatchReport:
         rebound: modules that were imported before patching and were patched in place.
         unfixable: classes of yours, defined before patching, that the patches do not reach, and why.
         notes: facts to know, such as an untested release.
+        absent: targets that this TRL does not have, by name, and why that is no failure.
     """
 
     trl: str = ""
@@ -47,6 +48,7 @@ class PatchReport:
     rebound: tuple[str, ...] = ()
     unfixable: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def applied(self) -> tuple[Outcome, ...]:
@@ -108,6 +110,7 @@ class PatchReport:
             rebound=(*self.rebound, *now.rebound),
             unfixable=(*self.unfixable, *now.unfixable),
             notes=tuple(dict.fromkeys((*self.notes, *now.notes))),
+            absent={**self.absent, **now.absent},
         )
 
     def __str__(self) -> str:
@@ -176,6 +179,7 @@ class PatchReport:
             ("engines", self.engines),
             ("old log-probabilities", self.old_logps),
             ("activation checkpointing", self.checkpointing),
+            ("not in this TRL", tuple(f"{target}: {reason}" for target, reason in self.absent.items())),
             ("notes", self.notes),
         ):
             if items:

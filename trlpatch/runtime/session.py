@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import spec_from_file_location
 from typing import TYPE_CHECKING, Any
@@ -35,13 +35,12 @@ from trlpatch.options import (
     read_directory,
     read_switch,
 )
-from trlpatch.runtime.failures import describe, failure_error
+from trlpatch.runtime.fit import Fit, judge_fit
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
 from trlpatch.runtime.prepare import PatchedTarget, PreparedTargets, prepare_targets
 from trlpatch.runtime.report import CacheState, PatchReport
-from trlpatch.source.coupling import stock_targets
-from trlpatch.source.locate import SourceFile, TrlInstall, find_trl, left_alone, missing, sources, target_names
-from trlpatch.source.releases import NEWEST_TESTED, format_release
+from trlpatch.source.algorithms import require_algorithm
+from trlpatch.source.locate import SourceFile, find_trl, left_alone, sources, target_names
 from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def PatchFastRL(
     adapter: Adapter = "auto",
     old_logps: OldLogps = "stock",
     on_drift: OnDrift = "raise",
-    skip: Iterable[str] = (),
+    skip: Collection[str] = (),
 ) -> PatchReport:
     """Patch TRL in this process. Call it before building a trainer, best before importing one.
 
@@ -102,8 +101,9 @@ def PatchFastRL(
             policy, without dropout and without methods overridden, the training forward has the same numbers; in any
             other case the pass runs, and `status()` says why. "stock" always runs it.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
-            the targets concerned as TRL wrote them and warns.
-        skip: patches to leave out, by name (`trlpatch list`).
+            the targets concerned as TRL wrote them and warns. A trainer that has moved to another file does not fit;
+            one that is gone from TRL is named in the report, nothing more.
+        skip: patches to leave out, by name (`trlpatch list`): a tuple, list or set.
 
     Returns:
         What was done. The same call again does nothing and returns the same object.
@@ -112,16 +112,18 @@ def PatchFastRL(
         TrlNotFound: there is no TRL.
         UnsupportedTrl: TRL is older than 0.18.0.
         UnparsableVersion: TRL's version is not PEP 440.
-        UnknownAlgorithm: `algorithm` names no trainer that can use vLLM in this release.
+        UnreadableSource: a file of TRL cannot be read or is not UTF-8.
+        UnknownAlgorithm: `algorithm` names no trainer that can use vLLM in this TRL, or one that has moved.
         UnknownPatch: `skip` names a patch that does not exist.
-        InvalidOption: another argument has a value outside its list, or TRLPATCH_DISABLE is no yes or no.
+        InvalidOption: another argument has a value outside its list or another type, or TRLPATCH_DISABLE is no yes
+            or no.
         AnchorDrift: anchors are not where a patch expects them; nothing was changed.
         OutputCheckError: patched text failed a check, the message names the file with it; nothing was changed.
         PatchError: a file is missing, or a module cannot be changed in place; nothing was changed.
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
         OptionsConflict: an earlier call used another `skip` or `old_logps`.
     """
-    named: Any = tuple(skip) if not isinstance(skip, str) else skip
+    named: Any = skip  # Options checks what it is, and keeps it as a tuple.
     return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps))
 
 
@@ -185,6 +187,8 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
         return _disabled
     _disabled = None
     wanted = target_names(options.algorithm)
+    if options.algorithm is not None:
+        require_algorithm(find_trl(), options.algorithm)
     session = _active or _Session(options, PatchReport(), frozenset())
     for name in ("skip", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
@@ -209,7 +213,7 @@ def _extend(session: _Session, options: Options, new: frozenset[str], pending: l
     batch = _prepared(options, new)
     rebound, unfixable = _put_in_place(session, batch.patched)
     session.covered |= new
-    session.stock = (session.stock - new) | batch.stock
+    session.stock = (session.stock - new) | batch.fit.stock
     session.patched |= {one.source.module: one for one in batch.patched}
     warned: list[Warned] = []
     notes = _notes(batch, warned)
@@ -231,15 +235,14 @@ class _Batch:
     Attributes:
         found: their sources.
         patched: those that shall run patched.
-        stock: names of those that stay stock, because they or what they are coupled with failed.
+        fit: which of them stay stock, and why.
         left_alone: trainers of this release that no patch may reach.
     """
 
-    install: TrlInstall
     found: Sequence[SourceFile]
     prepared: PreparedTargets
     patched: Sequence[PatchedTarget]
-    stock: frozenset[str]
+    fit: Fit
     left_alone: Sequence[str]
 
 
@@ -251,14 +254,14 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     """
     install = find_trl()
     found = [source for source in sources(install, options.algorithm) if source.target.name in new]
-    absent = [(target, path) for target, path in missing(install, options.algorithm) if target.name in new]
-    prepared = prepare_targets(install, found, absent, options.skip, options.asked_for)
-    if prepared.failures and options.on_drift == "raise":
-        raise failure_error(install, prepared.failures, prepared.rejected)
-    failed = {failure.target for failure in prepared.failures}
-    stock = stock_targets(failed, [source.target.name for source in found]) if failed else frozenset()
-    patched = [one for one in prepared.patched if one.source.target.name not in stock]
-    return _Batch(install, found, prepared, patched, stock, left_alone(install, new))
+    prepared = prepare_targets(install, found, options.skip, options.asked_for)
+    fit = judge_fit(install, found, new, prepared.failures)
+    if fit.failures and options.on_drift == "raise":
+        from trlpatch.runtime.failures import failure_error
+
+        raise failure_error(fit, prepared.rejected)
+    patched = [one for one in prepared.patched if one.source.target.name not in fit.stock]
+    return _Batch(found, prepared, patched, fit, left_alone(install, new))
 
 
 def _report(batch: _Batch) -> PatchReport:
@@ -266,17 +269,18 @@ def _report(batch: _Batch) -> PatchReport:
     modules = {one.source.target.name: one.source.module for one in batch.patched}
     states: dict[str, CacheState] = {one.source.target.name: one.cache for one in batch.patched}
     for source in batch.found:
-        if source.target.name in batch.stock:
+        if source.target.name in batch.fit.stock:
             files[source.target.name] = str(source.path)
             modules[source.target.name] = source.module
             states[source.target.name] = "off"
     entries = [outcome for one in batch.patched for outcome in one.outcomes]
     return PatchReport(
-        trl=batch.install.version,
-        entries=(*entries, *batch.prepared.failures),
+        trl=batch.fit.install.version,
+        entries=(*entries, *batch.fit.failures),
         files=files,
         modules=modules,
         cache=states,
+        absent=batch.fit.gone,
     )
 
 
@@ -353,22 +357,19 @@ def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
 
 def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
     """Return the report's notes; what also has to be said at once goes to `pending`."""
-    install, prepared = batch.install, batch.prepared
-    notes = list(prepared.absent)
+    fit, prepared = batch.fit, batch.prepared
+    notes = []
     if batch.left_alone:
         notes.append(f"{' and '.join(batch.left_alone)} are left alone: {LEFT_ALONE_REASON}")
-    if install.release > NEWEST_TESTED:
-        text = (
-            f"untested release: TRL {install.version} is newer than {format_release(NEWEST_TESTED)}; every anchor "
-            "was found where it was expected" + (" except where this report says failed" if batch.stock else "")
-        )
+    if fit.untested:
+        notes.append(fit.untested_line)
+        pending.append((UntestedRelease, fit.untested_line))
+    if fit.failures:
+        from trlpatch.runtime.failures import describe_all
+
+        text = f"left as TRL wrote them: {fit.verdict}"
         notes.append(text)
-        pending.append((UntestedRelease, text))
-    if batch.stock:
-        failed = "\n".join(describe(install, failure, prepared.rejected) for failure in prepared.failures)
-        text = f"left as TRL wrote them because patches do not fit: {', '.join(sorted(batch.stock))}"
-        notes.append(text)
-        pending.append((LeftStock, f"{text}\n{failed}\n  more     trlpatch check"))
+        pending.append((LeftStock, f"{text}\n{describe_all(fit, prepared.rejected)}\n  more     trlpatch check"))
     if prepared.unwritable:
         text = f"the patched text is kept in memory, the cache cannot be used: {prepared.unwritable}"
         notes.append(text)
@@ -389,7 +390,7 @@ def _dump(batch: _Batch, pending: list[Warned]) -> None:
     from trlpatch.runtime.dump import dump
 
     try:
-        dump(place, batch.install.version, batch.patched)
+        dump(place, batch.fit.install.version, batch.patched)
     except OSError as error:
         pending.append((DumpUnavailable, f"{DUMP}={place}: {error}"))
 

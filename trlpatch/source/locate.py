@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnsupportedTrl
+from trlpatch.errors import TrlNotFound, UnknownAlgorithm, UnreadableSource, UnsupportedTrl
 from trlpatch.source.releases import (
     NEWEST_TESTED,
     OLDEST_SUPPORTED,
@@ -20,6 +20,7 @@ from trlpatch.source.releases import (
 )
 from trlpatch.source.targets import ALGORITHMS, LEFT_ALONE, TARGETS, Target
 
+_REINSTALL = "Run: pip install --force-reinstall --no-deps trl"
 _VERSION_LITERAL = r"""(?m)^__version__\s*=\s*["']([^"']+)["']"""
 
 
@@ -83,7 +84,18 @@ def find_trl(path: Path | None = None) -> TrlInstall:
 
 def _installed_root() -> Path:
     # find_spec of a top-level name runs no code of that package.
-    spec = importlib.util.find_spec("trl")
+    try:
+        spec = importlib.util.find_spec("trl")
+    except ValueError as error:  # what find_spec raises for a module in sys.modules without __spec__
+        raise TrlNotFound(
+            "sys.modules holds a module `trl` that was not imported from a file (it has no __spec__). Remove it "
+            "before PatchFastRL(): del sys.modules['trl']"
+        ) from error
+    if spec is not None and spec.origin is not None and spec.submodule_search_locations is None:
+        raise TrlNotFound(
+            f"`import trl` finds {spec.origin}, a single module, instead of the package TRL. Rename or remove it, or "
+            "put the directory that holds TRL before it on sys.path."
+        )
     if spec is None or spec.origin is None:
         raise TrlNotFound(
             "TRL is not installed in this environment (no package `trl` on sys.path). Run: pip install trl"
@@ -108,9 +120,9 @@ def _version_of(root: Path) -> str:
         return info.name.removeprefix("trl-").removesuffix(".dist-info")
     for text_file in (root / "VERSION", root.parent / "VERSION"):
         if text_file.is_file():
-            return text_file.read_text(encoding="utf-8").strip()
+            return _read(text_file).strip()
     init = root / "__init__.py"
-    literal = re.search(_VERSION_LITERAL, init.read_text(encoding="utf-8")) if init.is_file() else None
+    literal = re.search(_VERSION_LITERAL, _read(init)) if init.is_file() else None
     if literal is None:
         raise TrlNotFound(
             f"The `trl` at {root} does not say its version: expected trl-<version>.dist-info beside it, a VERSION "
@@ -119,14 +131,12 @@ def _version_of(root: Path) -> str:
     return literal[1]
 
 
-def target_names(algorithm: str | None) -> frozenset[str]:
-    """Return the targets that `algorithm` needs in any release; None means all.
+def spelled(algorithm: str) -> str:
+    """Return the key of `ALGORITHMS` that `algorithm` spells: "OnlineDPOTrainer", "online-dpo" are "online_dpo".
 
     Raises:
         UnknownAlgorithm: the name is not in the table.
     """
-    if algorithm is None:
-        return frozenset(TARGETS)
     key = algorithm.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
     key = {"onlinedpo": "online_dpo", "iwopd": "iw_opd"}.get(key, key)
     if key not in ALGORITHMS:
@@ -134,7 +144,16 @@ def target_names(algorithm: str | None) -> frozenset[str]:
             f"Unknown algorithm {algorithm!r}: no trainer of that name rolls out on an in-process vLLM engine. "
             f"Known: {', '.join(sorted(ALGORITHMS))}. None patches all of them."
         )
-    return frozenset(ALGORITHMS[key])
+    return key
+
+
+def target_names(algorithm: str | None) -> frozenset[str]:
+    """Return the targets that `algorithm` needs in any release; None means all.
+
+    Raises:
+        UnknownAlgorithm: the name is not in the table.
+    """
+    return frozenset(TARGETS if algorithm is None else ALGORITHMS[spelled(algorithm)])
 
 
 def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFile]:
@@ -143,7 +162,8 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
     A target that the table places in this release but whose file is missing is returned by `missing` instead.
 
     Raises:
-        UnknownAlgorithm: the name is not known, or that trainer has no in-process engine in this release.
+        UnknownAlgorithm: the name is not in the table.
+        UnreadableSource: a file cannot be read, or is not the UTF-8 that TRL's files are.
     """
     wanted = target_names(algorithm)
     found = []
@@ -154,19 +174,29 @@ def sources(install: TrlInstall, algorithm: str | None = None) -> list[SourceFil
         path = install.root / location.file
         if path.is_file():
             found.append(SourceFile(target, path, location.qualified, _read(path)))
-    if algorithm is not None and not any(source.target.kind == "trainer" for source in found):
-        here = sorted(name for name, needs in ALGORITHMS.items() if TARGETS[needs[0]].location(install.release))
-        raise UnknownAlgorithm(
-            f"{algorithm!r} has no trainer with an in-process vLLM engine in TRL {install.version} at {install.root}. "
-            f"This release has: {', '.join(here)}."
-        )
     return found
 
 
 def _read(path: Path) -> str:
-    # What read_text returns, in half the time: TRL's files have no carriage returns that it would have to translate.
-    content = path.read_bytes()
-    return path.read_text(encoding="utf-8") if b"\r" in content else content.decode()
+    try:
+        content = path.read_bytes()
+        # What read_text returns, in half the time: TRL's files have no carriage returns that it would translate.
+        text = content.decode() if b"\r" not in content else path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UnreadableSource(f"Cannot read {path}: {error.strerror or error}. {_REINSTALL}") from error
+    except UnicodeDecodeError as error:
+        raise _undecodable(path, error) from error
+    if "\0" in text:
+        raise UnreadableSource(f"{path} holds a NUL character: the file is damaged. {_REINSTALL}")
+    return text.removeprefix("\ufeff")
+
+
+def _undecodable(path: Path, error: UnicodeDecodeError) -> UnreadableSource:
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return UnreadableSource(
+        f"{path}:{line} is not UTF-8, as every file of TRL is: byte 0x{error.object[error.start]:02x} at offset "
+        f"{error.start}. The file was changed or damaged. {_REINSTALL}"
+    )
 
 
 def missing(install: TrlInstall, algorithm: str | None = None) -> list[tuple[Target, Path]]:

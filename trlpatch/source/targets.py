@@ -204,6 +204,21 @@ _TRAINERS: dict[str, tuple[str, ...]] = {
 ALGORITHMS = {name: (*needs, "trl", "import_utils", "vllm_client") for name, needs in _TRAINERS.items()}
 """Trainers that roll out on an in-process engine, and the targets each of them needs, its own file first."""
 
+INHERITING: dict[str, tuple[str, str]] = {
+    "dppo": ("experimental.dppo.dppo_trainer", "DPPOTrainer"),
+    "gfpo": ("experimental.gfpo.gfpo_trainer", "GFPOTrainer"),
+    # Its class has GRPO's own name, so that a search for it says nothing.
+    "gspo_token": ("experimental.gspo_token.grpo_trainer", ""),
+    "gmpo": ("experimental.gmpo.gmpo_trainer", "GMPOTrainer"),
+    "minillm": ("experimental.minillm.minillm_trainer", "MiniLLMTrainer"),
+    "papo": ("experimental.papo.papo_trainer", "PAPOTrainer"),
+    "grpo_with_replay_buffer": (
+        "experimental.grpo_with_replay_buffer.grpo_with_replay_buffer_trainer",
+        "GRPOWithReplayBufferTrainer",
+    ),
+}
+"""Algorithms without a target of their own: the module and the class of each, where a release has it."""
+
 LEFT_ALONE: dict[str, tuple[ModuleLocation, ...]] = {
     name: _locations(
         {">=0.18,<0.26": f"trainer.{module}_trainer", ">=0.26,<1.14": f"experimental.{module}.{module}_trainer"}

@@ -29,7 +29,7 @@ def in_target(source: SourceFile, release: Release, steps: Plan, upstream: Outli
     target = source.target
     found = [*unknown_uses(patched.tree, stock)] if _mentions("".join(patched.lines)) else []
     found += _left_over(steps, patched)
-    if "live_adapter" not in stock:
+    if "live_adapter" not in steps.excluded:
         found += lost_names(target.name, release, target.classes, patched.tree)
     lines = _upstream_lines(upstream.lines, patched.lines) if found else []
     return [

@@ -22,6 +22,7 @@ from trlpatch.rewrite.census.vocabulary import (
     HARMLESS_PATH,
     HELD_CALLS,
     HOLDER,
+    MERGES,
     PUSH_PATH,
     ROLLOUTS,
     names_push_helper,
@@ -29,6 +30,7 @@ from trlpatch.rewrite.census.vocabulary import (
 from trlpatch.rewrite.edits import HOOKS, calls, engine_call, last_name
 from trlpatch.rewrite.patches.rollout.live_adapter import requests_adapter
 from trlpatch.rewrite.patches.rollout.sleep import reloads
+from trlpatch.trl_names import SYNC_METHODS
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class _Census:
         self._target = target
         self._pushes = Pushes(tree)
         self._explained: set[ast.AST] = set()
+        # Asynchronous trainers merge, too, for a server.
+        self._synchronises = target or any(isinstance(n, ast.Attribute) and n.attr in SYNC_METHODS for n in tree.nodes)
 
     def run(self) -> _Found:
         # Outer nodes come first in `nodes`, so what a form explains is looked at after that form: engines first.
@@ -91,10 +95,16 @@ class _Census:
         elif call is None:
             yield member, f"`.{member.attr}` of the engine is read or handed on, not called"
         elif member.attr in ROLLOUTS:
-            if not requests_adapter(call) and "live_adapter" not in self._stock:
-                yield member, "a rollout without the LoRA adapter being trained: it samples from the base model"
+            if "live_adapter" not in self._stock:
+                yield from self._rollout(member, call)
         elif not (member.attr in HARMLESS_CALLS or self._left_to_trl(call)):
             yield member, f"no patch knows what `.{member.attr}(...)` of the engine does to rollouts or weights"
+
+    def _rollout(self, member: ast.Attribute, call: ast.Call) -> _Found:
+        if not requests_adapter(call):
+            yield member, "a rollout without the LoRA adapter being trained: it samples from the base model"
+        elif any(word.arg == "lora_request" and len(getattr(word.value, "args", ())) > 2 for word in call.keywords):
+            yield member, "TRL hands a LoRA request of its own to this rollout, which no release did"
 
     def _left_to_trl(self, call: ast.Call) -> bool:
         rpc = engine_call(call, "collective_rpc")
@@ -185,6 +195,9 @@ class _Census:
             known = hook_called(parent) == "engine" or calls(parent or node, "isinstance")
             if isinstance(node.ctx, ast.Load) and not known and not self._tree.annotates(node):
                 yield node, "an engine is built, or its class handed on, where no patch knows of it"
+        elif isinstance(node, ast.Attribute) and name in MERGES:
+            if self._synchronises and not (self._pushes.guarded(node) or "adapter_sync" in self._stock):
+                yield node, f"`.{name}` is called where handing the adapter over does not prevent it"
         elif isinstance(node, ast.Attribute) and name in ENGINE_ONLY:
             yield node, f"`.{name}` is an engine's, and what it is read from has another name"
         elif isinstance(node, ast.Attribute) and names_push_helper(name) and not self._pushes.defines(name):
@@ -196,7 +209,7 @@ class _Census:
         parts = set(text.split("."))
         known = calls(self._tree.parent(node) or node, "hasattr") or _gets_attribute(self._tree.parent(node))
         named = parts & (ENGINES | ENGINE_ONLY | CONSTRUCTORS)
-        if named and not known and not self._left_to_trl_text(node):
+        if named and not (known or self._left_to_trl_text(node) or self._tree.annotates(node)):
             yield node, f"an engine, or a part of it, may be reached through the text {text!r}"
 
     def _left_to_trl_text(self, node: ast.Constant) -> bool:

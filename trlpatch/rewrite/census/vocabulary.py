@@ -53,7 +53,10 @@ def names_push_helper(name: str) -> bool:
     return PUSH_HELPER.fullmatch(name) is not None and name not in SYNC_METHODS
 
 
-_WORDS = sorted({*ENGINES, HOLDER, *CONSTRUCTORS, *ENGINE_ONLY})
+MERGES = frozenset({"merge_adapter", "unmerge_adapter"})
+"""Methods of a PEFT model between which its base weights are not the engine's."""
+
+_WORDS = sorted({*ENGINES, HOLDER, *CONSTRUCTORS, *ENGINE_ONLY, *MERGES})
 MENTIONED = re.compile(rf"\b(?:{'|'.join(_WORDS)})\b|\b{PUSH_HELPER.pattern}\b|\bvllm\S*\s+import\s*\(?\s*\*")
 """Found in the text of every file in which the census can find anything: each finding is about one of these words."""
 
@@ -70,7 +73,7 @@ class OwnProcess:
 OWN_PROCESS = (
     OwnProcess(
         "scripts/vllm_serve.py",
-        ReleaseRange(">=0.18,<1.11"),
+        ReleaseRange(">=0.18"),
         "the server's engine: `trl vllm-serve` is its own process",
     ),
     OwnProcess("experimental/ssd/ssd_eval.py", ReleaseRange(">=1.2,<1.7"), "a script that evaluates a finished model"),

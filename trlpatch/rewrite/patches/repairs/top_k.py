@@ -12,7 +12,7 @@ from trlpatch.rewrite.anchor import Anchor
 from trlpatch.rewrite.edits import PatchTransformer, hook, is_hook, is_key
 from trlpatch.rewrite.patch import Patch, variants
 
-TOP_K = Anchor("top_k", hint=r"top_k", prefilter=('"top_k":',))
+TOP_K = Anchor("top_k", hint=r"top_k", prefilter=('"top_k":', "'top_k':"))
 
 
 class TopK(PatchTransformer):

@@ -33,17 +33,19 @@ class Sampling(PatchTransformer):
     def edit_call(self, node: cst.Call) -> cst.Call:
         if not isinstance(node.func, cst.Name):
             return node
-        if node.func.value == "SamplingParams":
+        owner = self._owner()
+        if node.func.value == "SamplingParams" and owner is not None:
             self.hits[PARAMS] += 1
-            return node.with_changes(func=hook("sampling_params", self._owner(), node.func))
+            return node.with_changes(func=hook("sampling_params", owner, node.func))
         if node.func.value == "VLLMGeneration":
             self.hits[GENERATION] += 1
             return node.with_changes(func=hook("generation", cst.Name("args"), node.func))
         return node
 
-    def _owner(self) -> cst.Name:
+    def _owner(self) -> cst.Name | None:
         # In __init__ the trainer has no `self.args` yet; the helper functions of openenv take the trainer first.
-        return cst.Name(next(name for name in ("args", "self", "trainer") if name in self.region.parameters))
+        name = next((name for name in ("args", "self", "trainer") if name in self.region.parameters), None)
+        return None if name is None else cst.Name(name)
 
 
 PATCH = Patch(
