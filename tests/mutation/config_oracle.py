@@ -1,13 +1,14 @@
 """Config oracle: a patched config dataclass is built, and names that hooks set on arguments are still fields.
 
-Stock TRL and the hooks meet in the names of a config's fields; a field that is renamed everywhere leaves the hooks with
-names that set nothing.
+Stock TRL and the hooks meet in the names of a config's fields; a field that is renamed everywhere leaves the
+hooks with names that set nothing.
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 from collections.abc import Iterator
 
 from tests.mutation import hosts
@@ -31,10 +32,12 @@ def judge(text: str) -> Iterator[str]:
     }
     try:
         exec(compile(text, "stub_module.py", "exec", dont_inherit=True), namespace)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         yield f"the config cannot be imported: {type(error).__name__}: {error}"
         return
-    configs = [v for k, v in namespace.items() if k.endswith("Config") and getattr(v, "__module__", "") == "stub_module"]
+    configs = [
+        v for k, v in namespace.items() if k.endswith("Config") and getattr(v, "__module__", "") == "stub_module"
+    ]
     for config in configs:
         fields = list(getattr(config, "__dataclass_fields__", {}))
         if FIELD not in fields:
@@ -43,10 +46,8 @@ def judge(text: str) -> Iterator[str]:
             instance = config.__new__(config)
             for name in fields:
                 vars(instance)[name] = getattr(config, name, None)
-            try:
+            with contextlib.suppress(Exception):  # it needs transformers' own; the hook stands at its head
                 config.__post_init__(instance)
-            except Exception:  # noqa: BLE001
-                pass  # needs transformers' own; the hook stands at its head
             if not any(given is instance for given in normalized):
                 yield f"{config.__name__}.__post_init__ does not normalise {FIELD}"
 

@@ -45,7 +45,9 @@ def _relevant(text: str) -> ast.Module:
         search = re.compile(rf"\b({'|'.join(sorted(words))})\b").search
         kept = [(owner, node, chunk) for owner, node, chunk in every if search(chunk)]
         pushing = re.compile(rf"\b({'|'.join(sorted((words - set(WORDS)) | PUSHES))})\b").search
-        words |= {d.name for _, node, chunk in kept if pushing(chunk) for d in ast.walk(node) if isinstance(d, DEFINED)}
+        words |= {
+            d.name for _, node, chunk in kept if pushing(chunk) for d in ast.walk(node) if isinstance(d, DEFINED)
+        }
     found: dict[ast.stmt, ast.stmt] = {}
     for owner, node, _ in kept:
         if isinstance(owner, ast.ClassDef):
@@ -176,9 +178,9 @@ class _Reading:
 
     def pushes(self) -> Iterator[str]:
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.Attribute) and node.attr in PUSHES and node.value not in self.pushing:
-                if not any(node is push for push in self.pushing) and node.attr != "load_state_dict":
-                    yield f"line {node.lineno}: unknown push of weights: {ast.unparse(node)[:80]}"
+            pushes = isinstance(node, ast.Attribute) and node.attr in PUSHES - {"load_state_dict"}
+            if pushes and node not in self.pushing and node.value not in self.pushing:
+                yield f"line {node.lineno}: unknown push of weights: {ast.unparse(node)[:80]}"
         for push in self.pushing:
             if not self._guarded(push, set()):
                 yield f"line {getattr(push, 'lineno', 0)}: weights are pushed without a hand-over before it"
@@ -191,9 +193,9 @@ class _Reading:
         inner: ast.AST = node
         while inner is not function:
             outer = self.parents[inner]
-            if isinstance(outer, ast.BoolOp) and isinstance(outer.op, ast.Or) and inner is not outer.values[0]:
-                if _hook(outer.values[0]) == "hand_over":
-                    return True
+            either = isinstance(outer, ast.BoolOp) and isinstance(outer.op, ast.Or)
+            if either and inner is not outer.values[0] and _hook(outer.values[0]) == "hand_over":
+                return True
             if outer is function and inner in function.body:
                 earlier = function.body[: function.body.index(inner)]
                 if any(_returns_if_handed_over(statement) for statement in earlier):
@@ -209,9 +211,11 @@ class _Reading:
     @staticmethod
     def _mentions(tree: ast.Module, name: str) -> Iterator[ast.AST]:
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr == name or isinstance(node, ast.Name) and node.id == name:
-                yield node
-            elif isinstance(node, ast.Constant) and node.value == name:
+            if (
+                (isinstance(node, ast.Attribute) and node.attr == name)
+                or (isinstance(node, ast.Name) and node.id == name)
+                or (isinstance(node, ast.Constant) and node.value == name)
+            ):
                 yield node
 
     def _statement(self, node: ast.AST) -> ast.stmt:

@@ -26,16 +26,49 @@ from tests.mutation.hosts import ENGINES, SYNCS, parsed
 from tests.mutation.stub_imports import Event, Recorder, StubHooks, StubObject, _is_engine, importer
 
 REQUESTS = frozenset(
-    "generate chat beam_search encode embed classify score reward add_request _run_completion _add_request enqueue "
-    "generate_async enqueue_chat _validate_and_add_requests _run_engine step".split()
+    [
+        "generate",
+        "chat",
+        "beam_search",
+        "encode",
+        "embed",
+        "classify",
+        "score",
+        "reward",
+        "add_request",
+        "_run_completion",
+        "_add_request",
+        "enqueue",
+        "generate_async",
+        "enqueue_chat",
+        "_validate_and_add_requests",
+        "_run_engine",
+        "step",
+    ]
 )
 PUSHES = frozenset(
-    "load_weights apply_model update_weights update_named_param load_state_dict init_weights_update_group copy_ "
-    "start_weight_update finish_weight_update".split()
+    [
+        "load_weights",
+        "apply_model",
+        "update_weights",
+        "update_named_param",
+        "load_state_dict",
+        "init_weights_update_group",
+        "copy_",
+        "start_weight_update",
+        "finish_weight_update",
+    ]
 )
 MEMORY = frozenset({"sleep", "wake_up"})
 READS = frozenset(
-    "reset_prefix_cache get_tokenizer get_default_sampling_params reset_mm_cache get_metrics is_sleeping".split()
+    [
+        "reset_prefix_cache",
+        "get_tokenizer",
+        "get_default_sampling_params",
+        "reset_mm_cache",
+        "get_metrics",
+        "is_sleeping",
+    ]
 )
 RELOADS = "reload_weights"
 TOUCHING = frozenset({*ENGINES, *SYNCS, "LLM", "_trlpatch", "load_weights", "collective_rpc", "apply_model"})
@@ -71,7 +104,7 @@ def judge(patched: str, mutant: str, upstream: str) -> Verdict:
             stock = _Run(mutant, known, condition)
         except SyntaxError:
             raise
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             verdict.unreached.append(f"the module cannot be executed: {type(error).__name__}: {error}")
             return verdict
         for name in ours.entries:
@@ -127,9 +160,9 @@ def changed(ours: list[Event], stock: list[Event]) -> Iterator[str]:
     now, before = _sequence(ours), _sequence(stock)
     without, position = [], 0
     for what in now:
-        if what == "sleep" and (position >= len(before) or before[position] != "sleep"):
-            if without and without[-1] == "generate":
-                continue
+        added = what == "sleep" and before[position : position + 1] != ["sleep"]
+        if added and without[-1:] == ["generate"]:
+            continue
         without.append(what)
         position += 1
     if without != before:
@@ -177,7 +210,9 @@ class _Run:
             exec(_compiled(text), namespace)
         self.entries = dict(self._entries(namespace, known))
 
-    def _entries(self, namespace: dict[str, Any], known: frozenset[str]) -> Iterator[tuple[str, tuple[Any, FunctionType]]]:
+    def _entries(
+        self, namespace: dict[str, Any], known: frozenset[str]
+    ) -> Iterator[tuple[str, tuple[Any, FunctionType]]]:
         every = list(_functions(namespace))
         synced = [f.__code__ for _, _, f in every if f.__name__ in SYNCS]
         helpers = _called_from(synced, {f.__name__: f.__code__ for _, _, f in every})
@@ -193,7 +228,7 @@ class _Run:
         try:
             with time_limit(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
                 _call(self.recorder, owner, function)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self.errors[name] = f"{type(error).__name__}: {error}"
         return self.recorder.events
 
@@ -216,9 +251,7 @@ def _with_builders(text: str) -> ast.Module:
             building = [s for s in method.body if search("".join(lines[s.lineno - 1 : s.end_lineno])) and _builds(s)]
             if building:
                 inside = {n.id for s in building for n in ast.walk(s) if isinstance(n, ast.Name)}
-                assigned = {
-                    n.id for s in building for n in ast.walk(s) if isinstance(n, ast.Name) and not _loads(n)
-                }
+                assigned = {n.id for s in building for n in ast.walk(s) if isinstance(n, ast.Name) and not _loads(n)}
                 given = {a.arg for a in ast.walk(method.args) if isinstance(a, ast.arg)}
                 local = {n.id for s in method.body for n in ast.walk(s) if isinstance(n, ast.Name) and not _loads(n)}
                 names = sorted(inside & (given | local) - assigned - {"self"})

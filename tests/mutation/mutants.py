@@ -1,4 +1,4 @@
-"""Mutants, and the registry of kinds: one function per kind, which yields the texts that a host can be changed into."""
+"""Mutants, and the registry of kinds: one function per kind, which yields what a host may be changed into."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def _hosts(source: Source, release: str) -> tuple[Host, ...]:
     return tuple(source(release))
 
 
-def generate(releases: Iterable[str] = hosts.RELEASES, categories: str = "", kinds: Iterable[str] = ()) -> list[Mutant]:
+def generate(
+    releases: Iterable[str] = hosts.RELEASES, categories: str = "", kinds: Iterable[str] = ()
+) -> list[Mutant]:
     """Return every mutant of these releases and categories, always in the same order."""
     wanted = [
         one

@@ -16,18 +16,53 @@ from types import FunctionType, MethodType
 from typing import Any
 
 REAL = frozenset(
-    "__future__ abc ast asyncio atexit collections concurrent contextlib copy dataclasses enum functools inspect itertools "
-    "json logging math operator os pathlib queue random shutil statistics string sys textwrap threading time types "
-    "typing typing_extensions uuid warnings weakref".split()
+    [
+        "__future__",
+        "abc",
+        "ast",
+        "asyncio",
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "enum",
+        "functools",
+        "inspect",
+        "itertools",
+        "json",
+        "logging",
+        "math",
+        "operator",
+        "string",
+        "sys",
+        "textwrap",
+        "types",
+        "typing",
+        "typing_extensions",
+        "warnings",
+        "weakref",
+    ]
 )
-"""Modules that are imported as they are."""
+"""Modules that are imported as they are: none that waits, starts a thread or touches a file."""
 
-BUILDERS = frozenset({"LLM", "AsyncLLM", "LLMEngine", "AsyncLLMEngine", "AsyncLLMEngine"})
+BUILDERS = frozenset({"LLM", "AsyncLLM", "LLMEngine", "AsyncLLMEngine"})
 
-INHERITED = (
-    "_prepare_inputs _save_checkpoint compute_loss log training_step prediction_step evaluate train save_model "
-    "_inner_training_loop on_step_end on_train_begin create_optimizer __post_init__"
-).split()
+INHERITED = [
+    "_prepare_inputs",
+    "_save_checkpoint",
+    "compute_loss",
+    "log",
+    "training_step",
+    "prediction_step",
+    "evaluate",
+    "train",
+    "save_model",
+    "_inner_training_loop",
+    "on_step_end",
+    "on_train_begin",
+    "create_optimizer",
+    "__post_init__",
+]
 """Methods that TRL calls on `super()`, which asks no `__getattr__`."""
 
 SETTINGS: dict[str, Any] = {
@@ -63,7 +98,7 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Event:
-    """What happened to the engine, in order: a call on it, a hook, a merge of the adapter, or the engine handed away."""
+    """What happened to the engine: a call on it, a hook, a merge of the adapter, or the engine given away."""
 
     what: str
     arguments: tuple[Any, ...] = ()
@@ -219,7 +254,9 @@ class StubObject:
     def _same(self, *_: object) -> Any:
         return StubObject(self._recorder, self._name)
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __and__ = __or__ = _same
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __and__ = __or__ = (
+        _same
+    )
     __rand__ = __ror__ = __neg__ = __invert__ = __pow__ = __rpow__ = __matmul__ = __iadd__ = __isub__ = __ior__ = _same
 
     def __mod__(self, other: object) -> int:
@@ -277,10 +314,10 @@ def stub(recorder: Recorder, name: str) -> Any:
             recorder.note("<given away>", name)
 
     bodies = {key: value for key, value in vars(StubObject).items() if key not in {"__dict__", "__weakref__"}}
-    inherited = {method: _inherited for method in INHERITED}
+    inherited = dict.fromkeys(INHERITED, _inherited)
     namespace = {
-        **bodies, **inherited, "_recorder": recorder, "_name": name, "_is_stub": True, "__init__": build, "__getattr__": answer,
-        "__module__": "stub", "__hash__": object.__hash__,
+        **bodies, **inherited, "_recorder": recorder, "_name": name, "_is_stub": True,
+        "__init__": build, "__getattr__": answer, "__module__": "stub", "__hash__": object.__hash__,
     }  # fmt: skip
     return StubClass(name, (), namespace)
 
@@ -334,9 +371,7 @@ class StubHooks:
 def importer(recorder: Recorder, hooks: StubHooks) -> Callable[..., Any]:
     """Return an `__import__` that knows the standard library, the stub hooks, and stubs for the rest."""
 
-    def stub_import(
-        name: str, globals_: Any = None, locals_: Any = None, names: Any = (), level: int = 0
-    ) -> Any:
+    def stub_import(name: str, globals_: Any = None, locals_: Any = None, names: Any = (), level: int = 0) -> Any:
         if level == 0 and name.partition(".")[0] in REAL:
             return builtins.__import__(name, globals_, locals_, names, level)
         module = StubObject(recorder, name or "package")

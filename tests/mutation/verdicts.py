@@ -97,4 +97,3 @@ def _upstream(release: str, path: str) -> str:
         return hosts.read(release, path)
     except FileNotFoundError:
         return ""
-

@@ -9,6 +9,7 @@ from tests.mutation.kinds import added_spellings as added_spellings
 from tests.mutation.kinds import build as build
 from tests.mutation.kinds import config as config
 from tests.mutation.kinds import harmless as harmless
+from tests.mutation.kinds import harmless_additions as harmless_additions
 from tests.mutation.kinds import memory as memory
 from tests.mutation.kinds import modules as modules
 from tests.mutation.kinds import rollout as rollout

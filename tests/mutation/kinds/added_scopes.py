@@ -46,7 +46,9 @@ def generator_method(host: Host) -> str:
 def staticmethod_with_trainer(host: Host) -> str | None:
     """A static method takes the trainer."""
     body = f"    return {_of_trainer(host)}\n"
-    return host.with_method(f"@staticmethod\ndef _second_rollout(trainer, {PARAMETERS}):\n{body}") if host.cls else None
+    return (
+        host.with_method(f"@staticmethod\ndef _second_rollout(trainer, {PARAMETERS}):\n{body}") if host.cls else None
+    )
 
 
 @scope
@@ -73,14 +75,18 @@ def under_if_in_class(host: Host) -> str | None:
 @scope
 def under_try_in_class(host: Host) -> str | None:
     """The method exists only where an import succeeds."""
-    code = f"try:\n    def _second_rollout(self, {PARAMETERS}):\n        return {_call(host)}\nexcept ImportError:\n    pass\n"
+    code = f"try:\n    def _second_rollout(self, {PARAMETERS}):\n        return {_call(host)}\nfinally:\n    pass\n"
     return host.with_method(code) if host.cls else None
 
 
 @scope
 def lambda_in_class(host: Host) -> str | None:
     """The method is a lambda."""
-    return host.with_method(f"second_rollout = lambda self, prompts, sampling_params: {_call(host)}\n") if host.cls else None
+    return (
+        host.with_method(f"second_rollout = lambda self, prompts, sampling_params: {_call(host)}\n")
+        if host.cls
+        else None
+    )
 
 
 @scope
@@ -122,11 +128,15 @@ def mixin_class(host: Host) -> str:
 @scope
 def subclass_in_file(host: Host) -> str | None:
     """A subclass of the trainer in the same file."""
-    return host.with_function(f"""
+    return (
+        host.with_function(f"""
         class _Variant({host.cls}):
             def _second_rollout(self, {PARAMETERS}):
                 return {_call(host)}
-    """) if host.cls else None
+    """)
+        if host.cls
+        else None
+    )
 
 
 @scope
@@ -148,7 +158,8 @@ def module_function_of_another_file(host: Host) -> dict[str, str | None]:
     from tests.mutation.hosts import read
 
     utils = "trl/trainer/utils.py"
-    helper = f"{read(host.release, utils).rstrip()}\n\n\ndef roll_out(engine, prompts):\n    return engine.generate(prompts)\n"
+    added = "def roll_out(engine, prompts):\n    return engine.generate(prompts)\n"
+    helper = f"{read(host.release, utils).rstrip()}\n\n\n{added}"
     body = f"from trl.trainer.utils import roll_out\nreturn roll_out({host.engine}, prompts)"
     return {host.path: method(host, body), utils: helper}
 
@@ -176,7 +187,7 @@ def under_if_at_module_level(host: Host) -> str:
 def default_value(host: Host) -> str:
     """The default value of a parameter rolls out."""
     return host.with_function(
-        f"def second_rollout(trainer, prompts=None, sampling_params=None, roll=lambda trainer, prompts, sampling_params: "
+        f"def second_rollout(trainer, prompts=0, sampling_params=0, roll=lambda trainer, prompts, sampling_params: "
         f"{_of_trainer(host)}):\n    return roll(trainer, prompts, sampling_params)\n"
     )
 

@@ -68,7 +68,11 @@ def all_in_a_dictionary(host: Host) -> str:
 @constructed
 def class_chosen(host: Host) -> str:
     """The class is chosen by a setting."""
-    return f"(LLM if args.use_vllm else None)({_arguments(host)})" if "args" in _names(host) else f"(LLM)({_arguments(host)})"
+    return (
+        f"(LLM if args.use_vllm else None)({_arguments(host)})"
+        if "args" in _names(host)
+        else f"(LLM)({_arguments(host)})"
+    )
 
 
 def _names(host: Host) -> set[str]:
@@ -218,7 +222,9 @@ def model_under_another_name(host: Host) -> str:
     """A method builds it from the name alone, and binds `model` only in a lambda."""
     statement = host.statement(_build(host))
     start, end = host.lines(statement)
-    moved = host.edit(((start, end), indented(f"self.{host.attribute} = self._build_engine('m')", statement.col_offset)))
+    moved = host.edit(
+        ((start, end), indented(f"self.{host.attribute} = self._build_engine('m')", statement.col_offset))
+    )
     return Host(host.release, host.path, host.cls, moved).with_method(
         "def _build_engine(self, name, **kwargs):\n"
         "    short = (lambda model: model)(name)\n"
@@ -238,7 +244,9 @@ def parameter_renamed(host: Host) -> str:
 @kind("E", building)
 def removed_altogether(host: Host) -> str:
     """The engine is built somewhere else."""
-    return host.edit((host.lines(host.statement(_build(host))), indented("pass", host.statement(_build(host)).col_offset)))
+    return host.edit(
+        (host.lines(host.statement(_build(host))), indented("pass", host.statement(_build(host)).col_offset))
+    )
 
 
 @kind("E", building)
@@ -257,5 +265,5 @@ def a_second_one_in_a_function(host: Host) -> str:
 def a_second_one_of_another_class(host: Host) -> str:
     """A new method builds an asynchronous engine."""
     return host.with_method(
-        "def _evaluation_engine(self, model):\n    from vllm import AsyncLLMEngine\n\n    return AsyncLLMEngine(model)\n"
+        "def _evaluation_engine(self, model):\n    from vllm import AsyncLLM\n\n    return AsyncLLM(model)\n"
     )

@@ -30,14 +30,22 @@ def _edited(name: str, why: str, code: str, *, first: bool = False) -> None:
 _edited("field_at_the_end", "A field at the end.", 'new: int = field(default=0, metadata={"help": "New."})')
 _edited("plain_field_at_the_end", "A field without field().", "new: int = 0")
 _edited("field_with_a_factory", "A field with a factory.", "new: list = field(default_factory=list)")
-_edited("multiline_field", "A field over many lines.", "new: int = field(\n    default=0,\n    metadata={\n        'help': 'x'\n    },\n)")
+_edited(
+    "multiline_field",
+    "A field over many lines.",
+    "new: int = field(\n    default=0,\n    metadata={\n        'help': 'x'\n    },\n)",
+)
 _edited("field_in_front", "A field in front.", "new: int = 0", first=True)
 _edited("class_variable", "A class variable after the fields.", 'NAMES = ("a", "b")')
 _edited("method_after_fields", "A method between the fields and `__post_init__`.", "\ndef new(self):\n    return 0\n")
 _edited("property_after_fields", "A property.", "\n@property\ndef new(self):\n    return 0\n")
 _edited("comment_after_fields", "A comment.", "# deprecated: nothing")
 _edited("field_under_if", "A field under a condition.", "if True:\n    new: int = 0")
-_edited("same_field_of_trls_own", "TRL brings a field of this name.", "vllm_sampling_params: dict | None = field(default=None)")
+_edited(
+    "same_field_of_trls_own",
+    "TRL brings a field of this name.",
+    "vllm_sampling_params: dict | None = field(default=None)",
+)
 
 
 @kind("F", config_hosts)
@@ -86,7 +94,7 @@ def post_init_removed(host: Host) -> str | None:
 def post_init_decorated(host: Host) -> str | None:
     """`__post_init__` gets a decorator."""
     method = _post_init(host)
-    return None if method is None else host.before(method, "@checked")
+    return None if method is None else host.before(method, "@(lambda function: function)")
 
 
 @kind("F", config_hosts)
@@ -118,7 +126,9 @@ def post_init_split(host: Host) -> str | None:
 @kind("F", config_hosts)
 def default_changed(host: Host) -> str:
     """`vllm_mode` has another default."""
-    return host.text.replace('default="server"', 'default="colocate"').replace("use_vllm: bool = field(\n        default=False", "use_vllm: bool = field(\n        default=True")
+    return host.text.replace('default="server"', 'default="colocate"').replace(
+        "use_vllm: bool = field(\n        default=False", "use_vllm: bool = field(\n        default=True"
+    )
 
 
 def _renamed(old: str, new: str) -> None:
@@ -136,4 +146,3 @@ def _renamed(old: str, new: str) -> None:
 _renamed("use_vllm", "use_fast_generation")
 _renamed("vllm_mode", "vllm_placement")
 _renamed("vllm_enable_sleep_mode", "vllm_sleep")
-

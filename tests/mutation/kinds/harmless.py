@@ -1,4 +1,4 @@
-"""B: edits that upstream makes every week and that must not be refused."""
+"""B: edits of what is there that upstream makes every week and that must not be refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 
-from tests.mutation.hosts import Host, config_hosts, host, indented, read, tree_of
+from tests.mutation.hosts import Host
 from tests.mutation.kinds.added_spellings import everywhere
 from tests.mutation.mutants import Change, kind
 
@@ -17,8 +17,10 @@ def harmless(make: Callable[[Host], Change | Iterator[Change]]) -> Callable[[Hos
 
 
 def _first_function(on: Host) -> ast.FunctionDef:
-    return on.function(on.rollouts[0]) if on.rollouts else next(
-        f for f in (on.class_node.body if on.class_node else []) if isinstance(f, ast.FunctionDef)
+    return (
+        on.function(on.rollouts[0])
+        if on.rollouts
+        else next(f for f in (on.class_node.body if on.class_node else []) if isinstance(f, ast.FunctionDef))
     )
 
 
@@ -60,9 +62,15 @@ def class_docstring_mentions_the_engine(on: Host) -> str | None:
     """The class's docstring explains `self.llm.generate(...)`."""
     if on.class_node is None:
         return None
-    return on.before(on.class_node.body[0], '"""Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z)."""') if (
-        ast.get_docstring(on.class_node) is None
-    ) else on.text.replace('"""\n', '"""\n    Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z).\n', 1)
+    return (
+        on.before(
+            on.class_node.body[0], '"""Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z)."""'
+        )
+        if (ast.get_docstring(on.class_node) is None)
+        else on.text.replace(
+            '"""\n', '"""\n    Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z).\n', 1
+        )
+    )
 
 
 @harmless
@@ -75,7 +83,9 @@ def module_docstring(on: Host) -> str:
 @harmless
 def error_message_mentions_the_engine(on: Host) -> str:
     """An error's text names the call."""
-    code = 'if self.fails:\n    raise ValueError("call self.llm.generate(prompts) or self.llm.sleep(level=2) first: LLM(...)")'
+    code = (
+        'if self.fails:\n    raise ValueError("call self.llm.generate(x), self.llm.sleep(level=2) or LLM(...) first")'
+    )
     return on.before(on.body(_first_function(on))[-1], code.replace("self.fails", f"{on.receiver}.fails is Ellipsis"))
 
 
@@ -88,7 +98,9 @@ def log_line(on: Host) -> str:
 @harmless
 def help_text(on: Host) -> str:
     """A constant holds a text that names the call, over several lines."""
-    return on.with_function('HELP = (\n    "The engine sleeps: self.llm.sleep(level=2); "\n    "LLM(model) builds it, SamplingParams(n=1)"\n)\n')
+    return on.with_function(
+        'HELP = (\n    "The engine sleeps: self.llm.sleep(level=2); "\n    "LLM(model), SamplingParams(n=1)"\n)\n'
+    )
 
 
 @harmless
@@ -123,57 +135,13 @@ def trailing_spaces_removed(on: Host) -> str:
 
 
 @harmless
-def new_unrelated_method(on: Host) -> str:
-    """A new method without an engine."""
-    return on.with_method(f"def _new_metric({on.receiver}, rewards):\n    return sum(rewards) / max(len(rewards), 1)\n")
-
-
-@harmless
-def new_unrelated_function(on: Host) -> str:
-    """A new function without an engine."""
-    return on.with_function("def new_metric(rewards):\n    return sum(rewards)\n")
-
-
-@harmless
-def new_unrelated_class(on: Host) -> str:
-    """A new class without an engine."""
-    return on.with_function("class NewMetric:\n    def __init__(self, rewards):\n        self.rewards = rewards\n")
-
-
-@harmless
-def transformers_generate(on: Host) -> str:
-    """The policy generates with transformers."""
-    return on.with_method(f"def _sample({on.receiver}, ids):\n    return {on.receiver}.model.generate(ids, max_new_tokens=4)\n")
-
-
-@harmless
-def server_generate(on: Host) -> str:
-    """The server's client generates: no engine of this process."""
-    return on.with_method(f"def _ask({on.receiver}, prompts):\n    return {on.receiver}.vllm_client.generate(prompts=prompts, n=1)\n")
-
-
-@harmless
-def tokenizer_chat_template(on: Host) -> str:
-    """Prompts are formatted in a new method."""
-    return on.with_method(f"def _format({on.receiver}, chat):\n    return {on.receiver}.processing_class.apply_chat_template(chat)\n")
-
-
-@harmless
-def time_sleep(on: Host) -> str:
-    """A new method waits."""
-    return on.with_method("def _wait(*_):\n    import time\n\n    time.sleep(1)\n")
-
-
-@harmless
-def own_sleep_method(on: Host) -> str:
-    """Another object has a method `sleep`."""
-    return on.with_method(f"def _pause({on.receiver}):\n    {on.receiver}.accelerator.sleep(level=1)\n")
-
-
-@harmless
 def local_names_renamed(on: Host) -> str:
     """Locals around the rollout get other names."""
-    return re.sub(r"\ball_outputs\b|\bvllm_outputs\b|(?<![\w.])outputs\b(?=( = |\]|:))", lambda m: f"{m[0]}_new", on.text) if on.rollouts else on.text
+    return (
+        re.sub(r"\ball_outputs\b|\bvllm_outputs\b|(?<![\w.])outputs\b(?=( = |\]|:))", lambda m: f"{m[0]}_new", on.text)
+        if on.rollouts
+        else on.text
+    )
 
 
 @harmless
@@ -189,7 +157,9 @@ def sampling_params_renamed(on: Host) -> str | None:
         return None
     function = on.function(on.rollouts[0])
     start, end = on.lines(function)
-    return on.edit(((start, end), re.sub(r"(?<![\w.\"'])sampling_params(?=( = |\)|, use))", "params", on.text[start:end])))
+    return on.edit(
+        ((start, end), re.sub(r"(?<![\w.\"'])sampling_params(?=( = |\)|, use))", "params", on.text[start:end]))
+    )
 
 
 @harmless
@@ -198,7 +168,7 @@ def more_engine_keywords(on: Host) -> str | None:
     if on.build is None:
         return None
     end = on.span(on.build)[1] - 1
-    inside = on.text[: end].rstrip()
+    inside = on.text[:end].rstrip()
     comma = "" if inside.endswith((",", "(")) else ", "
     return on.edit(((end, end), f"{comma}**{{}}"))
 
@@ -288,36 +258,6 @@ def one_more_caller_of_the_sync(on: Host) -> str | None:
 
 
 @harmless
-def prefix_cache_reset(on: Host) -> str:
-    """A new method resets the prefix cache."""
-    return on.with_method(f"def _forget({on.receiver}):\n    {on.engine}.reset_prefix_cache()\n")
-
-
-@harmless
-def length_read(on: Host) -> str:
-    """A new method reads the longest length from the engine's configuration (GRPO 0.26)."""
-    return on.with_method(f"def _longest({on.receiver}):\n    return {on.engine}.llm_engine.model_config.max_model_len\n")
-
-
-@harmless
-def engine_asked_for_none(on: Host) -> str:
-    """A new method asks whether there is an engine."""
-    return on.with_method(f"def _has_engine({on.receiver}):\n    return {on.engine} is not None\n")
-
-
-@harmless
-def attribute_asked_for(on: Host) -> str:
-    """A new method asks with hasattr()."""
-    return on.with_method(f'def _has_engine({on.receiver}):\n    return hasattr({on.owner}, "{on.attribute}")\n')
-
-
-@harmless
-def another_llm(on: Host) -> str:
-    """Another object's text mentions an llm: a dictionary's key, a metric's name."""
-    return on.with_method(f'def _names({on.receiver}):\n    return {{"llm_judge": 1, "metrics/llm": 2, "llms": 3}}\n')
-
-
-@harmless
 def another_import(on: Host) -> str:
     """One more import."""
     return on.with_import("import string")
@@ -332,7 +272,12 @@ def future_import(on: Host) -> str | None:
 @harmless
 def vllm_import_in_parentheses(on: Host) -> str | None:
     """The import from vLLM is broken over lines."""
-    changed = re.sub(r"(?m)^( *)from vllm import ([\w, ]+)$", lambda m: f"{m[1]}from vllm import (\n{m[1]}    {m[2].replace(', ', f',{chr(10)}{m[1]}    ')},\n{m[1]})", on.text, count=1)
+    changed = re.sub(
+        r"(?m)^( *)from vllm import ([\w, ]+)$",
+        lambda m: f"{m[1]}from vllm import (\n{m[1]}    {m[2].replace(', ', f',{chr(10)}{m[1]}    ')},\n{m[1]})",
+        on.text,
+        count=1,
+    )
     return None if changed == on.text else changed
 
 
@@ -377,64 +322,3 @@ def class_constant(on: Host) -> str:
 def license_year(on: Host) -> str | None:
     """The license's year changes."""
     return on.text.replace("2020-2025", "2020-2027").replace("2020-2026", "2020-2027")
-
-
-@kind("B", config_hosts)
-def help_mentions_the_engine(on: Host) -> str:
-    """A field's help explains `self.llm.sleep(level=2)`."""
-    fields = [n for n in (on.class_node.body if on.class_node else []) if isinstance(n, ast.AnnAssign)]
-    return on.before(fields[-1], 'new: int = field(default=0, metadata={"help": "Level of self.llm.sleep(level=2), LLM(x)."})')
-
-
-@kind("B", config_hosts)
-def another_default(on: Host) -> str:
-    """A default changes."""
-    return on.text.replace("default=0.3", "default=0.4").replace("default=1e-6", "default=1e-5")
-
-
-@kind("B", config_hosts)
-def one_more_check(on: Host) -> str | None:
-    """`__post_init__` checks one thing more."""
-    method = on.method("__post_init__")
-    return None if method is None else on.after(method.body[-1], "if self.use_vllm is Ellipsis:\n    raise ValueError('use_vllm')")
-
-
-def _grpo(release: str) -> Iterator[Host]:
-    yield host(release, "trl/trainer/grpo_trainer.py", "GRPOTrainer")
-
-
-@kind("B", _grpo)
-def new_module_without_an_engine(on: Host) -> Change:
-    """A new module that has nothing to do with rollouts."""
-    return {"trl/rewards/length_rewards.py": "def length_reward(completions, **kwargs):\n    return [len(c) for c in completions]\n"}
-
-
-@kind("B", _grpo)
-def new_subclass_without_an_engine(on: Host) -> Change:
-    """A new subclass changes the loss alone."""
-    code = "from trl.trainer.grpo_trainer import GRPOTrainer\n\n\nclass NewLossTrainer(GRPOTrainer):\n    def _compute_loss(self, model, inputs):\n        return super()._compute_loss(model, inputs)\n"
-    return {"trl/experimental/newloss/newloss_trainer.py": code, "trl/experimental/newloss/__init__.py": ""}
-
-
-@kind("B", _grpo)
-def new_module_mentions_the_engine(on: Host) -> Change:
-    """A new module's docstring and comments mention the call."""
-    code = '"""Rewards. A trainer calls self.llm.generate(prompts) first."""\n\n# trainer.llm.sleep(level=2)\nNAMES = ["llm-judge"]\n'
-    return {"trl/rewards/judge_rewards.py": code}
-
-
-@kind("B", _grpo)
-def transformers_pipeline_elsewhere(on: Host) -> Change:
-    """A script generates with transformers."""
-    path = "trl/trainer/utils.py"
-    return {path: f"{read(on.release, path).rstrip()}\n\n\ndef sample(model, ids):\n    return model.generate(ids)\n"}
-
-
-@kind("B", _grpo)
-def server_script_changes(on: Host) -> Change:
-    """TRL's server, a process of its own, gains a call on its engine."""
-    path = "trl/scripts/vllm_serve.py"
-    if not (tree_of(on.release) / path).is_file() or "LLM(" not in read(on.release, path):
-        return None
-    added = indented("def warm_up(llm):\n    return llm.generate(['a'])\n", 0)
-    return {path: f"{read(on.release, path).rstrip()}\n\n\n{added}"}

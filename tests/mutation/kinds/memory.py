@@ -39,7 +39,11 @@ _added("reload_by_variable", 'name = "reload_weights"\n{engine}.collective_rpc(n
 _added("reload_by_keyword", '{engine}.collective_rpc(method="reload_weights")', "The name is given by keyword.")
 _added("reload_by_function", "{engine}.collective_rpc(lambda worker: worker.reload_weights())", "A function is sent.")
 _added("reload_as_method", "{engine}.reload_weights()", "vLLM gives the LLM a method for it.")
-_added("reload_by_model_runner", "{engine}.llm_engine.model_executor.driver_worker.model_runner.reload_weights()", "Below.")
+_added(
+    "reload_by_model_runner",
+    "{engine}.llm_engine.model_executor.driver_worker.model_runner.reload_weights()",
+    "Below.",
+)
 _added("update_weights_from_disk", '{engine}.update_weights("checkpoint")', "From disk under another name.")
 _added("sleep_by_getattr", 'getattr({engine}, "sleep")(level=2)', "The method is chosen by its name.")
 _added("sleep_of_a_named_engine", 'getattr({owner}, "{attribute}").sleep(2)', "The engine is chosen by its name.")

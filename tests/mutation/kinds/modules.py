@@ -23,7 +23,11 @@ def survivor(make: Callable[[Host], Change]) -> Callable[[Host], Change]:
 
 
 def _engine(on: Host) -> str:
-    return "self.vllm_generation.llm" if (tree_of(on.release) / "trl/generation/vllm_generation.py").is_file() else "self.llm"
+    return (
+        "self.vllm_generation.llm"
+        if (tree_of(on.release) / "trl/generation/vllm_generation.py").is_file()
+        else "self.llm"
+    )
 
 
 def _new(code: str, path: str = NEW) -> dict[str, str | None]:
@@ -47,7 +51,9 @@ def new_trainer_rolls_out(on: Host) -> Change:
 @survivor
 def new_trainer_rolls_out_through_an_alias(on: Host) -> Change:
     """The same, through a local name."""
-    return _subclass(on, "def _generate_single_turn(self, prompts):\n    engine = {engine}\n    return engine.chat(prompts)")
+    return _subclass(
+        on, "def _generate_single_turn(self, prompts):\n    engine = {engine}\n    return engine.chat(prompts)"
+    )
 
 
 @survivor
@@ -90,14 +96,17 @@ def new_trainer_with_a_sync(on: Host) -> Change:
 @survivor
 def new_trainer_sleeps(on: Host) -> Change:
     """A new subclass puts the engine to sleep."""
-    return _subclass(on, "def training_step(self, *args):\n    {engine}.sleep(level=2)\n    return super().training_step(*args)")
+    return _subclass(
+        on, "def training_step(self, *args):\n    {engine}.sleep(level=2)\n    return super().training_step(*args)"
+    )
 
 
 @survivor
 def new_callback(on: Host) -> Change:
     """A new callback samples for logging."""
     engine = _engine(on).partition(".")[2]
-    return _new(f"""
+    return _new(
+        f"""
         from transformers import TrainerCallback
 
 
@@ -107,23 +116,29 @@ def new_callback(on: Host) -> Change:
 
             def on_log(self, args, state, control, **kwargs):
                 return self.trainer.{engine}.generate(["a prompt"])
-    """, "trl/trainer/sampling_callbacks.py")
+    """,
+        "trl/trainer/sampling_callbacks.py",
+    )
 
 
 @survivor
 def new_helper(on: Host) -> Change:
     """A new helper for environments takes the trainer (as openenv did in 0.26)."""
     engine = _engine(on).partition(".")[2]
-    return _new(f"""
+    return _new(
+        f"""
         def generate_for_environment(trainer, prompts):
             return trainer.{engine}.generate(prompts)
-    """, "trl/experimental/environments/rollouts.py")
+    """,
+        "trl/experimental/environments/rollouts.py",
+    )
 
 
 @survivor
 def new_engine_module(on: Host) -> Change:
     """A new generation backend beside VLLMGeneration."""
-    return _new("""
+    return _new(
+        """
         from vllm import LLM
 
 
@@ -138,7 +153,9 @@ def new_engine_module(on: Host) -> Change:
 
             def generate(self, prompts):
                 return self.llm.generate(prompts)
-    """, "trl/generation/colocated.py" if "vllm_generation" in _engine(on) else "trl/extras/colocated.py")
+    """,
+        "trl/generation/colocated.py" if "vllm_generation" in _engine(on) else "trl/extras/colocated.py",
+    )
 
 
 @survivor
@@ -149,7 +166,9 @@ def new_mixin_module(on: Host) -> Change:
             def roll(self, prompts):
                 return {_engine(on)}.generate(prompts)
     """
-    text = on.with_import("from trl.trainer.rollout_mixin import RolloutMixin").replace("class GRPOTrainer(", "class GRPOTrainer(RolloutMixin, ", 1)
+    text = on.with_import("from trl.trainer.rollout_mixin import RolloutMixin").replace(
+        "class GRPOTrainer(", "class GRPOTrainer(RolloutMixin, ", 1
+    )
     return {**_new(mixin, "trl/trainer/rollout_mixin.py"), TRAINER: text}
 
 
@@ -181,7 +200,8 @@ def replay_buffer_rolls_out(on: Host) -> Change:
     for path in (p.relative_to(tree_of(on.release)).as_posix() for p in paths):
         text = read(on.release, path)
         if "(GRPOTrainer):" in text and path not in known:
-            return {path: f"{text.rstrip()}\n\n    def _second_rollout(self, prompts):\n        return {_engine(on)}.generate(prompts)\n"}
+            added = f"    def _second_rollout(self, prompts):\n        return {_engine(on)}.generate(prompts)\n"
+            return {path: f"{text.rstrip()}\n\n{added}"}
     return None
 
 
@@ -230,8 +250,6 @@ def class_renamed_with_an_alias(on: Host) -> str | None:
     """The class gets another name, and the old one is an alias."""
     if on.class_node is None:
         return None
-    return on.text.replace(f"class {on.cls}(", f"class New{on.cls}(", 1).replace(f"class {on.cls}:", f"class New{on.cls}:", 1) + (
-        f"\n\n{on.cls} = New{on.cls}\n"
-    )
-
-
+    return on.text.replace(f"class {on.cls}(", f"class New{on.cls}(", 1).replace(
+        f"class {on.cls}:", f"class New{on.cls}:", 1
+    ) + (f"\n\n{on.cls} = New{on.cls}\n")

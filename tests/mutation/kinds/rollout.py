@@ -92,8 +92,10 @@ def positional_sampling_params(call: Rollout) -> str:
 def keywords_in_another_order(call: Rollout) -> str:
     """`use_tqdm` comes first among the keywords."""
     arguments = call.arguments.replace("use_tqdm=False", "").rstrip().rstrip(",")
-    return f"{call.engine}.{call.method}(use_tqdm=False, *[{call.prompts}], **{{}})" if not arguments else (
-        f"{call.engine}.{call.method}(*({call.prompts},), use_tqdm=False)"
+    return (
+        f"{call.engine}.{call.method}(use_tqdm=False, *[{call.prompts}], **{{}})"
+        if not arguments
+        else (f"{call.engine}.{call.method}(*({call.prompts},), use_tqdm=False)")
     )
 
 
@@ -143,7 +145,8 @@ def over_three_lines(call: Rollout) -> str:
 @rewritten
 def with_a_comment_inside(call: Rollout) -> str:
     """A comment stands between the arguments."""
-    return f"{call.engine}.{call.method}(  # one request per prompt\n{call.arguments.rstrip().rstrip(',')},  # the rest\n)"
+    arguments = call.arguments.rstrip().rstrip(",")
+    return f"{call.engine}.{call.method}(  # one request per prompt\n{arguments},  # the rest\n)"
 
 
 @rewritten
@@ -197,9 +200,8 @@ def nested_in_another_call(call: Rollout) -> str:
 @rewritten
 def both_methods(call: Rollout) -> str:
     """Conversational prompts go one way, the others another, in one expression."""
-    return (
-        f"({call.engine}.chat({call.arguments}) if {call.host.receiver}.use_vllm else {call.engine}.generate({call.arguments}))"
-    )
+    one, other = (f"{call.engine}.{name}({call.arguments})" for name in ("chat", "generate"))
+    return f"({one} if {call.host.receiver}.use_vllm else {other})"
 
 
 @rewritten
@@ -369,7 +371,12 @@ def moved_to_a_helper_method(host: Host) -> Iterator[str]:
     """The call moves into a method of its own, as `_generate_vllm_colocate` did in 0.23."""
     for call in host.rollouts:
         old = pieces(host, call)
-        moved = host.replace(call, f"{host.receiver}._roll_out({old.arguments})" if host.cls else f"_roll_out({host.receiver}, {old.arguments})")
+        moved = host.replace(
+            call,
+            f"{host.receiver}._roll_out({old.arguments})"
+            if host.cls
+            else f"_roll_out({host.receiver}, {old.arguments})",
+        )
         changed = Host(host.release, host.path, host.cls, moved)
         yield changed.with_method(
             f"def _roll_out({host.receiver}, prompts, sampling_params=None, use_tqdm=False):\n"

@@ -43,7 +43,9 @@ def _sync_text(host: Host) -> str:
 def second_push_inline(host: Host) -> Iterator[str]:
     """A push of all weights right before the rollout (OnlineDPO below 0.23)."""
     yield host.before(_rollout_statement(host), _push(host))
-    yield host.before(_rollout_statement(host), f"llm_model = {host.engine}.{WORKER_MODEL}\nllm_model.load_weights([])")
+    yield host.before(
+        _rollout_statement(host), f"llm_model = {host.engine}.{WORKER_MODEL}\nllm_model.load_weights([])"
+    )
 
 
 @survivor
@@ -56,7 +58,9 @@ def second_push_method(host: Host) -> str:
 def second_push_method_called(host: Host) -> str:
     """The same, called before each rollout."""
     added = host.before(_rollout_statement(host), "self._push_embeddings()")
-    return Host(host.release, host.path, host.cls, added).with_method(f"def _push_embeddings(self):\n    {_push(host)}\n")
+    return Host(host.release, host.path, host.cls, added).with_method(
+        f"def _push_embeddings(self):\n    {_push(host)}\n"
+    )
 
 
 def _other_push(name: str, call: str, why: str) -> None:
@@ -69,19 +73,35 @@ def _other_push(name: str, call: str, why: str) -> None:
     kind("S", syncing, former_survivor=True, name=name)(inline)
 
 
-_other_push("push_by_collective_rpc", '{engine}.collective_rpc("load_weights", args=([],))', "The workers load weights.")
-_other_push("push_by_rpc_of_another_name", '{engine}.collective_rpc("update_named_param", args=("w",))', "By a worker extension.")
-_other_push("push_by_apply_model", "{engine}.apply_model(lambda model: model.load_weights([]))", "LLM.apply_model pushes.")
+_other_push(
+    "push_by_collective_rpc", '{engine}.collective_rpc("load_weights", args=([],))', "The workers load weights."
+)
+_other_push(
+    "push_by_rpc_of_another_name",
+    '{engine}.collective_rpc("update_named_param", args=("w",))',
+    "By a worker extension.",
+)
+_other_push(
+    "push_by_apply_model", "{engine}.apply_model(lambda model: model.load_weights([]))", "LLM.apply_model pushes."
+)
 _other_push("push_by_update_weights", "{engine}.update_weights([])", "vLLM's own weight transfer (0.16 and newer).")
-_other_push("push_by_weight_transfer", '{engine}.llm_engine.collective_rpc("update_weights", kwargs={{}})', "The same below.")
+_other_push(
+    "push_by_weight_transfer", '{engine}.llm_engine.collective_rpc("update_weights", kwargs={{}})', "The same below."
+)
 _other_push("push_by_state_dict", "{engine}." + WORKER_MODEL + ".load_state_dict({{}})", "torch's own loading.")
-_other_push("push_by_copy", "{engine}." + WORKER_MODEL + ".lm_head.weight.data.copy_(self.model.lm_head.weight)", "One layer.")
+_other_push(
+    "push_by_copy", "{engine}." + WORKER_MODEL + ".lm_head.weight.data.copy_(self.model.lm_head.weight)", "One layer."
+)
 _other_push(
     "push_through_alias",
     "runner = {engine}.llm_engine.model_executor.driver_worker.model_runner\nrunner.model.load_weights([])",
     "Through an alias of the runner.",
 )
-_other_push("push_by_new_path", "{engine}.llm_engine.engine_core.engine_core.model_executor.load_weights([])", "vLLM V1's path.")
+_other_push(
+    "push_by_new_path",
+    "{engine}.llm_engine.engine_core.engine_core.model_executor.load_weights([])",
+    "vLLM V1's path.",
+)
 
 
 @survivor
@@ -113,7 +133,9 @@ def callers_of_other_files_call_the_inner_one(host: Host) -> dict[str, str | Non
     if host.cls != "VLLMGeneration" or not others:
         return None
     body = host.text.replace("def sync_weights(", "def _push_all(")
-    wrapped = Host(host.release, host.path, host.cls, body).with_method("def sync_weights(self):\n    self._push_all()\n")
+    wrapped = Host(host.release, host.path, host.cls, body).with_method(
+        "def sync_weights(self):\n    self._push_all()\n"
+    )
     return {host.path: wrapped, others[0].path: others[0].text.replace(".sync_weights(", "._push_all(")}
 
 
@@ -178,7 +200,9 @@ def push_before_the_wake(host: Host) -> str | None:
 @survivor
 def wake_in_the_push_loop(host: Host) -> str:
     """Each push wakes the engine first."""
-    inside = [s for s in host.body(_sync(host)) if isinstance(s, (ast.If, ast.For)) and "vllm_client" in host.segment(s)]
+    inside = [
+        s for s in host.body(_sync(host)) if isinstance(s, (ast.If, ast.For)) and "vllm_client" in host.segment(s)
+    ]
     return host.before(inside[0].body[0], f"{host.engine}.wake_up(tags=['weights'])")
 
 
@@ -192,7 +216,9 @@ def assignments_before_a_late_wake(host: Host) -> str:
 @survivor
 def merge_moved_to_the_caller(host: Host) -> str | None:
     """The caller merges the adapter before the sync and unmerges it afterwards."""
-    calls = [n for n in ast.walk(host.tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{_sync(host).name}"]
+    calls = [
+        n for n in ast.walk(host.tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{_sync(host).name}"
+    ]
     if not calls:
         return None
     statement = host.statement(calls[0])
@@ -249,9 +275,11 @@ def turned_into_a_function(host: Host) -> str:
 @kind("S", syncing)
 def docstring_changed(host: Host) -> str:
     """The sync's docstring is there, and says more."""
-    return host.before(host.body(_sync(host))[0], '"Push. Calls self.llm.wake_up() and load_weights() where needed."') if (
-        ast.get_docstring(_sync(host)) is None
-    ) else host.text.replace(ast.get_docstring(_sync(host), clean=False) or "", "Push every weight.", 1)
+    return (
+        host.before(host.body(_sync(host))[0], '"Push. Calls self.llm.wake_up() and load_weights() where needed."')
+        if (ast.get_docstring(_sync(host)) is None)
+        else host.text.replace(ast.get_docstring(_sync(host), clean=False) or "", "Push every weight.", 1)
+    )
 
 
 @kind("S", syncing)
@@ -263,8 +291,10 @@ def early_return_of_its_own(host: Host) -> str:
 @kind("S", syncing)
 def decorated(host: Host) -> str:
     """The sync gets a decorator."""
-    return host.before(_sync(host), "@torch.no_grad()") if not _sync(host).decorator_list else host.replace(
-        _sync(host).decorator_list[0], "torch.no_grad()"
+    return (
+        host.before(_sync(host), "@torch.no_grad()")
+        if not _sync(host).decorator_list
+        else host.replace(_sync(host).decorator_list[0], "torch.no_grad()")
     )
 
 
@@ -284,7 +314,9 @@ def body_in_a_try(host: Host) -> str:
     start, end = host.lines(body[0])[0], host.lines(body[-1])[1]
     column = body[0].col_offset
     inside = indented(host.text[start:end], column + 4)
-    return host.edit(((start, end), indented("try:", column) + inside + indented("finally:\n    self._synced = True", column)))
+    return host.edit(
+        ((start, end), indented("try:", column) + inside + indented("finally:\n    self._synced = True", column))
+    )
 
 
 @kind("S", syncing)
@@ -324,7 +356,9 @@ def push_by_another_method(host: Host) -> Iterator[str]:
 @kind("S", syncing)
 def another_path_to_the_model(host: Host) -> str:
     """vLLM moves the model, and TRL follows."""
-    return host.text.replace(WORKER_MODEL, "llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()")
+    return host.text.replace(
+        WORKER_MODEL, "llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.get_model()"
+    )
 
 
 @kind("S", syncing)
