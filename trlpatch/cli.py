@@ -170,6 +170,10 @@ def check(
 
     rows = [(file.source.target.name, _verdict(found, file)) for file in found.files]
     rows += [(one.target.name, _absence(one)) for one in found.fit.absences]
+    rows += [
+        (name, Text("uses an engine as no patch knows", "red"))
+        for name in sorted({o.target for o in found.fit.modules})
+    ]
     show(_heading(found), grid(rows, indent=2))
     _leave_on_drift(found)
     show(Text(found.fit.verdict, "green"), *_facts([], versions))

@@ -82,6 +82,10 @@ class LeftStock(TrlpatchWarning):
     """Patches do not fit, and `on_drift="stock"` left their targets as TRL wrote them."""
 
 
+class UnknownEngineUse(TrlpatchWarning):
+    """A module of TRL's that trlpatch does not know uses an engine in a way that no patch knows."""
+
+
 class UntestedRelease(TrlpatchWarning):
     """TRL is newer than every release trlpatch was tested with; the text says whether every patch fits."""
 

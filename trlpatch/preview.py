@@ -15,6 +15,7 @@ from typing import Any
 
 from trlpatch.errors import CannotWrite, UnknownTarget
 from trlpatch.outcomes import Outcome
+from trlpatch.rewrite.census.findings import in_modules
 from trlpatch.rewrite.plan import Plan, plan
 from trlpatch.rewrite.registry import patches
 from trlpatch.rewrite.rewriter import Rewritten, rewrite
@@ -73,8 +74,8 @@ class Preview:
 
     @property
     def failures(self) -> tuple[Outcome, ...]:
-        """The patches that do not fit, and the absent files that may not be passed over."""
-        return self.fit.failures
+        """What does not fit: patches, absent files that may not be passed over, modules that use an engine."""
+        return self.fit.refused
 
     @property
     def absent(self) -> dict[str, str]:
@@ -147,7 +148,8 @@ def preview(
         wanted = frozenset(targets or TARGETS)
         found = [source for source in found if source.target.name in wanted]
         rewritten = [rewrite(source, install.release, skip=skip, asked_for=asked_for) for source in found]
-        fit = judge_fit(install, found, wanted, [failure for one in rewritten for failure in one.failed])
+        failed = [failure for one in rewritten for failure in one.failed]
+        fit = judge_fit(install, found, wanted, failed, [] if targets else in_modules(install, trl.shown))
         plans = [plan(one.source.target, install.release, skip, asked_for) for one in rewritten]
         files = tuple(FilePreview(one.source, steps, one) for one, steps in zip(rewritten, plans, strict=True))
     install = replace(install, root=trl.shown(install.root))

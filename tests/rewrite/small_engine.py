@@ -1,4 +1,4 @@
-"""A small `VLLMGeneration` in the shape of TRL 1.16.0, with everything that the patches look for, and what to put in it."""
+"""A small `VLLMGeneration` in the shape of TRL 1.16.0, with everything that the patches look for."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class VLLMGeneration:
 
 def with_method(body: str) -> str:
     """Return the file with one more method, whose body is `body`."""
-    return ENGINE + "\n    def more(self, prompts, executor, names):\n" + indent(dedent(body).strip("\n"), " " * 8) + "\n"
+    return f"{ENGINE}\n    def more(self, prompts, executor, names):\n{indent(dedent(body), ' ' * 8)}\n"
 
 
 def edited(old: str, new: str) -> str:

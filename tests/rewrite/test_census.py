@@ -1,4 +1,4 @@
-"""Every way of using an engine that patches do not know is refused, whatever it is written like and wherever it stands."""
+"""Every way of using an engine that patches do not know is refused, however it is written and wherever it stands."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ PLACES = {
     "another class": "\n\nclass Callback:\n    def on_step_end(self, prompts):\n        {}\n",
     "nested class": "\n    class Callback:\n        def on_step_end(self, prompts):\n            {}\n",
     "method under if": "\n    if True:\n        def more(self, prompts):\n            {}\n",
-    "method under try": "\n    try:\n        def more(self, prompts):\n            {}\n    except OSError:\n        pass\n",
+    "method under try": "\n    try:\n        def more(self, prompts):\n            {}\n    finally:\n        pass\n",
     "class body": "\n    {}\n",
     "nested function": "\n    def more(self, prompts):\n        def inner():\n            {}\n",
     "property": "\n    @property\n    def more(self):\n        {}\n",

@@ -12,7 +12,15 @@ import pytest
 from trlpatch.outcomes import ENGINE_USE
 from trlpatch.rewrite.census.findings import in_module, in_modules, module_files
 from trlpatch.rewrite.census.uses import unknown_uses
-from trlpatch.rewrite.census.vocabulary import CONSTRUCTORS, ENGINE_ONLY, ENGINES, HOLDER, MENTIONED, MERGES, OWN_PROCESS
+from trlpatch.rewrite.census.vocabulary import (
+    CONSTRUCTORS,
+    ENGINE_ONLY,
+    ENGINES,
+    HOLDER,
+    MENTIONED,
+    MERGES,
+    OWN_PROCESS,
+)
 from trlpatch.source.locate import TrlInstall, find_trl
 
 TRAINER = """\
@@ -96,7 +104,8 @@ def test_every_word_of_the_census_is_seen_in_text(name: str, form: str):
 
 
 @pytest.mark.parametrize(
-    "line", ["from vllm import *", "from vllm.entrypoints.llm import *", "from  vllm  import  *", "from vllm import(*)"]
+    "line",
+    ["from vllm import *", "from vllm.entrypoints.llm import *", "from  vllm  import  *", "from vllm import(*)"],
 )
 def test_a_star_import_of_vllm_is_seen_in_text(line: str):
     assert MENTIONED.search(line)

@@ -93,5 +93,7 @@ def test_an_engine_that_is_built_where_no_model_is_bound_fails_its_check():
         "class VLLMGeneration:\n    def build(self, name):\n        short = (lambda model: model)(name)\n"
         "        self.llm = LLM(model=name)\n"
     )
-    failed = rewrite(source("vllm_generation", text), (1, 16, 0), skip=frozenset({"sleep", "sampling", "top_k"})).failed
+    failed = rewrite(
+        source("vllm_generation", text), (1, 16, 0), skip=frozenset({"sleep", "sampling", "top_k"})
+    ).failed
     assert "VLLMGeneration.build: model is not bound there" in [outcome.reason for outcome in failed]

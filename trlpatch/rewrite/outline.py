@@ -231,5 +231,6 @@ def _import_line(tree: ast.Module) -> int:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
         if not docstring and not future:
-            return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+            decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+            return min([node.lineno, *(decorator.lineno for decorator in decorators)])
     return 1

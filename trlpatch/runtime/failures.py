@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from trlpatch.errors import AnchorDrift, OutputCheckError, PatchError
-from trlpatch.outcomes import OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
-from trlpatch.runtime.fit import Fit
+from trlpatch.outcomes import ENGINE_USE, OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
+from trlpatch.runtime.fit import UNKNOWN_USE, Fit
 from trlpatch.source.algorithms import algorithms_in
 from trlpatch.source.locate import target_names
 from trlpatch.source.releases import NEWEST_TESTED, format_release
@@ -22,11 +22,13 @@ def failure_error(fit: Fit, rejected: Mapping[str, Path]) -> PatchError:
     Args:
         rejected: where the text that failed an output check was kept, by target.
     """
-    failures = fit.failures
-    count = f"{len(failures)} patch{'es do' if len(failures) > 1 else ' does'}"
+    failures = fit.refused
+    count = f"{len(fit.failures)} patch{'es do' if len(fit.failures) > 1 else ' does'}"
     stock = 'on_drift="stock" keeps TRL\'s own code for these targets and those coupled to them'
+    if not fit.failures:
+        stock = 'on_drift="stock" patches all targets and warns of these modules'
     lines = [
-        f"{count} not fit TRL {fit.install.version} (targets {', '.join(sorted(fit.failed))})",
+        f"{f'{count} not fit' if fit.failures else UNKNOWN_USE} TRL {fit.install.version} ({_where(fit)})",
         describe_all(fit, rejected),
         "",
         f"  effect   TRL is unpatched; {_skip(failures)}{stock}",
@@ -37,9 +39,25 @@ def failure_error(fit: Fit, rejected: Mapping[str, Path]) -> PatchError:
     return _kind(failures)("\n".join(lines))
 
 
-def describe_all(fit: Fit, rejected: Mapping[str, Path] | None = None) -> str:
-    """Return what is known of every failure, as indented lines. Arguments as for `failure_error`."""
-    return "\n\n".join("\n".join(_described(fit, failure, rejected or {})) for failure in fit.failures)
+def describe_all(fit: Fit, rejected: Mapping[str, Path] | None = None, *, modules: bool = True) -> str:
+    """Return what is known of every failure, as indented lines; also of `modules` that are no targets.
+
+    Other arguments as for `failure_error`.
+    """
+    failures = fit.refused if modules else fit.failures
+    return "\n\n".join("\n".join(_described(fit, failure, rejected or {})) for failure in failures)
+
+
+def describe_modules(fit: Fit) -> str:
+    """Return what is wrong with the modules that are no targets; the first line says where."""
+    lines = "\n\n".join("\n".join(_described(fit, failure, {})) for failure in fit.modules)
+    return f"{UNKNOWN_USE} {', '.join(sorted({one.target for one in fit.modules}))}\n{lines}"
+
+
+def _where(fit: Fit) -> str:
+    targets = [f"targets {', '.join(sorted(fit.failed))}"] if fit.failed else []
+    modules = [f"modules {', '.join(sorted({one.target for one in fit.modules}))}"] if fit.modules else []
+    return "; ".join([*targets, *modules])
 
 
 def _kind(failures: Sequence[Outcome]) -> type[PatchError]:
@@ -49,7 +67,7 @@ def _kind(failures: Sequence[Outcome]) -> type[PatchError]:
 
 
 def _skip(failures: Sequence[Outcome]) -> str:
-    names = tuple(sorted({failure.patch for failure in failures} - {WHOLE_FILE, OUTPUT_CHECK}))
+    names = tuple(sorted({failure.patch for failure in failures} - {WHOLE_FILE, OUTPUT_CHECK, ENGINE_USE}))
     return f"skip={names!r} leaves {'these' if len(names) > 1 else 'this patch'} out; " if names else ""
 
 
@@ -74,6 +92,8 @@ def _described(fit: Fit, failure: Outcome, rejected: Mapping[str, Path]) -> Iter
         yield f"  reason   {failure.reason}"
     elif failure.patch == OUTPUT_CHECK:
         yield from _output_check(failure, drift, rejected.get(failure.target))
+    elif failure.patch == ENGINE_USE:
+        yield from _engine_use(failure, drift)
     else:
         yield from _anchor(failure, drift)
         if failure.target in fit.moved:
@@ -86,6 +106,14 @@ def _anchor(failure: Outcome, drift: Drift) -> Iterator[str]:
     yield f"  file     {drift.file}:{drift.line}"
     yield f"  method   {drift.qualname}"
     yield f"  anchor   {failure.reason or counts}{nearest}"
+
+
+def _engine_use(failure: Outcome, drift: Drift) -> Iterator[str]:
+    what, _, advice = failure.reason.partition("; ")
+    yield f"  file     {drift.file}:{drift.line}, in {drift.qualname}"
+    yield f"  line     {drift.lookalike.partition(': ')[2]}"
+    yield f"  found    {what}"
+    yield f"  do       {advice}"
 
 
 def _output_check(failure: Outcome, drift: Drift, rejected: Path | None) -> Iterator[str]:

@@ -26,6 +26,7 @@ class Fit:
         present: the targets whose file is there.
         absences: the targets whose file is not there.
         failures: the patches that do not fit, and the absences that may not be passed over.
+        modules: uses of an engine that no patch knows, in files that are no targets. They hold no target back.
         moved: where the classes are that a target with a failure should define and does not.
     """
 
@@ -34,11 +35,17 @@ class Fit:
     absences: Sequence[Absence]
     failures: tuple[Outcome, ...]
     moved: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[Outcome, ...] = ()
 
     @property
     def untested(self) -> bool:
         """Whether this release is newer than the newest one in golden/releases.toml."""
         return self.install.release > NEWEST_TESTED
+
+    @property
+    def refused(self) -> tuple[Outcome, ...]:
+        """Everything for which `PatchFastRL()` raises: the failures, and what is wrong with other modules."""
+        return (*self.failures, *self.modules)
 
     @property
     def gone(self) -> dict[str, str]:
@@ -69,6 +76,8 @@ class Fit:
                 parts.append(f"{HELD_BACK}: {_listed(self.held_back)}")
         else:
             parts = ["every patch fits" + (" what is there" if self.gone else "")]
+        if self.modules:
+            parts.append(f"{UNKNOWN_USE} {_listed({one.target for one in self.modules})}")
         if self.gone:
             parts.append(f"not in this TRL: {_listed(self.gone)}")
         return "; ".join(parts)
@@ -81,17 +90,23 @@ class Fit:
         return f"{about}; {self.verdict}" if self.untested else ""
 
 
+UNKNOWN_USE = "an engine is used as no patch knows in"
 HELD_BACK = "stays stock, shares an engine with a target that does not fit"
 
 
 def judge_fit(
-    install: TrlInstall, found: Sequence[SourceFile], wanted: frozenset[str], failed: Iterable[Outcome]
+    install: TrlInstall,
+    found: Sequence[SourceFile],
+    wanted: frozenset[str],
+    failed: Iterable[Outcome],
+    modules: Iterable[Outcome] = (),
 ) -> Fit:
     """Judge how the targets `wanted` fit.
 
     Args:
         found: those whose file is there.
         failed: the patches that do not fit their text.
+        modules: what the census found in files that are no targets.
     """
     absent: tuple[Absence, ...] = ()
     if any(target.name in wanted for target, _ in missing(install)):
@@ -101,7 +116,8 @@ def judge_fit(
         absent = absences(install, wanted)
     unfit = tuple(failed)
     failures = (*unfit, *(one.outcome for one in absent if one.failed))
-    return Fit(install, frozenset(one.target.name for one in found), absent, failures, _moved(install, found, unfit))
+    present, moved = frozenset(one.target.name for one in found), _moved(install, found, unfit)
+    return Fit(install, present, absent, failures, moved, tuple(modules))
 
 
 def _moved(install: TrlInstall, found: Sequence[SourceFile], unfit: Sequence[Outcome]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from trlpatch.errors import (
     OptionsConflict,
     PatchedTrainersAlive,
     TrainerAlreadyBuilt,
+    UnknownEngineUse,
     UntestedRelease,
 )
 from trlpatch.options import (
@@ -37,6 +38,7 @@ from trlpatch.options import (
 )
 from trlpatch.runtime.fit import Fit, judge_fit
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
+from trlpatch.runtime.module_census import module_census
 from trlpatch.runtime.prepare import PatchedTarget, PreparedTargets, prepare_targets
 from trlpatch.runtime.report import CacheState, PatchReport
 from trlpatch.source.algorithms import require_algorithm
@@ -255,8 +257,9 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     install = find_trl()
     found = [source for source in sources(install, options.algorithm) if source.target.name in new]
     prepared = prepare_targets(install, found, options.skip, options.asked_for)
-    fit = judge_fit(install, found, new, prepared.failures)
-    if fit.failures and options.on_drift == "raise":
+    fit = judge_fit(install, found, new, prepared.failures, module_census(install))
+    # Who names a trainer is warned of what another module does, as no other target's drift concerns them.
+    if (fit.failures if options.algorithm else fit.refused) and options.on_drift == "raise":
         from trlpatch.runtime.failures import failure_error
 
         raise failure_error(fit, prepared.rejected)
@@ -369,7 +372,14 @@ def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
 
         text = f"left as TRL wrote them: {fit.verdict}"
         notes.append(text)
-        pending.append((LeftStock, f"{text}\n{describe_all(fit, prepared.rejected)}\n  more     trlpatch check"))
+        described = describe_all(fit, prepared.rejected, modules=False)
+        pending.append((LeftStock, f"{text}\n{described}\n  more     trlpatch check"))
+    if fit.modules:
+        from trlpatch.runtime.failures import describe_modules
+
+        text = f"{describe_modules(fit)}\n  more     trlpatch check"
+        notes.append(text.partition("\n")[0])
+        pending.append((UnknownEngineUse, text))
     if prepared.unwritable:
         text = f"the patched text is kept in memory, the cache cannot be used: {prepared.unwritable}"
         notes.append(text)

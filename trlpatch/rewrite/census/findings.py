@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from trlpatch.outcomes import ENGINE_USE, Drift, Outcome
@@ -54,12 +54,16 @@ def in_module(text: str, name: str, path: str = "") -> list[Outcome]:
     return [_outcome(name, path or name, file, use, MODULE_ADVICE) for use in unknown_uses(file.tree, None)]
 
 
-def in_modules(install: TrlInstall) -> list[Outcome]:
-    """Return the findings of `in_module` for all modules of this TRL but targets and those of `OWN_PROCESS`."""
+def in_modules(install: TrlInstall, shown: Callable[[Path], Path] = Path) -> list[Outcome]:
+    """Return the findings of `in_module` for all modules of this TRL but targets and those of `OWN_PROCESS`.
+
+    Args:
+        shown: the path that messages name, for a file of a wheel.
+    """
     found: list[Outcome] = []
     for path in module_files(install):
         name = f"trl/{path.relative_to(install.root).as_posix()}"
-        found += in_module(path.read_bytes().decode(errors="replace"), name, str(path))
+        found += in_module(path.read_bytes().decode(errors="replace"), name, str(shown(path)))
     return found
 
 
