@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.mutation import campaign, hosts, mutants
+from tests.mutation.mutants import Mutant
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,11 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         for one in mutants.every_kind().values():
             print(f"{one.category} {one.name}: {one.imitates}")
         return 0
-    chosen = mutants.generate(options.release or hosts.RELEASES, options.category, options.kind)
+    sites = mutants.sites(options.release or hosts.RELEASES, options.category, options.kind)
     if options.sample:
-        chosen = mutants.sample(chosen, options.sample, options.seed)
-    elif not options.all:
-        chosen = mutants.thinned(chosen, options.seed)
+        chosen: Iterable[Mutant] = mutants.sample(sites, options.sample, options.seed)
+    else:
+        chosen = mutants.generate(sites) if options.all else mutants.thinned(sites, options.seed)
     judged = list(campaign.saved(campaign.run(chosen, options.processes), options.json))
     faults = [one for one in judged if one.verdict in campaign.FAULTS]
     for one in faults[: options.show]:

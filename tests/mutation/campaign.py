@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import multiprocessing
 from collections import Counter
@@ -17,13 +18,15 @@ from tests.mutation.verdicts import VERDICTS, Judged, judge
 FAULTS = ("silent", "false alarm")
 
 
-def run(mutants: list[Mutant], processes: int = 1) -> Iterator[Judged]:
+def run(mutants: Iterable[Mutant], processes: int = 1) -> Iterator[Judged]:
     """Judge all mutants, in their order."""
     if processes == 1:
         yield from map(safely, mutants)
         return
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        yield from pool.imap(safely, mutants, chunksize=8)
+        remaining = iter(mutants)
+        while batch := list(itertools.islice(remaining, 64 * processes)):
+            yield from pool.imap(safely, batch, chunksize=4)
 
 
 def safely(mutant: Mutant) -> Judged:

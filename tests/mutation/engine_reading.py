@@ -77,6 +77,8 @@ class _Reading:
             if isinstance(node, ast.Attribute) and node.attr in ENGINES:
                 if isinstance(node.ctx, ast.Store):
                     yield from self._stored(node)
+                elif isinstance(node.ctx, ast.Del):
+                    continue  # whoever reads it afterwards fails loudly
                 elif fault := self._read(node):
                     yield f"line {node.lineno}: {fault}"
             elif isinstance(node, ast.Constant) and node.value in ENGINES and not self._is_question(node):

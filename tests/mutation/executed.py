@@ -216,8 +216,10 @@ class _Run:
         every = list(_functions(namespace))
         synced = [f.__code__ for _, _, f in every if f.__name__ in SYNCS]
         helpers = _called_from(synced, {f.__name__: f.__code__ for _, _, f in every})
+        others = (_names(f.__code__) for _, _, f in every if f.__name__ not in helpers and f.__name__ not in SYNCS)
+        helpers -= set().union(*others)
         for name, owner, function in every:
-            private = function.__name__ in helpers and name in known
+            private = function.__name__ in helpers  # runs behind the sync's own hand-over, never by itself
             if not private and (name not in known or _names(function.__code__) & TOUCHING):
                 yield name, (owner, function)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -105,33 +106,52 @@ def _hosts(source: Source, release: str) -> tuple[Host, ...]:
     return tuple(source(release))
 
 
-def generate(
-    releases: Iterable[str] = hosts.RELEASES, categories: str = "", kinds: Iterable[str] = ()
-) -> list[Mutant]:
-    """Return every mutant of these releases and categories, always in the same order."""
+Site = tuple[Kind, Host]
+
+
+def sites(releases: Iterable[str] = hosts.RELEASES, categories: str = "", kinds: Iterable[str] = ()) -> list[Site]:
+    """Return every kind with every host it is tried on, always in the same order; most of them make mutants."""
     wanted = [
         one
         for one in every_kind().values()
         if (not categories or one.category in categories) and (not kinds or one.name in kinds)
     ]
-    return [m for release in releases for one in wanted for host in _hosts(one.hosts, release) for m in of(one, host)]
+    return [(one, host) for release in releases for one in wanted for host in _hosts(one.hosts, release)]
 
 
-def sample(mutants: list[Mutant], size: int, seed: int = 0) -> list[Mutant]:
-    """Return about `size` mutants: one of each former survivor kind, the rest spread over the other kinds."""
+def generate(where: Iterable[Site]) -> Iterator[Mutant]:
+    """Yield every mutant of these sites, one at a time: all of them together are a gigabyte."""
+    for one, host in where:
+        yield from of(one, host)
+
+
+def thinned(where: list[Site], seed: int = 0) -> Iterator[Mutant]:
+    """Yield one mutant of each kind and release, on a host and at a place that the seed chooses."""
+    yield from _one_of_each(where, random.Random(seed), lambda site: (site[0].name, site[1].release))
+
+
+def sample(where: list[Site], size: int, seed: int = 0) -> list[Mutant]:
+    """Return about `size` mutants: one of each former survivor kind, then of as many others as there is room for."""
     chance = random.Random(seed)
-    shuffled = chance.sample(mutants, len(mutants))
-    first = {mutant.kind: mutant for mutant in reversed(shuffled)}
-    survivors = [mutant for name, mutant in first.items() if every_kind()[name].former_survivor]
-    others = [mutant for name, mutant in first.items() if not every_kind()[name].former_survivor]
-    rest = [mutant for mutant in shuffled if mutant not in survivors and mutant not in others]
-    return [*survivors, *others, *rest][: max(size, len(survivors))]
+    former = [site for site in where if site[0].former_survivor]
+    others = [site for site in where if not site[0].former_survivor]
+    chosen = list(_one_of_each(former, chance, lambda site: site[0].name))
+    by_category = _one_of_each(others, chance, lambda site: site[0].category)
+    chosen += by_category
+    names = {mutant.kind for mutant in chosen}
+    rest = _one_of_each([site for site in others if site[0].name not in names], chance, lambda site: site[0].name)
+    return [*chosen, *itertools.islice(rest, max(size - len(chosen), 0))]
 
 
-def thinned(mutants: list[Mutant], seed: int = 0) -> list[Mutant]:
-    """Return one mutant of each kind and release, on a host and at a site that the seed chooses."""
-    chance = random.Random(seed)
-    chosen: dict[tuple[str, str], list[Mutant]] = {}
-    for mutant in mutants:
-        chosen.setdefault((mutant.kind, mutant.release), []).append(mutant)
-    return [chance.choice(among) for among in chosen.values()]
+def _small_ones_first(where: list[Site], chance: random.Random) -> list[Site]:
+    """Order by size times chance: what is judged in a tenth of the time comes first more often, not always."""
+    return sorted(where, key=lambda site: len(site[1].text) * chance.random())
+
+
+def _one_of_each(where: list[Site], chance: random.Random, key: Callable[[Site], object]) -> Iterator[Mutant]:
+    seen: set[object] = set()
+    for site in _small_ones_first(chance.sample(where, len(where)), chance):
+        made = [] if key(site) in seen else list(of(*site))
+        if made:
+            seen.add(key(site))
+            yield chance.choice(made)

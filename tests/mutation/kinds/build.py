@@ -208,7 +208,12 @@ def moved_to_another_method(host: Host) -> str:
     """The construction moves to a method of its own, as `_init_vllm` did in 0.28."""
     statement = host.statement(_build(host))
     start, end = host.lines(statement)
-    parameters = ["model", *(["args"] if "args" in _names(host) else [])]
+    used = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    function = host.function(statement)
+    local = _names(host) | {
+        n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    parameters = ["model", *sorted(used & local - {"model", "self"})]
     call = f"self._build_engine({', '.join(parameters)})"
     moved = host.edit(((start, end), indented(call, statement.col_offset)))
     body = indented(host.text[start:end], 4)
