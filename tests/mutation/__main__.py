@@ -28,8 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=20, help="how many faults to print with their change")
     options = parser.parse_args(arguments)
     if options.list:
-        for one in mutants.every_kind().values():
-            print(f"{one.category} {one.name}: {one.imitates}")
+        for kind in mutants.every_kind().values():
+            print(f"{kind.category} {kind.name}: {kind.imitates}")
         return 0
     sites = mutants.sites(options.release or hosts.RELEASES, options.category, options.kind)
     if options.sample:

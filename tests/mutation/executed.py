@@ -122,6 +122,13 @@ def judge(patched: str, mutant: str, upstream: str) -> Verdict:
     return verdict
 
 
+def pushes(patched: str) -> dict[str, int]:
+    """Return how often each sync method pushes where the adapter is not handed over: never would prove nothing."""
+    run = _Run(patched, frozenset(), CONDITIONS[-1])
+    names = [name for name in run.entries if name.rpartition(".")[2] in SYNCS]
+    return {name: _sequence(run.call(name)).count("push") for name in names}
+
+
 def faults(events: list[Event], recorder: Recorder, hooks: StubHooks) -> Iterator[str]:
     """Yield what must not happen to an engine in one run of one function."""
     merged = asked = 0

@@ -74,6 +74,7 @@ SETTINGS: dict[str, Any] = {
     "vllm_model_impl": "vllm",
     "num_processes": 1,
     "process_index": 0,
+    "is_fsdp": False,
     "is_fsdp_enabled": False,
     "is_deepspeed_enabled": False,
     "use_transformers_paged": False,

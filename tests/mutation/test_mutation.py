@@ -69,6 +69,15 @@ def test_the_oracles_are_clean_on_upstream(release: str) -> None:
         assert (judged.verdict, judged.reasons) == ("routed", ()), host.path
 
 
+@pytest.mark.parametrize("release", hosts.RELEASES)
+def test_a_sync_that_may_not_hand_over_pushes_among_the_stubs(release: str) -> None:
+    for host in hosts.rollout_hosts(release):
+        _, patched = attempt(Mutant("upstream", "B", release, host.name, 0, {host.path: host.text}))
+        pushed = executed.pushes(patched[host.path])
+        assert all(pushed.values()), f"{host.path}: {pushed}"
+        assert bool(pushed) == (host.sync is not None), host.path
+
+
 BROKEN = {
     "a rollout without the adapter": ("lora_request=_trlpatch.lora_request(self, self.llm)", "lora_request=None"),
     "a push without a hand-over": ("if _trlpatch.hand_over(self):", "if False:"),
