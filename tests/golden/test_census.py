@@ -11,6 +11,7 @@ from trlpatch.preview import Preview
 from trlpatch.rewrite.census.findings import in_modules
 from trlpatch.rewrite.census.uses import unknown_uses
 from trlpatch.rewrite.census.vocabulary import MENTIONED, OWN_PROCESS
+from trlpatch.rewrite.tree import Tree
 from trlpatch.source.locate import find_trl
 
 
@@ -26,14 +27,14 @@ def test_unpatched_targets_with_an_engine_are_unknown(version: str, previewed: C
     for file in previewed(version).files:
         engines = {"engine_reuse", "live_adapter"}
         if engines & {outcome.patch for outcome in file.rewritten.outcomes if outcome.status == "applied"}:
-            assert unknown_uses(ast.parse(file.source.text)), file.name
+            assert unknown_uses(Tree(ast.parse(file.source.text))), file.name
 
 
 def test_a_file_that_is_not_parsed_has_no_use(version: str, trl_tree: Callable[[str], Path]) -> None:
     for path in (trl_tree(version) / "trl").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         if not MENTIONED.search(text) and "llm" in text.lower():
-            assert unknown_uses(ast.parse(text), None) == [], path
+            assert unknown_uses(Tree(ast.parse(text)), None) == [], path
 
 
 def test_modules_set_apart_are_there(version: str, trl_tree: Callable[[str], Path]) -> None:

@@ -21,6 +21,7 @@ from trlpatch.rewrite.census.vocabulary import (
     MERGES,
     OWN_PROCESS,
 )
+from trlpatch.rewrite.tree import Tree
 from trlpatch.source.locate import TrlInstall, find_trl
 
 TRAINER = """\
@@ -149,8 +150,8 @@ def test_every_module_set_apart_says_why():
 
 def test_a_target_is_judged_as_one_and_other_files_are_not():
     text = "trainer._trlpatch = 1\nself.llm = LLM('m')\n"
-    assert unknown_uses(ast.parse(text), None)
-    assert unknown_uses(ast.parse(text), frozenset({"engine_reuse"})) == []
+    assert unknown_uses(Tree(ast.parse(text)), None)
+    assert unknown_uses(Tree(ast.parse(text)), frozenset({"engine_reuse"})) == []
 
 
 def test_nothing_of_the_census_is_imported_on_a_warm_start():

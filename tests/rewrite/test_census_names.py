@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-
 import pytest
 
 from tests.helpers import source
 from trlpatch.outcomes import ENGINE_USE
 from trlpatch.rewrite.census.names import FIELDS, READ, SET, lost_names
+from trlpatch.rewrite.outline import outline
 from trlpatch.rewrite.rewriter import rewrite
 from trlpatch.source.releases import ReleaseRange, parse_release
 from trlpatch.source.targets import TARGETS
@@ -88,5 +87,5 @@ def test_tables_name_targets_and_have_something_in_every_release_with_an_engine(
 
 
 def test_a_target_without_its_class_has_lost_every_name():
-    lost = [use.what for use in lost_names("sdpo_config", (1, 16, 0), ("SDPOConfig",), ast.parse("x = 1"))]
+    lost = [use.what for use in lost_names("sdpo_config", (1, 16, 0), ("SDPOConfig",), outline("x = 1", ()))]
     assert len(lost) == len(NAMES)

@@ -15,12 +15,13 @@ from functools import cached_property
 import libcst as cst
 
 from trlpatch.outcomes import FIELDS, MODULE
+from trlpatch.rewrite.tree import Tree
 from trlpatch.source.syntax import blocks
 
 _WRAPPER = "class _:\n"
 
 _SIGNS = (ast.Call, ast.Expr, ast.Assign, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef)
-"""Types of nodes that a sign of an anchor can be; one in three hundred lines is, so others are not asked."""
+"""Types of nodes that a sign of an anchor can be."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,14 @@ class Outline:
     import_line: int
 
     @cached_property
+    def parents(self) -> Tree:
+        """The tree in which every node knows its parent."""
+        return Tree(self.tree)
+
+    @cached_property
     def nodes(self) -> tuple[ast.stmt | ast.expr, ...]:
         """Every node of the file that the sign of an anchor can be, in whatever class, function or block it stands."""
-        return tuple(node for node in ast.walk(self.tree) if isinstance(node, _SIGNS))
+        return tuple(self.parents.of(*_SIGNS))
 
     def matching(self, sign: Callable[[ast.AST], bool] | None) -> Iterator[ast.stmt | ast.expr]:
         """Yield the nodes that the sign of an anchor accepts."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.outcomes import Drift, Outcome
-from trlpatch.runtime.cache import RULES, Cache
-from trlpatch.runtime.index import Index, stamp
+from trlpatch.runtime.cache import RULES, Cache, debug
+from trlpatch.runtime.index import Index, Stamp, stamp
 from trlpatch.source.locate import TrlInstall
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -15,12 +15,8 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 def module_census(install: TrlInstall) -> tuple[Outcome, ...]:
     """Return the uses of an engine that no patch knows in modules of this TRL; they are read only after a change."""
-    rules = [_PACKAGE / name for name in RULES]
     question = ("modules", str(install.root), install.version)
-    known = stamp(
-        files=[rule for rule in rules if rule.suffix], trees=[install.root, *(r for r in rules if not r.suffix)]
-    )
-    index = Index(Cache())
+    known, index = _stamp(install), Index(Cache())
     answer = index.recall(question, known)
     remembered = None if answer is None else _outcomes(answer)
     if remembered is not None:
@@ -30,6 +26,17 @@ def module_census(install: TrlInstall) -> tuple[Outcome, ...]:
     found = tuple(in_modules(install))
     index.record(question, known, [outcome.to_dict() for outcome in found])
     return found
+
+
+def _stamp(install: TrlInstall) -> Stamp:
+    """Return the stats of TRL's files and of the rules by which they are judged."""
+    rules = [_PACKAGE / name for name in RULES]
+    trees = [install.root, *(rule for rule in rules if not rule.suffix)]
+    try:
+        return stamp(files=[rule for rule in rules if rule.suffix], trees=trees)
+    except OSError as error:
+        debug("TRL's modules are read without the index: %s", error)
+        return Stamp("", settled=False)
 
 
 def _outcomes(answer: Any) -> tuple[Outcome, ...] | None:

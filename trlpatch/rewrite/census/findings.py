@@ -27,10 +27,10 @@ def in_target(source: SourceFile, release: Release, steps: Plan, upstream: Outli
     """Return which uses of an engine are of no known form in patched text, and which names the target lost."""
     stock = frozenset(skip.patch.name for skip in steps.skips if not skip.forbids)
     target = source.target
-    found = [*unknown_uses(patched.tree, stock)] if _mentions("".join(patched.lines)) else []
+    found = [*unknown_uses(patched.parents, stock)] if _mentions("".join(patched.lines)) else []
     found += _left_over(steps, patched)
     if "live_adapter" not in steps.excluded:
-        found += lost_names(target.name, release, target.classes, patched.tree)
+        found += lost_names(target.name, release, target.classes, patched)
     lines = _upstream_lines(upstream.lines, patched.lines) if found else []
     return [
         _outcome(target.name, str(source.path), upstream, Use(lines[use.line - 1], use.what), TARGET_ADVICE)
@@ -51,7 +51,7 @@ def in_module(text: str, name: str, path: str = "") -> list[Outcome]:
         file = outline(text, ())
     except SyntaxError:  # it cannot be imported, so it uses nothing
         return []
-    return [_outcome(name, path or name, file, use, MODULE_ADVICE) for use in unknown_uses(file.tree, None)]
+    return [_outcome(name, path or name, file, use, MODULE_ADVICE) for use in unknown_uses(file.parents, None)]
 
 
 def in_modules(install: TrlInstall, shown: Callable[[Path], Path] = Path) -> list[Outcome]:

@@ -10,6 +10,7 @@ import ast
 from collections.abc import Iterator
 
 from trlpatch.rewrite.census.uses import Use
+from trlpatch.rewrite.outline import Outline
 from trlpatch.source.releases import Release, ReleaseRange
 
 _MODE = ("use_vllm", "vllm_mode")
@@ -67,36 +68,36 @@ SET: dict[str, dict[str, tuple[str, ...]]] = {
 """Per owner of an engine: the attributes that it sets on itself, and where hooks look for them."""
 
 
-def lost_names(target: str, release: Release, classes: tuple[str, ...], module: ast.Module) -> Iterator[Use]:
+def lost_names(target: str, release: Release, classes: tuple[str, ...], file: Outline) -> Iterator[Use]:
     """Yield the names that hooks rely on and that the classes of a target lack in this release's text."""
-    bodies = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name in classes]
+    bodies = [node for node in file.tree.body if isinstance(node, ast.ClassDef) and node.name in classes]
     for table, names, what in (
         (FIELDS, _fields, "the config has no field `{}`"),
         (READ, _read, "the trainer no longer reads `args.{}`"),
         (SET, _set, "the class no longer sets `self.{}`"),
     ):
         wanted = [name for trl, some in table.get(target, {}).items() if release in ReleaseRange(trl) for name in some]
-        found = names(bodies) if wanted else set()
+        found = names(bodies, file) if wanted else set()
         for name in dict.fromkeys(wanted):
             if name not in found:
                 yield Use(bodies[0].lineno if bodies else 1, f"{what.format(name)}, which hooks rely on")
 
 
-def _fields(bodies: list[ast.ClassDef]) -> set[str]:
+def _fields(bodies: list[ast.ClassDef], file: Outline) -> set[str]:
     annotated = (child for body in bodies for child in body.body if isinstance(child, ast.AnnAssign))
     return {child.target.id for child in annotated if isinstance(child.target, ast.Name)}
 
 
-def _read(bodies: list[ast.ClassDef]) -> set[str]:
-    return {node.attr for node in _attributes(bodies, "args") if isinstance(node.ctx, ast.Load)}
+def _read(bodies: list[ast.ClassDef], file: Outline) -> set[str]:
+    return {node.attr for node in _attributes(bodies, file, "args") if isinstance(node.ctx, ast.Load)}
 
 
-def _set(bodies: list[ast.ClassDef]) -> set[str]:
-    return {node.attr for node in _attributes(bodies, "self") if isinstance(node.ctx, ast.Store)}
+def _set(bodies: list[ast.ClassDef], file: Outline) -> set[str]:
+    return {node.attr for node in _attributes(bodies, file, "self") if isinstance(node.ctx, ast.Store)}
 
 
-def _attributes(bodies: list[ast.ClassDef], owner: str) -> Iterator[ast.Attribute]:
-    for body in bodies:
-        for node in ast.walk(body):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner:
-                yield node
+def _attributes(bodies: list[ast.ClassDef], file: Outline, owner: str) -> Iterator[ast.Attribute]:
+    for node in file.parents.of(ast.Attribute):
+        inside = any(body.lineno <= node.lineno <= (body.end_lineno or 0) for body in bodies)
+        if inside and isinstance(node.value, ast.Name) and node.value.id == owner:
+            yield node

@@ -6,7 +6,8 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterator
 
-from trlpatch.rewrite.census.syntax import Function, Tree, early_return, hook_called
+from trlpatch.rewrite.census.hooked import early_return, hook_called
+from trlpatch.rewrite.tree import Function, Tree
 
 
 class Pushes:
@@ -17,13 +18,9 @@ class Pushes:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self._returns = {
-            node: found for node in tree.nodes if isinstance(node, Function) and (found := early_return(node))
-        }
-        self._defined: defaultdict[str, list[Function]] = defaultdict(list)
-        for node in tree.nodes:
-            if isinstance(node, Function):
-                self._defined[node.name].append(node)
+        functions: list[Function] = [*tree.of(ast.FunctionDef), *tree.of(ast.AsyncFunctionDef)]
+        self._returns = {function: found for function in functions if (found := early_return(function))}
+        self._defined = frozenset(function.name for function in functions)
         self._behind = self._closed() if self._returns else frozenset()
 
     def defines(self, name: str) -> bool:
@@ -57,7 +54,7 @@ class Pushes:
     def _closed(self) -> frozenset[str]:
         """Return the largest set of private functions that only code behind the return, and they themselves, name."""
         uses: defaultdict[str, list[ast.AST]] = defaultdict(list)
-        for node in self._tree.nodes:
+        for node in self._tree.of(ast.Attribute, ast.Name, ast.Constant):
             name = _named(node)
             if name.startswith("_") and name in self._defined:
                 uses[name].append(node)

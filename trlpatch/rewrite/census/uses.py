@@ -8,12 +8,11 @@ where they are made. On patched text the known forms are those that patches writ
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from trlpatch.rewrite.census.hooked import hook_called
 from trlpatch.rewrite.census.pushes import Pushes, pushed_names
-from trlpatch.rewrite.census.syntax import Tree, hook_called
 from trlpatch.rewrite.census.vocabulary import (
     CONSTRUCTORS,
     ENGINE_ONLY,
@@ -30,6 +29,7 @@ from trlpatch.rewrite.census.vocabulary import (
 from trlpatch.rewrite.edits import HOOKS, calls, engine_call, last_name
 from trlpatch.rewrite.patches.rollout.live_adapter import requests_adapter
 from trlpatch.rewrite.patches.rollout.sleep import reloads
+from trlpatch.rewrite.tree import Tree
 from trlpatch.trl_names import SYNC_METHODS
 
 
@@ -41,17 +41,18 @@ class Use:
     what: str
 
 
-def unknown_uses(module: ast.Module, stock: frozenset[str] | None = frozenset()) -> list[Use]:
+def unknown_uses(tree: Tree, stock: frozenset[str] | None = frozenset()) -> list[Use]:
     """Return the uses of an engine that are of no known form, in source order.
 
     Args:
         stock: patches that were left out of this target on purpose: what they would have edited is known, too. None
             means a file that is no target.
     """
-    found = _Census(Tree(module), stock or frozenset(), target=stock is not None).run()
+    found = _Census(tree, stock or frozenset(), target=stock is not None).run()
     return sorted({Use(getattr(node, "lineno", 1), what) for node, what in found}, key=lambda use: use.line)
 
 
+_WORDS = ENGINES | ENGINE_ONLY | CONSTRUCTORS
 _Found = Iterator[tuple[ast.AST, str]]
 
 
@@ -63,16 +64,27 @@ class _Census:
         self._pushes = Pushes(tree)
         self._explained: set[ast.AST] = set()
         # Asynchronous trainers merge, too, for a server.
-        self._synchronises = target or any(isinstance(n, ast.Attribute) and n.attr in SYNC_METHODS for n in tree.nodes)
+        self._synchronises = target or any(node.attr in SYNC_METHODS for node in tree.of(ast.Attribute))
 
     def run(self) -> _Found:
-        # Outer nodes come first in `nodes`, so what a form explains is looked at after that form: engines first.
-        for name, check in ((_is_engine, self._engine), (_is_named(HOLDER), self._holder)):
-            for node in self._tree.nodes:
-                if name(node):
-                    yield from check(node)
-        for node in self._tree.nodes:
-            yield from self._other(node)
+        names: list[ast.Attribute | ast.Name] = [*self._tree.of(ast.Attribute), *self._tree.of(ast.Name)]
+        # Engines first: their forms explain nodes that would be findings by themselves.
+        for node in (*names, *self._getattrs()):
+            if _reached(node) in ENGINES:
+                yield from self._engine(node)
+            elif _reached(node) == HOLDER and not isinstance(node, ast.Name):
+                yield from self._holder(node)
+        for name in names:
+            yield from self._named(name)
+        for text in self._tree.of(ast.Constant):
+            if isinstance(text.value, str):
+                yield from self._text(text, text.value)
+        for imports in self._tree.of(ast.ImportFrom):
+            if _renames(imports):
+                yield imports, "a class of vLLM's that makes engines gets another name"
+
+    def _getattrs(self) -> Iterator[ast.Call]:
+        return (call for call in self._tree.of(ast.Call) if _reached(call))
 
     def _engine(self, node: ast.AST) -> _Found:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -178,14 +190,6 @@ class _Census:
         # Elsewhere it lacks vllm_sampling_params and nothing else: its methods are patched whoever builds it.
         return calls(value, "VLLMGeneration") and (not self._target or "sampling" in self._stock)
 
-    def _other(self, node: ast.AST) -> _Found:
-        if isinstance(node, ast.Attribute | ast.Name):
-            yield from self._named(node)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from self._text(node, node.value)
-        elif isinstance(node, ast.ImportFrom) and _renames(node):
-            yield node, "a class of vLLM's that makes engines gets another name"
-
     def _named(self, node: ast.Attribute | ast.Name) -> _Found:
         name = last_name(node)
         if node in self._explained or (isinstance(node, ast.Attribute) and last_name(node.value) == HOOKS):
@@ -204,12 +208,12 @@ class _Census:
             yield node, f"`.{name}` is a part of a weight sync, called past the patched sync method"
 
     def _text(self, node: ast.Constant, text: str) -> _Found:
-        if not re.fullmatch(r"[\w.]+", text) or isinstance(self._tree.parent(node), ast.Expr):
+        parts = _WORDS.intersection(text.split("."))
+        if not (parts and text.replace(".", "").isidentifier()) or isinstance(self._tree.parent(node), ast.Expr):
             return
-        parts = set(text.split("."))
-        known = calls(self._tree.parent(node) or node, "hasattr") or _gets_attribute(self._tree.parent(node))
-        named = parts & (ENGINES | ENGINE_ONLY | CONSTRUCTORS)
-        if named and not (known or self._left_to_trl_text(node) or self._tree.annotates(node)):
+        parent = self._tree.parent(node) or node
+        known = calls(parent, "hasattr") or (isinstance(parent, ast.Call) and _reached(parent) == text)
+        if not (known or self._left_to_trl_text(node) or self._tree.annotates(node)):
             yield node, f"an engine, or a part of it, may be reached through the text {text!r}"
 
     def _left_to_trl_text(self, node: ast.Constant) -> bool:
@@ -223,22 +227,9 @@ def _renames(node: ast.ImportFrom) -> bool:
     return renamed or (of_vllm and node.names[0].name == "*")
 
 
-def _gets_attribute(node: ast.AST | None, *names: str) -> bool:
-    """Tell whether `node` is `getattr` with a constant name, of an engine unless `names` says of what."""
-    if not (isinstance(node, ast.Call) and calls(node, "getattr") and len(node.args) > 1):
-        return False
-    name = node.args[1]
-    return isinstance(name, ast.Constant) and name.value in (names or ENGINES)
-
-
-def _is_named(name: str) -> Callable[[ast.AST], bool]:
-    def check(node: ast.AST) -> bool:
-        return (isinstance(node, ast.Attribute) and node.attr == name) or _gets_attribute(node, name)
-
-    return check
-
-
-def _is_engine(node: ast.AST) -> bool:
-    if isinstance(node, ast.Attribute):
-        return node.attr in ENGINES
-    return (isinstance(node, ast.Name) and node.id in ENGINES) or _gets_attribute(node)
+def _reached(node: ast.expr) -> str:
+    """Return the name of the attribute or variable that an expression reads, also by `getattr` with a constant."""
+    if isinstance(node, ast.Call):
+        name = node.args[1] if calls(node, "getattr") and len(node.args) > 1 else None
+        return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else ""
+    return last_name(node)
