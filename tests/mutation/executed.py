@@ -25,51 +25,20 @@ from typing import Any
 from tests.mutation.hosts import ENGINES, SYNCS, parsed
 from tests.mutation.stub_imports import Event, Recorder, StubHooks, StubObject, _is_engine, importer
 
-REQUESTS = frozenset(
-    [
-        "generate",
-        "chat",
-        "beam_search",
-        "encode",
-        "embed",
-        "classify",
-        "score",
-        "reward",
-        "add_request",
-        "_run_completion",
-        "_add_request",
-        "enqueue",
-        "generate_async",
-        "enqueue_chat",
-        "_validate_and_add_requests",
-        "_run_engine",
-        "step",
-    ]
-)
-PUSHES = frozenset(
-    [
-        "load_weights",
-        "apply_model",
-        "update_weights",
-        "update_named_param",
-        "load_state_dict",
-        "init_weights_update_group",
-        "copy_",
-        "start_weight_update",
-        "finish_weight_update",
-    ]
-)
+REQUESTS = frozenset({
+    "generate", "chat", "beam_search", "encode", "embed", "classify", "score", "reward", "add_request",
+    "_run_completion", "_add_request", "enqueue", "generate_async", "enqueue_chat",
+    "_validate_and_add_requests", "_run_engine", "step",
+})  # fmt: skip
+PUSHES = frozenset({
+    "load_weights", "apply_model", "update_weights", "update_named_param", "load_state_dict",
+    "init_weights_update_group", "copy_", "start_weight_update", "finish_weight_update",
+})  # fmt: skip
 MEMORY = frozenset({"sleep", "wake_up"})
-READS = frozenset(
-    [
-        "reset_prefix_cache",
-        "get_tokenizer",
-        "get_default_sampling_params",
-        "reset_mm_cache",
-        "get_metrics",
-        "is_sleeping",
-    ]
-)
+READS = frozenset({
+    "reset_prefix_cache", "get_tokenizer", "get_default_sampling_params", "reset_mm_cache", "get_metrics",
+    "is_sleeping",
+})  # fmt: skip
 RELOADS = "reload_weights"
 TOUCHING = frozenset({*ENGINES, *SYNCS, "LLM", "_trlpatch", "load_weights", "collective_rpc", "apply_model"})
 

@@ -15,34 +15,11 @@ from functools import cached_property
 from types import FunctionType, MethodType
 from typing import Any
 
-REAL = frozenset(
-    [
-        "__future__",
-        "abc",
-        "ast",
-        "asyncio",
-        "collections",
-        "contextlib",
-        "copy",
-        "dataclasses",
-        "enum",
-        "functools",
-        "inspect",
-        "itertools",
-        "json",
-        "logging",
-        "math",
-        "operator",
-        "string",
-        "sys",
-        "textwrap",
-        "types",
-        "typing",
-        "typing_extensions",
-        "warnings",
-        "weakref",
-    ]
-)
+REAL = frozenset({
+    "__future__", "abc", "ast", "asyncio", "collections", "contextlib", "copy", "dataclasses", "enum",
+    "functools", "inspect", "itertools", "json", "logging", "math", "operator", "string", "sys", "textwrap",
+    "types", "typing", "typing_extensions", "warnings", "weakref",
+})  # fmt: skip
 """Modules that are imported as they are: none that waits, starts a thread or touches a file."""
 
 BUILDERS = frozenset({"LLM", "AsyncLLM", "LLMEngine", "AsyncLLMEngine"})
