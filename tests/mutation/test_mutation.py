@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from tests.mutation import __main__ as command_line
 from tests.mutation import campaign, engine_reading, executed, hosts, mutants
 from tests.mutation.composed import composed
 from tests.mutation.mutants import Mutant
-from tests.mutation.verdicts import Judged, attempt, judge
+from tests.mutation.verdicts import Judged, attempt, judge, lay_out
 from trlpatch.preview import preview
 
 SAMPLE = 220
@@ -97,19 +96,11 @@ def test_both_oracles_see_a_broken_rewrite(broken: str) -> None:
     assert executed.judge(text, host.text, host.text).wrong
 
 
-@pytest.mark.parametrize("kind", ["second_generate", "new_trainer_rolls_out", "gone", "trailing_comment"])
+@pytest.mark.parametrize("kind", ["second_generate", "new_trainer_rolls_out", "trailing_comment", "use_vllm_renamed"])
 def test_the_shortcut_says_what_a_preview_of_the_whole_tree_says(kind: str, tmp_path: Path) -> None:
     mutant = next(mutants.generate(mutants.sites(["0.18.2"], kinds=[kind])))
-    tree = tmp_path / "tree"
-    shutil.copytree(hosts.tree_of("0.18.2"), tree)
-    for path, text in mutant.files.items():
-        (tree / path).unlink() if text is None else _written(tree / path, text)
-    assert bool(preview(tree).failures) == bool(attempt(mutant)[0])
-
-
-def _written(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    lay_out(mutant, tmp_path / "tree")
+    assert bool(preview(tmp_path / "tree").failures) == bool(attempt(mutant)[0])
 
 
 @settings(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from tests.mutation import config_oracle, engine_reading, executed, hosts
 from tests.mutation.mutants import Mutant
+from trlpatch.preview import preview
 from trlpatch.rewrite.census.findings import in_module
 from trlpatch.rewrite.census.vocabulary import OWN_PROCESS
 from trlpatch.rewrite.rewriter import rewrite
@@ -62,18 +66,18 @@ def judge(mutant: Mutant) -> Judged:
 def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
     """Return why trlpatch refuses the tree, or the text that would run of each touched file.
 
-    What `trlpatch check` does with a directory, without its files that are as upstream's.
+    What `trlpatch check` does with a directory, without its files that are as upstream's. Where a file is gone,
+    trlpatch looks for its class everywhere, so the whole tree is laid out.
     """
+    if None in mutant.files.values():
+        return _whole_tree(mutant)
     install, targets = _release(mutant.release)
     own_process = {entry.module for entry in OWN_PROCESS if install.release in entry.trl}
     refusals: list[str] = []
     patched: dict[str, str] = {}
     for path, text in mutant.files.items():
         source = targets.get(path)
-        if text is None:
-            if source is not None:
-                refusals.append(f"{path} is not there")
-            continue
+        assert text is not None
         if source is None:
             # As `in_modules` does with every file of the directory.
             if path.removeprefix("trl/") not in own_process:
@@ -84,6 +88,28 @@ def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
         refusals += [f"{outcome.patch}: {outcome.reason}" for outcome in rewritten.failed]
         patched[path] = rewritten.text
     return refusals, patched
+
+
+def _whole_tree(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as scratch:
+        tree = Path(scratch) / "tree"
+        lay_out(mutant, tree)
+        found = preview(tree)
+    patched = {path: text for path, text in mutant.files.items() if text is not None}
+    patched |= {file.name: file.rewritten.text for file in found.files if file.name in patched}
+    return [f"{outcome.patch}: {outcome.reason}" for outcome in found.failures], patched
+
+
+def lay_out(mutant: Mutant, tree: Path) -> None:
+    """Write the mutant's whole TRL to the directory `tree`."""
+    shutil.copytree(
+        hosts.tree_of(mutant.release), tree, ignore=shutil.ignore_patterns("__pycache__", "*.md", "*.jinja")
+    )
+    for path, text in mutant.files.items():
+        (tree / path).unlink(missing_ok=True)
+        if text is not None:
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            (tree / path).write_text(text, encoding="utf-8")
 
 
 @cache
