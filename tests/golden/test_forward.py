@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from tests.golden.forward import BASE, CASES, NEXT, UNSEEN, Case, Trl
+from tests.golden.forward import BASE, CASES, NEXT, Case, Trl
 from trlpatch import errors
 from trlpatch.cli import cli
 from trlpatch.outcomes import Outcome
@@ -57,30 +57,25 @@ def stock_of(case: Case) -> set[str]:
     return {*names, *(f"{name}_config" for name in names if f"{name}_config" in TARGETS)} - case.gone
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason=UNSEEN[name], strict=True) if name in UNSEEN else ())
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_forward(name: str, next_trl: Trl) -> None:
     case = CASES[name]
     case.change(next_trl)
 
     status, found = check(next_trl)
     failures = [Outcome(**{"anchors": {}, **_known(failure)}) for failure in found["failures"]]
-    assert {failure.target for failure in failures} == case.failed.keys(), found["verdict"]
-    assert (status, found["fits"]) == ((1, False) if case.failed else (0, True))
+    wrong = {**case.failed, **case.modules}
+    assert {failure.target for failure in failures} == wrong.keys(), found["verdict"]
+    assert (status, found["fits"]) == ((1, False) if wrong else (0, True))
     gone = {target for target in found["absent"] if target not in case.failed}
     assert gone == case.gone
     held_back = set(found["held_back"])
     assert held_back == stock_of(case) - case.failed.keys()
 
-    if case.failed:
+    if wrong:
         with pytest.raises(errors.PatchError) as raised:
             session.PatchFastRL()
-        for target, text in case.failed.items():
+        for target, text in wrong.items():
             assert f" on {target} of TRL {NEXT}" in str(raised.value)
             assert text in str(raised.value)
         assert session.status() is None
@@ -89,6 +84,9 @@ def test_forward(name: str, next_trl: Trl) -> None:
         warnings.simplefilter("always")
         report = session.PatchFastRL(on_drift="stock")
     said = {warning.category: str(warning.message) for warning in caught}
+    unknown = said.pop(errors.UnknownEngineUse, "")
+    assert all(target in unknown and text in unknown for target, text in case.modules.items())
+    assert bool(unknown) is bool(case.modules)
     assert said.keys() == {errors.UntestedRelease, *([errors.LeftStock] if case.failed else [])}
     assert all(found["verdict"] in text for text in said.values())
     assert all(text in said[errors.LeftStock] for text in case.failed.values())

@@ -216,7 +216,8 @@ def _drift(source: SourceFile, file: Outline, anchor: Anchor, expected: int, fou
     alike = _lines_like(file, anchor.hint)
     nearest = min(alike, key=lambda candidate: abs(candidate - line), default=0) if line else next(iter(alike), 0)
     around = line or nearest
-    qualname, first = file.scope(around) if around else ("", 0)
+    function = next((f for f in file.functions if f.first <= around <= f.last), None)
+    qualname, first = (function.qualname, function.first) if function else file.scope(line) if line else ("", 0)
     return Drift(
         file=str(source.path),
         line=first or max(around, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from trlpatch.errors import AnchorDrift, OutputCheckError, PatchError
+from trlpatch.errors import AnchorDrift, LeftStock, OutputCheckError, PatchError, TrlpatchWarning, UnknownEngineUse
 from trlpatch.outcomes import ENGINE_USE, OUTPUT_CHECK, WHOLE_FILE, Drift, Outcome
 from trlpatch.runtime.fit import UNKNOWN_USE, Fit
 from trlpatch.source.algorithms import algorithms_in
@@ -39,19 +39,27 @@ def failure_error(fit: Fit, rejected: Mapping[str, Path]) -> PatchError:
     return _kind(failures)("\n".join(lines))
 
 
-def describe_all(fit: Fit, rejected: Mapping[str, Path] | None = None, *, modules: bool = True) -> str:
-    """Return what is known of every failure, as indented lines; also of `modules` that are no targets.
+def failure_warnings(fit: Fit, rejected: Mapping[str, Path]) -> Iterator[tuple[type[TrlpatchWarning], str]]:
+    """Yield what to warn of where failures do not raise. The first line of each text says what and where.
 
-    Other arguments as for `failure_error`.
+    Arguments as for `failure_error`.
     """
-    failures = fit.refused if modules else fit.failures
-    return "\n\n".join("\n".join(_described(fit, failure, rejected or {})) for failure in failures)
+    unknown = f"{UNKNOWN_USE} {', '.join(sorted({one.target for one in fit.modules}))}"
+    for category, first, failures in (
+        (LeftStock, f"left as TRL wrote them: {fit.verdict}", fit.failures),
+        (UnknownEngineUse, unknown, fit.modules),
+    ):
+        if failures:
+            yield category, f"{first}\n{_all_described(fit, failures, rejected)}\n  more     trlpatch check"
 
 
-def describe_modules(fit: Fit) -> str:
-    """Return what is wrong with the modules that are no targets; the first line says where."""
-    lines = "\n\n".join("\n".join(_described(fit, failure, {})) for failure in fit.modules)
-    return f"{UNKNOWN_USE} {', '.join(sorted({one.target for one in fit.modules}))}\n{lines}"
+def describe_all(fit: Fit, rejected: Mapping[str, Path] | None = None) -> str:
+    """Return what is known of everything that does not fit, as indented lines. Arguments as for `failure_error`."""
+    return _all_described(fit, fit.refused, rejected or {})
+
+
+def _all_described(fit: Fit, failures: Sequence[Outcome], rejected: Mapping[str, Path]) -> str:
+    return "\n\n".join("\n".join(_described(fit, failure, rejected)) for failure in failures)
 
 
 def _where(fit: Fit) -> str:

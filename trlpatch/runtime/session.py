@@ -20,7 +20,6 @@ from trlpatch.errors import (
     OptionsConflict,
     PatchedTrainersAlive,
     TrainerAlreadyBuilt,
-    UnknownEngineUse,
     UntestedRelease,
 )
 from trlpatch.options import (
@@ -258,7 +257,7 @@ def _prepared(options: Options, new: frozenset[str]) -> _Batch:
     found = [source for source in sources(install, options.algorithm) if source.target.name in new]
     prepared = prepare_targets(install, found, options.skip, options.asked_for)
     fit = judge_fit(install, found, new, prepared.failures, module_census(install))
-    # Who names a trainer is warned of what another module does, as no other target's drift concerns them.
+    # Other modules concern only a call that names no trainer, as other targets do.
     if (fit.failures if options.algorithm else fit.refused) and options.on_drift == "raise":
         from trlpatch.runtime.failures import failure_error
 
@@ -367,19 +366,11 @@ def _notes(batch: _Batch, pending: list[Warned]) -> tuple[str, ...]:
     if fit.untested:
         notes.append(fit.untested_line)
         pending.append((UntestedRelease, fit.untested_line))
-    if fit.failures:
-        from trlpatch.runtime.failures import describe_all
+    if fit.refused:
+        from trlpatch.runtime.failures import failure_warnings
 
-        text = f"left as TRL wrote them: {fit.verdict}"
-        notes.append(text)
-        described = describe_all(fit, prepared.rejected, modules=False)
-        pending.append((LeftStock, f"{text}\n{described}\n  more     trlpatch check"))
-    if fit.modules:
-        from trlpatch.runtime.failures import describe_modules
-
-        text = f"{describe_modules(fit)}\n  more     trlpatch check"
-        notes.append(text.partition("\n")[0])
-        pending.append((UnknownEngineUse, text))
+        pending += (warned := [*failure_warnings(fit, prepared.rejected)])
+        notes += [text.partition("\n")[0] for _, text in warned]
     if prepared.unwritable:
         text = f"the patched text is kept in memory, the cache cannot be used: {prepared.unwritable}"
         notes.append(text)
