@@ -241,9 +241,8 @@ def model_under_another_name(host: Host) -> str:
 @kind("E", building)
 def parameter_renamed(host: Host) -> str:
     """The constructor's `model` gets another name there."""
-    function = host.function(_build(host))
-    start, end = host.lines(function)
-    return host.edit(((start, end), re.sub(r"(?<![\w.\"'])model\b(?!\s*=[^=])", "policy", host.text[start:end])))
+    start, end = host.lines(host.function(_build(host)))
+    return host.edit(((start, end), re.sub(r"(?<![\w.\"'])model\b(?!=)", "policy", host.text[start:end])))
 
 
 @kind("E", building)

@@ -62,15 +62,12 @@ def class_docstring_mentions_the_engine(on: Host) -> str | None:
     """The class's docstring explains `self.llm.generate(...)`."""
     if on.class_node is None:
         return None
-    return (
-        on.before(
-            on.class_node.body[0], '"""Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z)."""'
-        )
-        if (ast.get_docstring(on.class_node) is None)
-        else on.text.replace(
-            '"""\n', '"""\n    Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z).\n', 1
-        )
-    )
+    more = "Calls self.llm.generate(x), self.llm.wake_up(), LLM(y), SamplingParams(z)."
+    first = on.class_node.body[0]
+    if ast.get_docstring(on.class_node) is None:
+        return on.before(first, f'"""{more}"""')
+    end = on.span(first)[1] - len('"""')
+    return on.edit(((end, end), f"\n{more}\n"))
 
 
 @harmless
