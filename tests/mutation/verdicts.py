@@ -36,6 +36,8 @@ def judge(mutant: Mutant) -> Judged:
     wrong. false alarm: harmless and refused. unproven: applied, and a hook was not reached. invalid: not Python.
     """
     try:
+        for text in mutant.files.values():
+            hosts.parsed(text or "")
         refusals, patched = attempt(mutant)
         for text in mutant.files.values() if mutant.harmless and refusals else ():
             compile(text or "", "<mutant>", "exec", dont_inherit=True)

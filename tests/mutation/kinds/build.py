@@ -21,7 +21,8 @@ def _build(host: Host) -> ast.Call:
 
 def _arguments(host: Host) -> str:
     call = _build(host)
-    return host.segment(call)[len(host.segment(call.func)) :].strip()[1:-1].rstrip().rstrip(",")
+    inside = host.segment(call)[len(host.segment(call.func)) :].strip()[1:-1]
+    return re.sub(r"(?m)\s*#.*$", "", inside).rstrip().rstrip(",")
 
 
 def constructed(make: Callable[[Host], str]) -> Callable[[Host], str]:
