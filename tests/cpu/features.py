@@ -12,7 +12,6 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -322,6 +321,7 @@ def merged(bench: Bench) -> dict[str, Any]:
     from peft import LoraConfig
 
     from trlpatch.errors import AdapterNotExpressible
+    from trlpatch.options import Options
     from trlpatch.options import activate as set_options
     from trlpatch.options import active as options
 
@@ -331,7 +331,7 @@ def merged(bench: Bench) -> dict[str, Any]:
     trainer = bench.trainer(policy.merge_and_unload(), 1, given=given)
     before = options()
     # By default TRL's own sync would push all weights, and vLLM's CPU backend cannot take them: it repacks its own.
-    set_options(dataclasses.replace(before, adapter="request"))
+    set_options(Options(**{**vars(before), "adapter": "request"}))
     try:
         trainer.train()
     except AdapterNotExpressible as error:

@@ -192,6 +192,7 @@ CASES = {
             "online_dpo_config": "OnlineDPOConfig is now in trl/trainer/online_dpo_config.py",
         },
         refused={"online_dpo": _ONLINE_DPO},
+        modules={"trl/trainer/online_dpo_trainer.py": "without the LoRA"},
     ),
     "moved_with_a_shim": Case(
         moved_with_a_shim,
@@ -208,11 +209,13 @@ CASES = {
         moved_engine,
         failed={"vllm_generation": "VLLMGeneration is now in trl/generation/vllm/engine.py"},
         stock=ON_VLLM_GENERATION,
+        modules={"trl/generation/vllm/engine.py": "without the LoRA"},
     ),
     "split_engine": Case(
         split_engine,
         failed={"vllm_generation": "rollout_call: expected 1, found 0"},
         stock=ON_VLLM_GENERATION,
+        modules={"trl/generation/vllm_rollouts.py": "without the LoRA"},
     ),
     "renamed_class": Case(
         renamed_class,
@@ -222,7 +225,11 @@ CASES = {
         },
     ),
     "renamed_method": Case(
-        renamed_method, failed={"vllm_generation": "sync_method: expected 1, found 0"}, stock=ON_VLLM_GENERATION
+        renamed_method,
+        failed={
+            **dict.fromkeys(TRAINERS, "self.vllm_generation.push_weights"),
+            "vllm_generation": "sync_method: expected 1, found 0",
+        },
     ),
     "second_rollout": Case(
         second_rollout, failed={"vllm_generation": "rollout_call: expected 1, found 2"}, stock=ON_VLLM_GENERATION

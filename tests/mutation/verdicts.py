@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ def attempt(mutant: Mutant) -> tuple[list[str], dict[str, str]]:
                 refusals += [f"{found.patch}: {found.reason}" for found in in_module(text, path)]
                 patched[path] = text
             continue
-        rewritten = rewrite(dataclasses.replace(source, text=text), install.release)
+        rewritten = rewrite(SourceFile(source.target, source.path, source.module, text), install.release)
         refusals += [f"{outcome.patch}: {outcome.reason}" for outcome in rewritten.failed]
         patched[path] = rewritten.text
     return refusals, patched

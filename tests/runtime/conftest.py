@@ -133,6 +133,10 @@ class FakeTrl:
     def root(self) -> Path:
         return self.site / "trl"
 
+    def settle(self) -> None:
+        """Wait until the index records what is found in these files: not within two seconds of a change."""
+        time.sleep(2.1)
+
     def write(self, file: str, text: str) -> Path:
         path = self.root / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -308,6 +308,7 @@ print(*sorted(report.cache.values()), "libcst" in sys.modules)
 
 
 def test_eight_processes_at_once_then_a_warm_one(fake_trl):
+    fake_trl.settle()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK],

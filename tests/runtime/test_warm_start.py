@@ -237,6 +237,7 @@ def test_unpatch_refuses_where_trl_changed_since(fake_trl, indexed, patch_grpo):
 
 
 def test_warm_start_generates_no_dataclass(fake_trl):
+    fake_trl.settle()
     code = f"""
         import sys, trlpatch
         report = trlpatch.PatchFastRL("grpo", skip={SKIP!r})
