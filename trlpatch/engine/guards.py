@@ -27,8 +27,8 @@ from trlpatch.errors import EngineAsleep, SharedWeights, StaleAdapter
 
 _CALLS = ("generate", "chat", "beam_search", "encode", "embed", "classify", "reward", "score", "wait_for_completion")
 """Methods of `vllm.LLM` that return when their requests are answered."""
-_LORA_REQUEST = 4
-"""Its place among the positional arguments of `LLMEngine.add_request`."""
+_PROMPT, _LORA_REQUEST = 1, 4
+"""Their places among the positional arguments of `LLMEngine.add_request`."""
 
 
 def install(engine: RolloutEngine, state: EngineState) -> None:
@@ -101,11 +101,18 @@ class Guards:
 
     def _add_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._state.occupancy.adding(self._inner)
-        given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
+        prompt: Any = args[_PROMPT] if len(args) > _PROMPT else kwargs.get("prompt")
+        # An `EngineCoreRequest` carries its LoRA request, and vLLM does not look at the argument then. In releases
+        # between 0.10 and 0.23 `LLM` makes one of every prompt; `add_request` takes one from anybody.
+        given = getattr(prompt, "lora_request", None)
+        if given is None:
+            given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
         if given is not None:
             self._refuse_replaced(given)
         elif not self._state.on_purpose:
             supplied = self._supply(call)
+            if supplied is not None and hasattr(prompt, "lora_request"):
+                prompt.lora_request = supplied
             if supplied is not None and len(args) > _LORA_REQUEST:
                 args = (*args[:_LORA_REQUEST], supplied, *args[_LORA_REQUEST + 1 :])
             elif supplied is not None:
