@@ -49,6 +49,14 @@ def test_workers_elsewhere_are_forked_from_a_process_without_the_model(arguments
         assert _is_here()
 
 
+@pytest.mark.parametrize("backend", ["mp", "ray", object])
+def test_so_is_the_one_worker_of_an_executor_with_processes(backend: object) -> None:
+    with inspected_here({"distributed_executor_backend": backend}):
+        assert not _is_here()
+    with inspected_here({"distributed_executor_backend": "uni"}):
+        assert _is_here()
+
+
 def test_an_engine_core_of_its_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with inspected_here({}):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.torch
 
 torch = pytest.importorskip("torch")
 
-from trlpatch.engine.single_adapter import install, linear  # noqa: E402
+from trlpatch.engine.single_adapter import install, layers, linear  # noqa: E402
 from trlpatch.engine.single_adapter.storage import rows_of, with_rows  # noqa: E402
 from trlpatch.errors import ConflictingArguments  # noqa: E402
 
@@ -145,6 +145,7 @@ def test_weights_are_made_with_rows_below_them_and_look_as_ever(of_one_device: A
         ({}, {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "VLLM_LORA_ENABLE_DUAL_STREAM"),
         ({}, {"VLLM_BATCH_INVARIANT": "1"}, "VLLM_BATCH_INVARIANT"),
         ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "another process"),
+        ({"distributed_executor_backend": "mp"}, {}, "another process"),
     ],
 )
 def test_engines_that_they_do_not_fit_keep_vllms_and_say_why(
@@ -158,6 +159,23 @@ def test_engines_that_they_do_not_fit_keep_vllms_and_say_why(
         assert given == arguments
     with pytest.raises(ConflictingArguments, match=reason), install.lora_layers(arguments, "trlpatch"):
         pass
+
+
+def test_a_vllm_that_chooses_its_layers_in_another_way_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.lora import utils
+
+    monkeypatch.delattr(utils, "_all_lora_classes")
+    with install.lora_layers(ALLOWED, "auto") as given:
+        assert given == ALLOWED
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_devices_that_the_operator_is_not_written_for_keep_vllms_classes(of_one_device: Any, device: str) -> None:
+    with with_rows(16):
+        row = of_one_device.RowParallelLinear(32, 64, bias=False)
+    there = SimpleNamespace(device=torch.device(device))
+    row.__class__ = type("There", (type(row),), {"weight": property(lambda _: there)})
+    assert layers._served(row) == (device != "xpu")
 
 
 def test_vllms_classes_are_as_before_after_the_engine_is_built() -> None:

@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
+IN_PROCESS = (None, "uni", "external_launcher")
+"""Values of `distributed_executor_backend` whose worker is in this process, without an engine core of its own."""
+
 
 @contextlib.contextmanager
 def inspected_here(arguments: Mapping[str, Any]) -> Iterator[None]:
@@ -47,7 +50,10 @@ def _run_here(inspect: Callable[[], _T]) -> _T:
 def _worker_is_here(arguments: Mapping[str, Any]) -> bool:
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         return False
-    if arguments.get("distributed_executor_backend") == "external_launcher":
+    backend = arguments.get("distributed_executor_backend")
+    if backend == "external_launcher":
         return True
+    if backend not in IN_PROCESS:
+        return False
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     return all((arguments.get(size) or 1) == 1 for size in sizes)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trlpatch.engine.model_inspection import IN_PROCESS
 from trlpatch.engine.single_adapter.layers import layer_classes
 from trlpatch.engine.single_adapter.linear import VERSION
 from trlpatch.engine.single_adapter.storage import with_rows
@@ -49,6 +50,7 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
 
     Layers that do not fit (experts, embeddings, quantized ones) keep vLLM's classes in either case.
     """
+    from vllm.lora import utils
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     additional = arguments.get("additional_config")
@@ -62,8 +64,10 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
         "its additional_config is not a dictionary": not isinstance(additional or {}, dict),
         "VLLM_LORA_ENABLE_DUAL_STREAM is set": _is_set("VLLM_LORA_ENABLE_DUAL_STREAM"),
         "VLLM_BATCH_INVARIANT is set": _is_set("VLLM_BATCH_INVARIANT"),
-        "its worker is in another process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0",
+        "its worker is in another process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
+        or arguments.get("distributed_executor_backend") not in IN_PROCESS,
         "this vLLM has other linear layers": not hasattr(UnquantizedLinearMethod, "create_weights"),
+        "this vLLM chooses LoRA layers in another way": not hasattr(utils, "_all_lora_classes"),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 

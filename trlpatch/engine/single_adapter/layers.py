@@ -110,4 +110,5 @@ def _served(layer: Any) -> bool:
     known = (linear.ColumnParallelLinear, linear.MergedColumnParallelLinear, linear.QKVParallelLinear)
     own_forward = type(layer).forward not in {kind.forward for kind in (*known, linear.RowParallelLinear)}
     sizes = list(layer.output_partition_sizes) if isinstance(layer, known) else [rows.base]
-    return not own_forward and (layer.weight.device.type == "cpu" or expand.fits(sizes))
+    device = layer.weight.device.type
+    return not own_forward and (device == "cpu" or (device == "cuda" and expand.fits(sizes)))
