@@ -9,7 +9,7 @@ import pytest
 
 from trlpatch.engine.model_inspection import inspected_here
 
-pytestmark = pytest.mark.torch
+pytestmark = pytest.mark.cpu
 
 
 @pytest.fixture(autouse=True)

@@ -50,9 +50,6 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
 
     Layers that do not fit (experts, embeddings, quantized ones) keep vLLM's classes in either case.
     """
-    from vllm.lora import utils
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-
     additional = arguments.get("additional_config")
     reasons = {
         "it has several adapter slots": arguments.get("max_loras", 1) != 1,
@@ -66,10 +63,20 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
         "VLLM_BATCH_INVARIANT is set": _is_set("VLLM_BATCH_INVARIANT"),
         "its worker is in another process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
         or arguments.get("distributed_executor_backend") not in IN_PROCESS,
-        "this vLLM has other linear layers": not hasattr(UnquantizedLinearMethod, "create_weights"),
-        "this vLLM chooses LoRA layers in another way": not hasattr(utils, "_all_lora_classes"),
+        "this vLLM has other linear or LoRA layers": not _can_be_put_in_place(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _can_be_put_in_place() -> bool:
+    try:
+        from vllm.lora import utils
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        layer_classes()
+    except ImportError:
+        return False
+    return hasattr(utils, "_all_lora_classes") and hasattr(UnquantizedLinearMethod, "create_weights")
 
 
 def marked(arguments: Mapping[str, Any]) -> dict[str, Any]:
