@@ -130,7 +130,8 @@ class Guards:
         state = self._state
         if state.live_request is None and (state.bare_request is None or state.policy_location == "policy"):
             return None  # nobody trains on this engine, or its base weights are the policy
-        if call.open:
+        # Replaced: requests by hand that were finished long ago, while another thread's are not.
+        if call.open or self._successor(call.decided) is not None:
             engine = self._engine()
             if state.live_request is not None:
                 call.decided = state.live_request()
@@ -140,14 +141,21 @@ class Guards:
                 call.decided = None
         return call.decided
 
-    def _refuse_replaced(self, given: LoraRequest) -> None:
+    def _successor(self, given: LoraRequest | None) -> LoraRequest | None:
+        """What the engine holds in the place of a version of the live adapter; None where it holds that one."""
         published = self._state.published
-        name = str(given.lora_name)
+        name = "" if given is None else str(given.lora_name)
         if published is None or not name.startswith(LIVE_NAME) or name == published.request.lora_name:
+            return None
+        return published.request
+
+    def _refuse_replaced(self, given: LoraRequest) -> None:
+        held = self._successor(given)
+        if held is None:
             return
         raise StaleAdapter(
-            f"a request for {name!r}, a version of the live adapter that the engine does not hold any more: it has "
-            f"{published.request.lora_name!r} in its place; expected the request of the adapter as it is now: ask for "
+            f"a request for {given.lora_name!r}, a version of the live adapter that the engine does not hold any "
+            f"more: it has {held.lora_name!r} in its place; expected the request of the adapter as it is now: ask for "
             "it at every rollout, lora_request=trlpatch.lora_request(model), and do not keep it"
         )
 
