@@ -56,13 +56,19 @@ def test_weights_are_made_with_rows_below_them_and_look_as_ever(of_one_device: A
     assert rows_of(after) is None
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
-def test_devices_that_the_operator_is_not_written_for_keep_vllms_classes(of_one_device: Any, device: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "moved", "served"),
+    [("cpu", False, True), ("cuda", False, True), ("cuda", True, False), ("xpu", False, False)],
+)
+def test_layers_keep_vllms_class_elsewhere_and_where_vllm_has_moved_their_weight(
+    of_one_device: Any, device: str, moved: bool, served: bool
+) -> None:
     with with_rows(16):
         row = of_one_device.RowParallelLinear(32, 64, bias=False)
-    there = SimpleNamespace(device=torch.device(device))
+    address = row.weight.data_ptr() + moved
+    there = SimpleNamespace(device=torch.device(device), data_ptr=lambda: address)
     row.__class__ = type("There", (type(row),), {"weight": property(lambda _: there)})
-    assert layers._served(row) == (device != "xpu")
+    assert layers._served(row) == served
 
 
 @pytest.mark.parametrize(
@@ -72,6 +78,7 @@ def test_devices_that_the_operator_is_not_written_for_keep_vllms_classes(of_one_
         ({"tensor_parallel_size": 2}, {}, "several devices"),
         ({"fully_sharded_loras": True}, {}, "sharded"),
         ({"lora_dtype": "float16"}, {}, "a dtype of their own"),
+        ({"enable_lora_bias": True}, {}, "biases"),
         ({"additional_config": object()}, {}, "additional_config"),
         ({}, {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "VLLM_LORA_ENABLE_DUAL_STREAM"),
         ({}, {"VLLM_BATCH_INVARIANT": "1"}, "VLLM_BATCH_INVARIANT"),

@@ -58,6 +58,7 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
         ),
         "its LoRA weights are sharded": bool(arguments.get("fully_sharded_loras")),
         "its LoRA weights have a dtype of their own": arguments.get("lora_dtype") not in (None, "auto"),
+        "its adapters have biases (vLLM 0.10)": bool(arguments.get("enable_lora_bias")),
         "its additional_config is not a dictionary": not isinstance(additional or {}, dict),
         "VLLM_LORA_ENABLE_DUAL_STREAM is set": _is_set("VLLM_LORA_ENABLE_DUAL_STREAM"),
         "VLLM_BATCH_INVARIANT is set": _is_set("VLLM_BATCH_INVARIANT"),
