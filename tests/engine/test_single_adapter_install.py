@@ -99,6 +99,14 @@ def test_engines_that_they_do_not_fit_keep_vllms_and_say_why(
         pass
 
 
+def test_the_engine_that_trl_builds_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL leaves the variable alone; for its "external_launcher" vLLM sets it while the engine is built."""
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    given = {**ALLOWED, "tensor_parallel_size": 1, "distributed_executor_backend": "external_launcher"}
+    assert install.why_not(given) is None
+    assert "another process" in str(install.why_not(ALLOWED))
+
+
 def test_vllms_classes_are_as_before_after_the_engine_is_built() -> None:
     from vllm.lora import utils
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod

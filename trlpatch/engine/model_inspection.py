@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-IN_PROCESS = (None, "uni", "external_launcher")
-"""Values of `distributed_executor_backend` whose worker is in this process, without an engine core of its own."""
-
 
 @contextlib.contextmanager
 def inspected_here(arguments: Mapping[str, Any]) -> Iterator[None]:
@@ -47,13 +44,20 @@ def _run_here(inspect: Callable[[], _T]) -> _T:
     return inspect()
 
 
-def _worker_is_here(arguments: Mapping[str, Any]) -> bool:
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-        return False
+def in_process(arguments: Mapping[str, Any]) -> bool:
+    """Whether executor and engine core of `vllm.LLM(**arguments)` are in this process.
+
+    For "external_launcher", which TRL's own engines have, vLLM sets VLLM_ENABLE_V1_MULTIPROCESSING to 0 by itself
+    while it is built (ParallelConfig, 0.8 and newer).
+    """
     backend = arguments.get("distributed_executor_backend")
     if backend == "external_launcher":
         return True
-    if backend not in IN_PROCESS:
-        return False
+    return backend in (None, "uni") and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+
+
+def _worker_is_here(arguments: Mapping[str, Any]) -> bool:
+    if arguments.get("distributed_executor_backend") == "external_launcher":
+        return True
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    return all((arguments.get(size) or 1) == 1 for size in sizes)
+    return in_process(arguments) and all((arguments.get(size) or 1) == 1 for size in sizes)

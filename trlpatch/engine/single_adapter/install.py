@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trlpatch.engine.model_inspection import IN_PROCESS
+from trlpatch.engine.model_inspection import in_process
 from trlpatch.engine.single_adapter.layers import layer_classes
 from trlpatch.engine.single_adapter.linear import VERSION
 from trlpatch.engine.single_adapter.storage import with_rows
@@ -62,8 +62,7 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
         "its additional_config is not a dictionary": not isinstance(additional or {}, dict),
         "VLLM_LORA_ENABLE_DUAL_STREAM is set": _is_set("VLLM_LORA_ENABLE_DUAL_STREAM"),
         "VLLM_BATCH_INVARIANT is set": _is_set("VLLM_BATCH_INVARIANT"),
-        "its worker is in another process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0"
-        or arguments.get("distributed_executor_backend") not in IN_PROCESS,
+        "its worker is in another process": not in_process(arguments),
         "this vLLM has other linear or LoRA layers": not _can_be_put_in_place(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
