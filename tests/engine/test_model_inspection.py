@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import asdict
 
 import pytest
@@ -49,10 +50,29 @@ def test_workers_elsewhere_are_forked_from_a_process_without_the_model(arguments
         assert _is_here()
 
 
+@pytest.mark.parametrize("backend", ["mp", "ray", object])
+def test_so_is_the_one_worker_of_an_executor_with_processes(backend: object) -> None:
+    with inspected_here({"distributed_executor_backend": backend}):
+        assert not _is_here()
+    with inspected_here({"distributed_executor_backend": "uni"}):
+        assert _is_here()
+
+
 def test_an_engine_core_of_its_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with inspected_here({}):
         assert not _is_here()
+
+
+def test_for_an_external_launcher_vllm_makes_it_one_process_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    from vllm.config import ParallelConfig
+
+    with inspected_here({"distributed_executor_backend": "external_launcher"}):
+        assert _is_here()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    ParallelConfig(distributed_executor_backend="external_launcher")
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0", "what in_process relies on"
 
 
 def test_what_is_found_is_what_the_subprocess_finds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,36 @@ def test_another_threads_generate_is_waited_for(engine: Any, model: Any) -> None
     assert answers == [["a", "b"], ["c"]]
 
 
+def test_a_request_by_hand_beside_another_threads_call_gets_no_version_of_before(
+    engine: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trlpatch.engine.guards.LIVE_NAME", "v")  # what the stub calls them
+    owner, inner = Owner(model, engine), engine.llm_engine
+    inside, through = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        inside.set()
+        through.wait(20)
+
+    with state_of(engine).supplying(lambda: hooks.lora_request(owner, engine)):
+        inner.add_request("x", "mine")
+        inner.step()
+        randomize(model)
+        trlpatch.lora_request(model)
+        inner.before_step = pause
+        thread = threading.Thread(target=engine.generate, args=(["theirs"],), name="environment")
+        thread.start()
+        inside.wait(20)
+        try:
+            with pytest.raises(EngineBusy, match="'environment'"):
+                inner.add_request("y", "mine")
+        finally:
+            through.set()
+            thread.join()
+        inner.add_request("z", "mine")
+    assert [request.lora_name for _, request in inner.output_processor.request_states.values()] == ["v2"]
+
+
 def test_requests_added_by_hand_one_after_the_other_keep_their_version(engine: Any, model: Any) -> None:
     for name in "xyz":
         engine.llm_engine.add_request(name, name, lora_request=trlpatch.lora_request(model))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -76,3 +77,22 @@ def test_what_is_in_the_making_or_anothers_is_left_alone(tmp_path: Path) -> None
     owner = Owner()
     private_directory(owner)
     assert half.exists()
+
+
+def test_a_directory_that_another_process_sweeps_away_in_the_making_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when all ranks of a node hand their first adapter over."""
+    lock, swept = fcntl.flock, []
+
+    def after_the_others_sweep(file: int, operation: int) -> None:
+        if not swept:
+            swept.append(operation)
+            private_files._sweep()
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_others_sweep)
+    owner = Owner()
+    directory, _ = private_directory(owner)
+    assert swept
+    assert directory.exists()

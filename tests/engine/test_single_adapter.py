@@ -78,6 +78,14 @@ def test_what_lies_in_the_rows_of_other_tokens_does_not_matter() -> None:
     assert found[1::2].isfinite().all()
 
 
+def test_an_adapter_that_is_no_number_does_not_matter_to_tokens_without_it() -> None:
+    given = layer([12, 4], tokens=4)
+    given["b"][:] = float("nan")
+    found = linear.operator()(*given.values())
+    assert found[1::2].isfinite().all()
+    assert not found[::2].isfinite().any()
+
+
 def test_the_operator_is_well_formed() -> None:
     given = layer([8, 8], tokens=4)
     torch.library.opcheck(linear.operator(), tuple(given.values()))

@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from trlpatch.engine.single_adapter import install, linear  # noqa: E402
+from trlpatch.engine.single_adapter import install, layers, linear  # noqa: E402
 from trlpatch.engine.single_adapter.storage import rows_of, with_rows  # noqa: E402
 from trlpatch.errors import ConflictingArguments  # noqa: E402
 
@@ -57,16 +57,33 @@ def test_weights_are_made_with_rows_below_them_and_look_as_ever(of_one_device: A
 
 
 @pytest.mark.parametrize(
+    ("device", "moved", "served"),
+    [("cpu", False, True), ("cuda", False, True), ("cuda", True, False), ("xpu", False, False)],
+)
+def test_layers_keep_vllms_class_elsewhere_and_where_vllm_has_moved_their_weight(
+    of_one_device: Any, device: str, moved: bool, served: bool
+) -> None:
+    with with_rows(16):
+        row = of_one_device.RowParallelLinear(32, 64, bias=False)
+    address = row.weight.data_ptr() + moved
+    there = SimpleNamespace(device=torch.device(device), data_ptr=lambda: address)
+    row.__class__ = type("There", (type(row),), {"weight": property(lambda _: there)})
+    assert layers._served(row) == served
+
+
+@pytest.mark.parametrize(
     ("changes", "variables", "reason"),
     [
         ({"max_loras": 2}, {}, "several adapter slots"),
         ({"tensor_parallel_size": 2}, {}, "several devices"),
         ({"fully_sharded_loras": True}, {}, "sharded"),
         ({"lora_dtype": "float16"}, {}, "a dtype of their own"),
+        ({"enable_lora_bias": True}, {}, "biases"),
         ({"additional_config": object()}, {}, "additional_config"),
         ({}, {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}, "VLLM_LORA_ENABLE_DUAL_STREAM"),
         ({}, {"VLLM_BATCH_INVARIANT": "1"}, "VLLM_BATCH_INVARIANT"),
         ({}, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "another process"),
+        ({"distributed_executor_backend": "mp"}, {}, "another process"),
     ],
 )
 def test_engines_that_they_do_not_fit_keep_vllms_and_say_why(
@@ -80,6 +97,14 @@ def test_engines_that_they_do_not_fit_keep_vllms_and_say_why(
         assert given == arguments
     with pytest.raises(ConflictingArguments, match=reason), install.lora_layers(arguments, "trlpatch"):
         pass
+
+
+def test_the_engine_that_trl_builds_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL leaves the variable alone; for its "external_launcher" vLLM sets it while the engine is built."""
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    given = {**ALLOWED, "tensor_parallel_size": 1, "distributed_executor_backend": "external_launcher"}
+    assert install.why_not(given) is None
+    assert "another process" in str(install.why_not(ALLOWED))
 
 
 def test_vllms_classes_are_as_before_after_the_engine_is_built() -> None:

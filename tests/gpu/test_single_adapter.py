@@ -57,6 +57,15 @@ def test_no_adapter_in_the_batch_is_the_base_layer_to_the_bit() -> None:
     assert torch.equal(operator()(*given), right)
 
 
+def test_an_adapter_that_is_no_number_is_not_in_tokens_without_it() -> None:
+    given = arguments([512, 128, 128], 64, 16, torch.bfloat16, bias=True)
+    given[2].fill_(float("nan"))
+    found = operator()(*given)
+    assert found[::5].isfinite().all()
+    given[5].fill_(-1)
+    assert operator()(*given).isfinite().all()
+
+
 def test_a_captured_graph_follows_the_batch() -> None:
     """Replays read what vLLM writes before each step: the slots, and for a batch without adapters the active ones."""
     given = arguments([512, 128, 128], 64, 16, torch.bfloat16, bias=True)

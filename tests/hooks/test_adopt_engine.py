@@ -94,7 +94,7 @@ def test_what_gets_no_lora(model: Any) -> None:
 @pytest.mark.cpu
 @pytest.mark.parametrize(("changes", "rank"), [({"r": 4}, 8), ({"r": 9}, 16), ({"rank_pattern": {"o_proj": 33}}, 64)])
 def test_lora_is_added_with_a_legal_rank(changes: dict[str, Any], rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as TRL does
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as vLLM does for the launcher that TRL names
     found = built(lora_model(**changes), logprobs_mode="processed_logprobs", max_num_seqs=8)
     graphs = found.pop("compilation_config")
     assert graphs["cudagraph_capture_sizes"] == [1, 2, 4, 8]

@@ -89,6 +89,30 @@ def test_one_level_below_llm_too(place: str) -> None:
     assert names(trainer) == ["v1"]
 
 
+class EngineCoreRequest(SimpleNamespace):
+    """What vLLM makes of a prompt: it has the LoRA request in it, and `add_request` looks at no other then."""
+
+    lora_request: Any = None
+
+
+@pytest.mark.parametrize("place", ["positional", "by name"])
+def test_a_prompt_that_was_processed_before_carries_the_adapter_itself(place: str) -> None:
+    trainer = trained()
+    processed, kept = EngineCoreRequest(), EngineCoreRequest(lora_request=SimpleNamespace(lora_name="saved"))
+
+    def adds() -> None:
+        for prompt in (processed, kept):
+            if place == "positional":
+                trainer.llm.llm_engine.add_request("x", prompt)
+            else:
+                trainer.llm.llm_engine.add_request(request_id="x", prompt=prompt)
+
+    trainer.train(adds)
+    assert processed.lora_request.lora_name == "v1"
+    assert kept.lora_request.lora_name == "saved"
+    assert names(trainer) == ["v1", None], "one that names its adapter is left as it is"
+
+
 def test_a_method_of_a_users_subclass_called_from_anywhere() -> None:
     trainer = trained(Subclass)
     trainer.own_rollout()

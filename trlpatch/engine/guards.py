@@ -27,8 +27,8 @@ from trlpatch.errors import EngineAsleep, SharedWeights, StaleAdapter
 
 _CALLS = ("generate", "chat", "beam_search", "encode", "embed", "classify", "reward", "score", "wait_for_completion")
 """Methods of `vllm.LLM` that return when their requests are answered."""
-_LORA_REQUEST = 4
-"""Its place among the positional arguments of `LLMEngine.add_request`."""
+_PROMPT, _LORA_REQUEST = 1, 4
+"""Their places among the positional arguments of `LLMEngine.add_request`."""
 
 
 def install(engine: RolloutEngine, state: EngineState) -> None:
@@ -101,11 +101,18 @@ class Guards:
 
     def _add_request(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = self._state.occupancy.adding(self._inner)
-        given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
+        prompt: Any = args[_PROMPT] if len(args) > _PROMPT else kwargs.get("prompt")
+        # An `EngineCoreRequest` carries its LoRA request, and vLLM does not look at the argument then. In releases
+        # between 0.10 and 0.23 `LLM` makes one of every prompt; `add_request` takes one from anybody.
+        given = getattr(prompt, "lora_request", None)
+        if given is None:
+            given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
         if given is not None:
             self._refuse_replaced(given)
         elif not self._state.on_purpose:
             supplied = self._supply(call)
+            if supplied is not None and hasattr(prompt, "lora_request"):
+                prompt.lora_request = supplied
             if supplied is not None and len(args) > _LORA_REQUEST:
                 args = (*args[:_LORA_REQUEST], supplied, *args[_LORA_REQUEST + 1 :])
             elif supplied is not None:
@@ -123,7 +130,8 @@ class Guards:
         state = self._state
         if state.live_request is None and (state.bare_request is None or state.policy_location == "policy"):
             return None  # nobody trains on this engine, or its base weights are the policy
-        if call.open:
+        # Replaced: requests by hand that were finished long ago, while another thread's are not.
+        if call.open or self._successor(call.decided) is not None:
             engine = self._engine()
             if state.live_request is not None:
                 call.decided = state.live_request()
@@ -133,14 +141,21 @@ class Guards:
                 call.decided = None
         return call.decided
 
-    def _refuse_replaced(self, given: LoraRequest) -> None:
+    def _successor(self, given: LoraRequest | None) -> LoraRequest | None:
+        """What the engine holds in the place of a version of the live adapter; None where it holds that one."""
         published = self._state.published
-        name = str(given.lora_name)
+        name = "" if given is None else str(given.lora_name)
         if published is None or not name.startswith(LIVE_NAME) or name == published.request.lora_name:
+            return None
+        return published.request
+
+    def _refuse_replaced(self, given: LoraRequest) -> None:
+        held = self._successor(given)
+        if held is None:
             return
         raise StaleAdapter(
-            f"a request for {name!r}, a version of the live adapter that the engine does not hold any more: it has "
-            f"{published.request.lora_name!r} in its place; expected the request of the adapter as it is now: ask for "
+            f"a request for {given.lora_name!r}, a version of the live adapter that the engine does not hold any "
+            f"more: it has {held.lora_name!r} in its place; expected the request of the adapter as it is now: ask for "
             "it at every rollout, lora_request=trlpatch.lora_request(model), and do not keep it"
         )
 

@@ -44,10 +44,20 @@ def _run_here(inspect: Callable[[], _T]) -> _T:
     return inspect()
 
 
+def in_process(arguments: Mapping[str, Any]) -> bool:
+    """Whether executor and engine core of `vllm.LLM(**arguments)` are in this process.
+
+    For "external_launcher", which TRL's own engines have, vLLM sets VLLM_ENABLE_V1_MULTIPROCESSING to 0 by itself
+    while it is built (ParallelConfig, 0.8 and newer).
+    """
+    backend = arguments.get("distributed_executor_backend")
+    if backend == "external_launcher":
+        return True
+    return backend in (None, "uni") and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+
+
 def _worker_is_here(arguments: Mapping[str, Any]) -> bool:
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-        return False
     if arguments.get("distributed_executor_backend") == "external_launcher":
         return True
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    return all((arguments.get(size) or 1) == 1 for size in sizes)
+    return in_process(arguments) and all((arguments.get(size) or 1) == 1 for size in sizes)

@@ -27,10 +27,22 @@ def private_directory(owner: object) -> tuple[Path, weakref.finalize[..., object
     left is removed when the next one is made: its lock is free.
     """
     _sweep()
+    made = None
+    while made is None:
+        made = _made()
+    directory, lock = made
+    return directory, weakref.finalize(owner, _remove, directory, lock, os.getpid())
+
+
+def _made() -> tuple[Path, int] | None:
+    """Make a directory, and lock it; None where another process has swept it away before it was locked."""
     directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent()))
     lock = os.open(directory / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return directory, weakref.finalize(owner, _remove, directory, lock, os.getpid())
+    if os.fstat(lock).st_nlink:
+        return directory, lock
+    os.close(lock)
+    return None
 
 
 def _remove(directory: Path, lock: int, made_by: int) -> None:

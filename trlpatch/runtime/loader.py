@@ -187,7 +187,7 @@ def running_file(module: ModuleType) -> str | None:
 
 
 def show_source(source: ModuleSource) -> None:
-    """Make tracebacks show the text of an source that is not on disk."""
+    """Make tracebacks show the text of a source that is not on disk."""
     if not source.on_disk:
         # A modification time of None tells linecache.checkcache to keep the entry.
         lines = list(io.StringIO(source.text))

@@ -42,12 +42,14 @@ def expand_kernel(  # type: ignore[no-untyped-def]
     total = tl.load(wide + line[:, None] + columns[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
     if BIAS:
         total += tl.load(bias + columns).to(tl.float32)[None, :]
-    has = inside & (tl.load(token_slots + rows, mask=inside, other=-1) >= 0)
+    slot = tl.load(token_slots + rows, mask=inside, other=-1)
     if ACTIVE > 0:
         newest = tl.load(active_slots)
         for other in tl.static_range(1, ACTIVE):
             newest = tl.maximum(newest, tl.load(active_slots + other))
-        has = has & (newest >= 0)
+        slot = tl.minimum(slot, newest)
+    has = slot >= 0
+    change = tl.zeros((ROWS, COLUMNS), tl.float32)
     part = (start >= first).to(tl.int32) + (start >= second).to(tl.int32)
     for step in tl.static_range(0, RANK, RANKS):
         ranks = step + tl.arange(0, RANKS)
@@ -56,6 +58,7 @@ def expand_kernel(  # type: ignore[no-untyped-def]
             wide + line[:, None] + (base + part * RANK + ranks)[None, :], mask=has[:, None] & known[None, :], other=0.0
         )
         weights = tl.load(b + columns.to(tl.int64)[:, None] * RANK + ranks[None, :], mask=known[None, :], other=0.0)
-        total += tl.dot(a_x, tl.trans(weights), allow_tf32=False)
+        change += tl.dot(a_x, tl.trans(weights), allow_tf32=False)
+    total += tl.where(has[:, None], change, 0.0)  # zeros in A·x do not hide a NaN in B
     place = y + rows.to(tl.int64)[:, None] * base + columns[None, :]
     tl.store(place, total.to(y.dtype.element_ty), mask=inside[:, None])

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trlpatch.engine.model_inspection import in_process
 from trlpatch.engine.single_adapter.layers import layer_classes
 from trlpatch.engine.single_adapter.linear import VERSION
 from trlpatch.engine.single_adapter.storage import with_rows
@@ -57,10 +58,11 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
         ),
         "its LoRA weights are sharded": bool(arguments.get("fully_sharded_loras")),
         "its LoRA weights have a dtype of their own": arguments.get("lora_dtype") not in (None, "auto"),
+        "its adapters have biases (vLLM 0.10)": bool(arguments.get("enable_lora_bias")),
         "its additional_config is not a dictionary": not isinstance(additional or {}, dict),
         "VLLM_LORA_ENABLE_DUAL_STREAM is set": _is_set("VLLM_LORA_ENABLE_DUAL_STREAM"),
         "VLLM_BATCH_INVARIANT is set": _is_set("VLLM_BATCH_INVARIANT"),
-        "its worker is in another process": os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0",
+        "its worker is in another process": not in_process(arguments),
         "this vLLM has other linear or LoRA layers": not _can_be_put_in_place(),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -110,4 +110,10 @@ def _served(layer: Any) -> bool:
     known = (linear.ColumnParallelLinear, linear.MergedColumnParallelLinear, linear.QKVParallelLinear)
     own_forward = type(layer).forward not in {kind.forward for kind in (*known, linear.RowParallelLinear)}
     sizes = list(layer.output_partition_sizes) if isinstance(layer, known) else [rows.base]
-    return not own_forward and (layer.weight.device.type == "cpu" or expand.fits(sizes))
+    weight = layer.weight
+    if weight.device.type == "cuda":
+        # A vLLM that puts its weights elsewhere after loading would load later ones there, too.
+        served = expand.fits(sizes) and weight.data_ptr() == rows.full.data_ptr()
+    else:
+        served = weight.device.type == "cpu"
+    return served and not own_forward

@@ -95,5 +95,5 @@ def _on_cpu(
     first = [0, *starts]
     for number, (start, stop) in enumerate(zip(first, [*starts, base], strict=True)):
         a = wide[:, base + number * rank : base + (number + 1) * rank]
-        y[:, start:stop] += torch.where(has[:, None], a, 0).float() @ b[start:stop].float().T
+        y[:, start:stop] += torch.where(has[:, None], a.float() @ b[start:stop].float().T, 0)
     return y.to(x.dtype)
