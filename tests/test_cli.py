@@ -274,8 +274,11 @@ def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None
     ("words", "texts"),
     [
         (["check", "nope"], ["Unknown target 'nope'", "grpo, grpo_config"]),
+        (["plan", "GRPOTrainer"], ["Unknown target 'GRPOTrainer'; did you mean 'grpo'?"]),
+        (["diff", "gpro_config"], ["Unknown target 'gpro_config'; did you mean 'grpo_config'?"]),
         (["check", "rloo"], ["TRL 0.18.2 has no target 'rloo'", "It has: grpo"]),
         (["check", "--skip", "nope"], ["nope", "trlpatch list"]),
+        (["check", "--skip", "slep"], ["skip=['slep'] names no patch; did you mean 'sleep'?"]),
         (["check", "--trl-path", "/does/not/exist"], ["No such file or directory: /does/not/exist"]),
         (["check", "--trl-path", __file__], ["neither a directory nor a wheel"]),
         (["frobnicate"], ["No such command 'frobnicate'"]),
@@ -284,6 +287,9 @@ def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None
         (["demo", "--steps", "0"], ["0 is not in the range"]),
         (["run"], ["nothing to run"]),
         (["run", "absent.py"], ["cannot run 'absent.py'"]),
+        (["run", "--slep", "kv", "train.py"], ["has no option --slep (did you mean --sleep?)"]),
+        (["run", "--old-logp=reuse", "train.py"], ["has no option --old-logp (did you mean --old-logps?)"]),
+        (["run", "-c", "pass"], ["has no option -c", "trlpatch run python ..."]),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(trl: Path, trlpatch: Run, words: list[str], texts: list[str]) -> None:

@@ -159,7 +159,7 @@ def preview(
 def _check_targets(targets: Collection[str], install: TrlInstall, present: Collection[str]) -> None:
     for name in targets:
         if name not in TARGETS:
-            raise UnknownTarget(f"Unknown target {name!r}. Known: {', '.join(TARGETS)}.")
+            raise UnknownTarget(f"Unknown target {name!r}{_meant(name)} Known: {', '.join(TARGETS)}.")
         absent = absences(install, [name])
         if name not in present and not any(one.failed for one in absent):
             raise UnknownTarget(
@@ -196,3 +196,10 @@ def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
     if outcome.drift:
         entry["drift"] = outcome.drift._asdict()
     return entry
+
+
+def _meant(name: str) -> str:
+    """`; did you mean 'grpo'?` for "GRPO", "GRPOTrainer" and "gpro"; a full stop when no target is like it."""
+    plain = name.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
+    close = difflib.get_close_matches(plain, TARGETS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -82,7 +82,13 @@ def left_out(skip: frozenset[str]) -> dict[str, str]:
     """
     known = {patch.name for patch in patches()}
     if unknown := sorted(skip - known):
-        raise UnknownPatch(f"skip={unknown!r} names no patch. Known: {', '.join(sorted(known))}. See: trlpatch list")
+        import difflib  # for messages alone
+
+        close = dict.fromkeys(one for name in unknown for one in difflib.get_close_matches(name, sorted(known), n=1))
+        meant = f"; did you mean {', '.join(map(repr, close))}?" if close else "."
+        raise UnknownPatch(
+            f"skip={unknown!r} names no patch{meant} Known: {', '.join(sorted(known))}. See: trlpatch list"
+        )
     reasons = dict.fromkeys(skip, "left out by skip")
     grown = True
     while grown:

@@ -34,7 +34,7 @@ def run_script(argv: Sequence[str], options: Options) -> None:
     are patched, too. A line on stderr says what was patched; of several ranks that run this, rank 0 says it.
 
     Raises:
-        InvalidOption: there is no script, module or program to run.
+        InvalidOption: there is no script, module or program to run, or an option before it is not known.
         TrlpatchError: TRL cannot be patched, see `PatchFastRL`.
     """
     as_module = argv[:1] == ["-m"]
@@ -44,6 +44,8 @@ def run_script(argv: Sequence[str], options: Options) -> None:
             "nothing to run: expected `trlpatch run script.py args...`, `trlpatch run -m module ...` or a program, "
             "such as `trlpatch run trl grpo ...`"
         )
+    if not as_module and words[0].startswith("-"):
+        raise _unknown_option(words[0])
     program = None if as_module or _is_script(Path(words[0])) else _program(words[0])
     # Also before a program: what does not fit is said once, here, and the ranks to come find the cache full.
     report = apply(options)
@@ -85,6 +87,18 @@ def announcement(report: PatchReport, options: Options) -> str:
 def is_first_rank(environ: Mapping[str, str]) -> bool:
     """Tell whether this process is rank 0, or no rank of anything."""
     return next((environ[name] for name in _RANKS if environ.get(name)), "0") == "0"
+
+
+def _unknown_option(word: str) -> InvalidOption:
+    import difflib  # for messages alone
+
+    name = word.partition("=")[0]
+    known = ["-m", *(f"--{option.replace('_', '-')}" for option in vars(Options()))]
+    close = "".join(f" (did you mean {one}?)" for one in difflib.get_close_matches(name, known, n=1))
+    return InvalidOption(
+        f"trlpatch run has no option {name}{close}. It has {', '.join(known)}; what python itself takes, such as -c, "
+        "is run with `trlpatch run python ...`, and what follows the script is the script's own."
+    )
 
 
 def _is_script(path: Path) -> bool:
