@@ -30,7 +30,7 @@ def require_same_model(base: Module, llm: RolloutEngine, state: EngineState) -> 
 
     True when they were. Costs one forward pass of each and leaves nothing in the engine. Log-probabilities are not
     compared where the engine's weights are not the base model's on purpose (TRL has pushed others) or where the model
-    cannot be run alone (sharded, an adapter merged): its weights are compared at the first rollout then (`beside_weights`).
+    cannot be run alone (sharded, an adapter merged): its weights are compared at the first rollout then.
 
     Raises:
         EngineMismatch: they are not the same model. Of a quantized engine or model only the vocabulary counts, what
@@ -103,6 +103,8 @@ def _why_not_compared(base: Module, state: EngineState) -> str | None:
     if any(_elsewhere(parameter) for parameter in base.parameters()):
         return "the model's weights are sharded, offloaded or not loaded yet"
     view = lora_view(base)
+    if view is not None and view.merged:
+        return "an adapter is merged into the model's weights at present"
     reason = None if view is None else lora_support.unsupported_reason(view)
     return None if reason is None else f"TRL pushes every weight, since vLLM cannot serve the adapter: {reason}"
 
