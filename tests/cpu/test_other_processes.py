@@ -45,8 +45,20 @@ def main(directory: Path, ranks: int) -> None:
         for kind, given in (("gaps", request), ("control", None)):
             outputs = engine.generate(tiny.prompts(4), params, lora_request=given, use_tqdm=False)
             found[kind].append(max(gap(policy, output) for output in outputs))
+    found["other"] = refusal(tiny.policy(tiny.checkpoint(directory / "other", seed=1)), engine)
     found |= {"engines": describe_engines(), "here": [path.name for path in Path().iterdir()]}
     print("RESULT " + json.dumps(found), flush=True)
+
+
+def refusal(policy: Any, engine: Any) -> str | None:
+    import trlpatch
+    from trlpatch.errors import EngineMismatch
+
+    try:
+        trlpatch.attach_engine(policy, engine)
+    except EngineMismatch as error:
+        return str(error)
+    return None
 
 
 def gap(policy: Any, output: Any) -> float:
@@ -67,6 +79,7 @@ def test_each_rollout_has_the_adapter_and_nothing_is_written_here(ranks: int, tm
     found = json.loads(lines[0].removeprefix("RESULT "))
     assert max(found["gaps"]) < TOLERANCE
     assert min(found["control"]) > 100 * TOLERANCE
+    assert "do not compute the same function" in str(found["other"]), "another checkpoint is refused there, too"
     assert "adapter through files in " in found["engines"][0]
     assert found["here"] == []
     assert len(set(found["paths"])) == 3

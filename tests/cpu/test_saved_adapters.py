@@ -18,7 +18,7 @@ vllm = pytest.importorskip("vllm")
 import trlpatch  # noqa: E402
 from tests.cpu.small_grpo import gap  # noqa: E402
 from trlpatch.engine.lora_limits import MAX_CPU_LORAS  # noqa: E402
-from trlpatch.errors import AdapterNotExpressible, RankAboveEngine  # noqa: E402
+from trlpatch.errors import AdapterNotExpressible, RankAboveEngine, StaleAdapter  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -81,10 +81,11 @@ def test_a_saved_adapter_is_what_peft_computes(
     assert difference(engine, trained, trained.load_lora()) < TOLERANCE
 
 
-def test_what_vllm_would_leave_out_is_refused(model: Path, engine: Any, tmp_path: Path) -> None:
-    trained = policy(model, engine, init_lora_weights="pissa")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_vllm_would_leave_out_is_refused(init: str, model: Path, engine: Any, tmp_path: Path) -> None:
+    trained = trlpatch.attach_engine(tiny.policy(model, init_lora_weights=init), engine)
     trained.save_lora(tmp_path)
-    with pytest.raises(AdapterNotExpressible, match="'pissa' rewrites the base weights"):
+    with pytest.raises(AdapterNotExpressible, match=f"'{init}' rewrites the base weights"):
         trained.load_lora(str(tmp_path))
 
 
@@ -111,6 +112,27 @@ def test_another_content_is_another_adapter_whatever_its_time(model: Path, engin
     assert difference(engine, trained, second) < TOLERANCE
     (tmp_path / "served" / "README.md").write_text("of no weight")
     assert trained.load_lora(str(tmp_path / "served")).lora_int_id == second.lora_int_id
+
+
+def test_a_directory_written_before_its_first_use_is_refused(model: Path, engine: Any, tmp_path: Path) -> None:
+    """vLLM reads it when the first request comes, under the name of what it was."""
+    trained = policy(model, engine)
+    trained.save_lora(tmp_path)
+    first = trained.load_lora(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert difference(engine, trained, first) < TOLERANCE, "the same content, and now it has been read"
+    kept = {name: value.clone() for name, value in trained.state_dict().items() if "lora_" in name}
+    tiny.move(trained, seed=8)
+    trained.save_lora(tmp_path)
+    second = trained.load_lora(str(tmp_path))
+    tiny.move(trained, seed=9)
+    trained.save_lora(tmp_path)
+    with pytest.raises(StaleAdapter, match="was written since, and vLLM, which reads it now"):
+        engine.generate(["a"], params(), lora_request=second, use_tqdm=False)
+    assert not engine.llm_engine.has_unfinished_requests()
+    assert difference(engine, trained, trained.load_lora(str(tmp_path))) < TOLERANCE
+    trained.load_state_dict(kept, strict=False)
+    assert difference(engine, trained, first) < TOLERANCE, "the engine has it, whatever became of the files"
 
 
 @pytest.mark.parametrize("live_first", [True, False])

@@ -31,7 +31,9 @@ def engine_with(model: Any, *, dtype: Any = torch.float32, wrapped: bool = True)
         parts = [layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]
         weights[f"{path}.qkv_proj{infix}.weight"] = torch.cat(parts).to(dtype)
         weights[f"{path}.o_proj{infix}.weight"] = layer.self_attn.o_proj.weight.detach().to(dtype).clone()
-    inside = SimpleNamespace(named_parameters=lambda: weights.items())
+    inside = SimpleNamespace(
+        named_parameters=lambda: weights.items(), named_modules=lambda remove_duplicate=True: iter(())
+    )
     manager = SimpleNamespace(packed_modules=packed, modules={})
     runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager), get_model=lambda: inside)
     stub = RecordingEngineStub()

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trlpatch.engine import guards, live_request, probes, stock_trainers
 from trlpatch.engine.backend import backend_of
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
+from trlpatch.engine.same_model import require_same_model
 from trlpatch.engine.saved_adapter import is_adapter, saved_request
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
-from trlpatch.engine.state import forget, state_of
+from trlpatch.engine.sleep import awake
+from trlpatch.engine.state import EngineState, forget, state_of
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
-from trlpatch.log import warn_once
 from trlpatch.policy.adapter import base_of, lora_view, unwrap
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 from trlpatch.policy.base_parameters import changed_parameter, contents
@@ -31,7 +32,7 @@ _LIVE: Any = object()
 Model = TypeVar("Model")
 
 
-def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = False) -> Model:
+def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = False, check: bool = True) -> Model:
     """Make `llm` the engine that trainers of `model` roll out on, and return the model.
 
     Sets `model.vllm_engine`, `model.load_lora`, `model.save_lora` and `model.fast_generate`. They are put on
@@ -40,9 +41,14 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
     that the base weights of the model are the engine's own memory: that is verified, the engine's weights never
     sleep, and what would change or move them raises SharedWeights (see `trlpatch.engine.sharing.protect`).
 
+    Vocabulary and log-probabilities of some forty tokens are compared, without an adapter: an engine of another
+    checkpoint would train silently on its samples. `check=False` is for those who know that they differ.
+
     Raises:
         NotAnEngine: `llm` is no `vllm.LLM`, or `model` no model.
-        EngineMismatch: the engine is asleep, or the model shares its memory without `shared_weights=True`.
+        EngineMismatch: the engine is asleep, or not of the same model, or the model shares its memory without
+            `shared_weights=True`.
+        EngineBusy: the engine has unfinished requests.
         CannotShare: with `shared_weights=True` the model shares less than all base weights.
     """
     if isinstance(model, (str, os.PathLike)) or not callable(getattr(model, "named_modules", None)):
@@ -65,15 +71,19 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
     base = base_of(model)
     if shared_weights:
         verify_overlap(base, llm)
-        protect(base)
     elif overlaps(base, llm):
         raise EngineMismatch(
             f"attach_engine(model, llm): base weights of {type(base).__name__} are the engine's own memory, which a "
             "sleep would take away; expected weights of their own, or attach_engine(model, llm, shared_weights=True)"
         )
     state = state_of(llm)
+    compared = not check or require_same_model(base, llm, state)
+    if shared_weights:
+        protect(base)
     state.attached = True
     state.attached_to.add(base)
+    if compared:
+        state.compared.add(base)
     if shared_weights:
         state.sharers.add(base)
     else:
@@ -103,7 +113,7 @@ def detach_engine(model: object) -> RolloutEngine | None:
         base.__dict__.pop(name, None)
     if llm is not None:
         state = state_of(llm)
-        for models in (state.attached_to, state.sharers):
+        for models in (state.attached_to, state.sharers, state.compared):
             models.discard(base)
         if state.attached_to:
             state.shared_weights = bool(state.sharers)
@@ -237,11 +247,7 @@ def _require_same_weights(base: Module, llm: RolloutEngine) -> None:
     if base in state.sharers:
         return
     if state.policy_location == "policy":
-        warn_once(
-            llm,
-            f"model.fast_generate of a {type(base).__name__} without an adapter: the engine has the weights that the "
-            "trainer has pushed last, not those of steps since then",
-        )
+        _require_pushed_weights(base, state)
         return
     changed = changed_parameter(state.weights_attached.get(base), base)
     if changed is not None:
@@ -253,11 +259,33 @@ def _require_same_weights(base: Module, llm: RolloutEngine) -> None:
         )
 
 
+def _require_pushed_weights(base: Module, state: EngineState) -> None:
+    of, weights = state.weights_pushed or (None, {})
+    if of is not None and of() is base:
+        changed = changed_parameter(weights, base)
+        if changed is None:
+            return
+        why = f"{changed!r} has changed since then"
+    else:
+        why = "they were another model's, or an adapter was merged into them"
+    raise StaleAdapter(
+        f"model.fast_generate of a {type(base).__name__} without an adapter: the engine has the weights that the "
+        f"trainer pushed at its last rollout, and {why}: it would answer for another model. Generate in the trainer, "
+        "whose rollouts push first; or save the model and build an engine of it; "
+        "model.fast_generate(..., lora_request=None) asks the engine as it is"
+    )
+
+
 def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = _LIVE, **kwargs: Any) -> Any:
-    """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model."""
+    """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model.
+
+    An engine that sleeps is woken for it, and sleeps again afterwards.
+    """
     llm = _require_attached(self)
     state = state_of(llm)
-    with state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True):
+    occupied = state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True)
+    with occupied, awake(llm, state, self):
+        live_request.refuse_lost_weights(state)
         if lora_request is _LIVE:
             lora_request = None
             if lora_view(self) is None:

@@ -44,7 +44,7 @@ def base_mismatch(view: LoraView, module: Module, packed_modules: Mapping[str, l
         if name in compared or weight is None:
             continue
         compared.add(name)
-        if _differs(weight, [_weight(view, member) for member in members]):
+        if differs(weight, [_weight(view, member) for member in members]):
             return f"the engine's base weights are not the trainer's: {name!r} differs from {', '.join(members)}"
     return None
 
@@ -63,7 +63,8 @@ def _weight(view: LoraView, path: str) -> Tensor | None:
     return getattr(get_base_layer() if callable(get_base_layer) else module, "weight", None)
 
 
-def _differs(inside: Tensor, trained: list[Tensor | None]) -> bool:
+def differs(inside: Tensor, trained: list[Tensor | None]) -> bool:
+    """Are an engine's values others than the trainer's, one above the other, would be after rounding to its dtype?"""
     import torch
 
     exact = {torch.float32, torch.bfloat16, torch.float16}
@@ -71,7 +72,7 @@ def _differs(inside: Tensor, trained: list[Tensor | None]) -> bool:
     if inside.dtype not in exact or len(known) < len(trained):
         return False
     with torch.no_grad():
-        if sum(weight.numel() for weight in known) != inside.numel() or inside.dim() != 2:
+        if sum(weight.numel() for weight in known) != inside.numel() or inside.dim() not in (1, 2):
             return False
         weights = [weight.detach().to(device=inside.device, dtype=inside.dtype) for weight in known]
         if any(weight.shape[1:] != inside.shape[1:] for weight in weights):

@@ -3,6 +3,7 @@
 - a request without an adapter while a trainer runs, from its `rollout_func` or from whatever else it calls: it would
   come from the base model. It gets the adapter being trained, looked up once per call.
 - a request for a version of the live adapter that has been replaced: its slot holds another one.
+- a request for a saved adapter whose directory was rewritten before vLLM has read it.
 - a call that fails or is interrupted: the requests that it leaves would be answered to the next caller.
 - a request added to an engine that sleeps: the scheduler waits for ever, or a kernel reads unmapped memory.
 - a sleep of level 1 or 2 while a trainer shares the weights: its next forward pass reads unmapped memory.
@@ -22,6 +23,7 @@ from trlpatch.engine.adapter_sync.registry import LIVE_NAME
 from trlpatch.engine.occupancy import Call
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
+from trlpatch.engine.saved_adapter import refuse_rewritten
 from trlpatch.engine.state import EngineState
 from trlpatch.errors import EngineAsleep, SharedWeights, StaleAdapter
 
@@ -109,6 +111,7 @@ class Guards:
             given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
         if given is not None:
             self._refuse_replaced(given)
+            refuse_rewritten(given, self._inner, self._state)
         elif not self._state.on_purpose:
             supplied = self._supply(call)
             if supplied is not None and hasattr(prompt, "lora_request"):

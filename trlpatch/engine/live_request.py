@@ -5,9 +5,18 @@ from __future__ import annotations
 from trlpatch.engine import lora_limits, publisher
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.sleep import wake
-from trlpatch.engine.state import state_of
+from trlpatch.engine.state import EngineState, state_of
 from trlpatch.errors import AdapterNotExpressible, StaleAdapter
 from trlpatch.policy.adapter import lora_view
+
+
+def refuse_lost_weights(state: EngineState) -> None:
+    """Raise StaleAdapter when the engine, awake, has undefined weights: with any adapter, and with none."""
+    if state.weights_lost:
+        raise StaleAdapter(
+            "a live adapter request was asked for, but a level-2 sleep discarded the engine's weights and only the "
+            "trainer can push them: roll out from the trainer, or attach an engine (it sleeps at level 1)"
+        )
 
 
 def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
@@ -21,11 +30,7 @@ def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
     """
     state = state_of(engine)
     wake(engine, state, "weights")
-    if state.weights_lost:
-        raise StaleAdapter(
-            "a live adapter request was asked for, but a level-2 sleep discarded the engine's weights and only the "
-            "trainer can push them: roll out from the trainer, or attach an engine (it sleeps at level 1)"
-        )
+    refuse_lost_weights(state)
     wake(engine, state, "kv_cache")
     underway = publisher.start(engine)
     view = lora_view(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 
 from trlpatch.engine import probes
+from trlpatch.engine.beside_weights import beside_mismatch
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.state import BaseVerdict, EngineState, state_of
 from trlpatch.policy import base_parameters, base_weights, lora_support
@@ -39,7 +40,7 @@ def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
         return "the engine's base weights were replaced by a full-weight sync"
     if state.shared_weights and (not state.sharers or view.base in state.sharers):
         return "it is merged into the base weights, which the engine shares" if view.merged else None
-    return _refused(view, state) or _base_verdict(view, state)
+    return _refused(view, state) or _base_verdict(view, engine, state)
 
 
 def refuse(view: LoraView, state: EngineState, reason: str) -> None:
@@ -52,7 +53,7 @@ def _refused(view: LoraView, state: EngineState) -> str | None:
     return reason if of() is state else None
 
 
-def _base_verdict(view: LoraView, state: EngineState) -> str | None:
+def _base_verdict(view: LoraView, engine: RolloutEngine, state: EngineState) -> str | None:
     beside = base_parameters.beside_mark(view)  # first: `base_mark` waits for a copy that is underway
     mark = (base_weights.base_mark(view), beside)
     verdict = state.base_verdict.get(view.found)
@@ -62,6 +63,7 @@ def _base_verdict(view: LoraView, state: EngineState) -> str | None:
             state.backend.base_mismatch(view)
             or base_weights.changed_since(known, view)
             or base_parameters.changed_beside(known, view)
+            or (None if view.base in state.compared else beside_mismatch(view, engine))
         )
         verdict = state.base_verdict[view.found] = BaseVerdict(mark, mismatch)
     return verdict.reason

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_FULL_CACHE = ("auto", "float16", "bfloat16", "float32", "half", "float")
+
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 SLEEP_TAGS = frozenset({WEIGHTS, KV_CACHE})
 
@@ -79,6 +81,28 @@ def max_model_len(llm: object) -> int | None:
     """Prompt and completion together, in tokens."""
     length = getattr(model_config(llm), "max_model_len", None)
     return None if length is None else int(length)
+
+
+def vocabulary_size(llm: object) -> int | None:
+    """Rows of its embedding, padding left out; None when it does not say."""
+    asked = getattr(model_config(llm), "get_vocab_size", None)
+    return int(asked()) or None if callable(asked) else None
+
+
+def kv_block_size(llm: object) -> int | None:
+    """Tokens of one block of its KV cache, the least that its prefix cache keeps; None when it does not say."""
+    size = reach(llm, "llm_engine", "vllm_config", "cache_config", "block_size")
+    return None if size is None else int(size)
+
+
+def quantization(llm: object) -> str | None:
+    """What it rounds weights or KV cache to, in words; None when it computes with what the checkpoint has."""
+    config = reach(llm, "llm_engine", "vllm_config")
+    weights = getattr(model_config(llm), "quantization", None) or reach(config, "quant_config")
+    if weights is not None:
+        return f"weights: {weights if isinstance(weights, str) else type(weights).__name__}"
+    cache = str(reach(config, "cache_config", "cache_dtype") or "auto")
+    return None if cache in _FULL_CACHE else f"KV cache: {cache}"
 
 
 def executor(llm: object) -> Executor | None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine import probes
 from trlpatch.engine.private_files import private_directory
-from trlpatch.engine.protocols import LoraRequest, RolloutEngine
+from trlpatch.engine.protocols import LLMEngine, LoraRequest, RolloutEngine
 from trlpatch.engine.state import EngineState
-from trlpatch.errors import AdapterNotExpressible, RankAboveEngine
+from trlpatch.errors import AdapterNotExpressible, RankAboveEngine, StaleAdapter
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 from trlpatch.policy.lora_support import config_reason
 
@@ -57,12 +57,41 @@ def saved_request(directory: Path, engine: RolloutEngine, state: EngineState) ->
     path = directory.resolve()
     if _pattern(config, "alpha_pattern") or _pattern(config, "rank_pattern"):
         path = _folded(files[1], config, content, engine, state)
+    else:
+        state.disk_files[FIRST_ID + number] = files, content
     from vllm.lora.request import LoRARequest
 
     request: LoraRequest = LoRARequest(
         lora_name=f"{directory.name}-{number}", lora_int_id=FIRST_ID + number, lora_path=str(path)
     )
     return request
+
+
+def refuse_rewritten(given: LoraRequest, inner: LLMEngine, state: EngineState) -> None:
+    """vLLM reads the files when the first request comes: are they those that the LoRARequest was made for?
+
+    Raises:
+        StaleAdapter: they are not, and the engine has not read them before.
+    """
+    known = state.disk_files.get(given.lora_int_id) if state.disk_files else None
+    if known is None:
+        return
+    files, content = known
+    try:
+        if _content(files, state) == content:
+            return
+        what = "was written since"
+    except OSError as error:
+        what = f"cannot be read any more ({error.strerror})"
+    loaded: Any = getattr(inner, "list_loras", set)
+    if given.lora_int_id in loaded():
+        return
+    raise StaleAdapter(
+        f"a request for the saved adapter {str(files[0].parent)!r} as it was when model.load_lora gave it: the "
+        f"directory {what}, and vLLM, which reads it now, would serve another adapter under that name; expected the "
+        "same files until the first rollout: call model.load_lora(directory) again, or save each adapter in a "
+        "directory of its own"
+    )
 
 
 def _weights(directory: Path) -> Path:

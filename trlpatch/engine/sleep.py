@@ -7,6 +7,8 @@ LoRA buffer, while the adapter registry still calls them active. KV-only sleep k
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from trlpatch.engine import guards
@@ -21,7 +23,7 @@ from trlpatch.log import log_once, logger, warn_once
 if TYPE_CHECKING:
     from torch.nn import Module
 
-__all__ = ["put_to_sleep", "sleep_default", "wake"]
+__all__ = ["awake", "put_to_sleep", "sleep_default", "wake"]
 
 _LEVELS = {1: "level 1 (weights to the CPU and back)", 2: "level 2 (weights discarded, pushed anew)"}
 
@@ -60,6 +62,27 @@ def put_to_sleep(
     """
     with state.occupancy.handing_over(engine.llm_engine, "putting the engine to sleep"):
         return _put_to_sleep(engine, state, level, model, kv_only)
+
+
+@contextmanager
+def awake(engine: RolloutEngine, state: EngineState, model: Module | None = None) -> Iterator[None]:
+    """For the time of a `with`: both pools are mapped. What slept before sleeps again after it.
+
+    A reward function or a callback that generates would otherwise leave the backward pass without that memory.
+
+    Raises:
+        NotEnoughMemory: the device has no room for it.
+    """
+    slept, method = state.backend.asleep(), state.sleep_method
+    wake(engine, state, WEIGHTS)
+    wake(engine, state, KV_CACHE)
+    try:
+        yield
+    finally:
+        if KV_CACHE in slept:
+            kv_only = WEIGHTS not in slept and not state.headroom.suffices
+            _put_to_sleep(engine, state, 1, model, kv_only)
+            state.sleep_method = method
 
 
 def _put_to_sleep(engine: RolloutEngine, state: EngineState, level: int, model: Module | None, kv_only: bool) -> bool:

@@ -67,6 +67,8 @@ class EngineState:
     """Base models whose parameters are this engine's memory."""
     attached_to: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
     """Base models that `attach_engine` has given it to."""
+    compared: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """Base models whose log-probabilities were compared with its own when it was attached, or were not to be."""
     why_separate: str | None = None
     """Why sharing was tried and given up, for `trlpatch.status()`; None when it was not tried."""
     sleep_method: str = ""
@@ -100,8 +102,13 @@ class EngineState:
         default_factory=weakref.WeakKeyDictionary
     )
     """Base model -> its weights when the engine was attached to it, unless they are the engine's own."""
+    weights_pushed: tuple[weakref.ref[object], dict[str, Weight]] | None = None
+    """The base model whose weights TRL has pushed last, and what they were; None when an adapter was merged into them.
+    """
     disk_adapters: dict[str, int] = field(default_factory=dict)
     """Contents of a saved adapter -> number, for `model.load_lora(directory)`."""
+    disk_files: dict[int, tuple[list[Path], str]] = field(default_factory=dict)
+    """Number of a request for a directory -> files that vLLM reads when it is used first, and their digest."""
     disk_contents: dict[tuple[object, ...], str] = field(default_factory=dict)
     """Identity, size and times of its files -> digest of their contents."""
     private_directory: Path | None = None
@@ -135,6 +142,7 @@ class EngineState:
         """TRL's own full-weight sync follows: the base weights are the policy from now on."""
         self.policy_location = "policy"
         self.weights_lost = False
+        self.weights_pushed = None
         self.published = None
 
 

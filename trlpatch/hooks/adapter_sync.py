@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass
 
 from trlpatch.engine import lora_limits, publisher
@@ -15,7 +16,8 @@ from trlpatch.hooks.protocols import Owner
 from trlpatch.hooks.trainers import engine_of, model_of, own_sync, serves_remotely
 from trlpatch.log import log_once
 from trlpatch.options import active
-from trlpatch.policy.adapter import LoraView, lora_view
+from trlpatch.policy.adapter import LoraView, base_of, lora_view
+from trlpatch.policy.base_parameters import contents
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
         )
     state.backend.before_weight_push()
     state.policy_pushed()
+    base = base_of(model_of(owner))
+    if path.view is None and base in state.attached_to:  # it has `fast_generate`, which asks for them
+        state.weights_pushed = weakref.ref(base), contents(base)
     return False
 
 

@@ -108,7 +108,7 @@ def _load_with_engine(
             made["model"] = load_transformers_model(config, hf_config, dtype)
     with show.stage("comparing engine and model"):
         _compare(config, made["model"], made["engine"])
-        attach_engine(made["model"], made["engine"], shared_weights=reason is None)
+        attach_engine(made["model"], made["engine"], shared_weights=reason is None, check=False)
         state_of(made["engine"]).why_separate = reason
     sleeps = "with sleep mode" if probes.sleep_enabled(made["engine"]) else "without sleep mode"
     return [f"vLLM {installed_version('vllm')}", _weights_fact(config, reason), sleeps]
