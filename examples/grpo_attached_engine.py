@@ -8,7 +8,7 @@ import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vllm is imported: the worker lives in this process
 
-from trlpatch import PatchFastRL, attach_engine, vLLMSamplingParams
+from trlpatch import PatchFastRL, attach_engine
 
 print(PatchFastRL("GRPO"))
 
@@ -62,7 +62,6 @@ def main():
             per_device_train_batch_size=8,
             num_generations=8,
             max_completion_length=64,
-            vllm_sampling_params=vLLMSamplingParams(min_p=0.05),
             bf16=gpu,
             use_cpu=not gpu,
             logging_steps=1,

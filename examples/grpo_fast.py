@@ -5,7 +5,7 @@ python examples/grpo_fast.py --model Qwen/Qwen2.5-0.5B-Instruct --steps 50
 
 import argparse
 
-from trlpatch import FastLanguageModel, PatchFastRL, vLLMSamplingParams
+from trlpatch import FastLanguageModel, PatchFastRL
 
 print(PatchFastRL("GRPO"))
 
@@ -52,7 +52,6 @@ def main():
             per_device_train_batch_size=8,
             num_generations=8,
             max_completion_length=64,
-            vllm_sampling_params=vLLMSamplingParams(min_p=0.05),
             bf16=gpu,
             use_cpu=not gpu,
             logging_steps=1,

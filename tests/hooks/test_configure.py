@@ -177,24 +177,6 @@ def test_tensor_parallel_size_must_agree() -> None:
         hooks.configure(GRPOTrainer(), carrying(tensor_parallel=2), ServerByDefault())
 
 
-@pytest.mark.parametrize(
-    ("settings", "args", "warns"),
-    [
-        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(temperature=0.7), True),
-        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(top_p=0.9), True),
-        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(vllm_sampling_params={"min_p": 0.1}), True),
-        ({"logprobs_mode": "raw_logprobs"}, ServerByDefault(), False),
-        ({"logprobs_mode": "processed_logprobs"}, ServerByDefault(temperature=0.7), False),
-        ({"logprobs_mode": "raw_logprobs"}, OldConfig(temperature=0.7), False),
-    ],
-)
-def test_raw_log_probabilities(settings: Any, args: Any, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
-    model = carrying(**settings)
-    for _ in range(2):
-        hooks.configure(GRPOTrainer(), model, args)
-    assert caplog.text.count("the correction is biased") == int(warns)
-
-
 def test_completions_longer_than_the_engine_allows(caplog: pytest.LogCaptureFixture) -> None:
     hooks.configure(GRPOTrainer(), carrying(max_model_len=64), ServerByDefault())
     assert "max_model_len is 64" in caplog.text

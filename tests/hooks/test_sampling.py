@@ -130,23 +130,14 @@ def test_structured_outputs_are_rebuilt() -> None:
     assert made.structured_outputs == vllm.sampling_params.StructuredOutputsParams(regex="a+")
 
 
-def test_another_temperature_than_the_trainers_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    args = GRPOConfig(vllm_sampling_params={"temperature": 0.5})
-    for _ in range(2):
-        hooks.sampling_params(args, vllm.SamplingParams)(temperature=1.0)
-    same = GRPOConfig(vllm_sampling_params={"temperature": 1.0})
-    hooks.sampling_params(same, vllm.SamplingParams)(temperature=1.0)
-    assert caplog.text.count("sampled at temperature 0.5") == 1
-
-
 def below_0_24(**given: Any) -> Any:
     args = SimpleNamespace(generation_kwargs=given.pop("generation_kwargs", None), vllm_sampling_params=given or None)
-    words = SimpleNamespace(eos_token_id=2)
+    words = SimpleNamespace(eos_token_id=2, eos_token="</s>")
     return type("GRPOTrainer", (), {"args": args, "processing_class": words})()
 
 
 @pytest.mark.parametrize(
-    "given", [{"stop": ["</s>"]}, {"stop": "x"}, {"stop_token_ids": [5]}, {"stop_token_ids": [2, 5]}]
+    "given", [{"stop": ["</s>", "x"]}, {"stop": "x"}, {"stop_token_ids": [5]}, {"stop_token_ids": [2, 5]}]
 )
 def test_below_0_24_a_stop_that_trl_does_not_see_is_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ProtectedSamplingParam, match="would train on the padding"):
@@ -157,11 +148,12 @@ def test_below_0_24_a_stop_that_trl_does_not_see_is_refused(given: dict[str, Any
     assert hooks.sampling_params(other, dict)() == given, "OnlineDPO puts EOS behind the stop itself"
 
 
-def test_below_0_24_eos_may_be_named_as_a_stop() -> None:
-    assert hooks.sampling_params(below_0_24(stop_token_ids=[2], stop=[]), dict)() == {
-        "stop_token_ids": [2],
-        "stop": [],
-    }
+@pytest.mark.parametrize(
+    "given",
+    [{"stop_token_ids": [2], "stop": []}, {"stop": ["</s>"]}, {"stop": "</s>", "include_stop_str_in_output": True}],
+)
+def test_below_0_24_eos_may_be_named_as_a_stop(given: dict[str, Any]) -> None:
+    assert hooks.sampling_params(below_0_24(**given), dict)() == given
 
 
 def test_below_0_24_a_stop_among_trls_own_arguments_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -105,6 +105,18 @@ def quantization(llm: object) -> str | None:
     return None if cache in _FULL_CACHE else f"KV cache: {cache}"
 
 
+def built_with(llm: object) -> dict[str, object]:
+    """What the engine was built with, by the names of `vllm.LLM`'s arguments, as far as it says."""
+    config = reach(llm, "llm_engine", "vllm_config")
+    found = {
+        "max_model_len": max_model_len(llm),
+        "model_impl": getattr(model_config(llm), "model_impl", None),
+        "gpu_memory_utilization": reach(config, "cache_config", "gpu_memory_utilization"),
+        "enable_prefix_caching": reach(config, "cache_config", "enable_prefix_caching"),
+    }
+    return {name: getattr(value, "value", value) for name, value in found.items() if value is not None}
+
+
 def executor(llm: object) -> Executor | None:
     """The engine's executor when it lives in this process (multiprocessing off), else None."""
     found: Executor | None = reach(llm, "llm_engine", "model_executor")

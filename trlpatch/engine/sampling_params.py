@@ -16,8 +16,9 @@ GIVEN = "_set_kwargs"
 def vLLMSamplingParams(**kwargs: Any) -> SamplingParams:
     """A `vllm.SamplingParams` that remembers which values were given explicitly (attribute `_set_kwargs`).
 
-    For `GRPOConfig(vllm_sampling_params=vLLMSamplingParams(min_p=0.1))`: only the given values
-    replace TRL's. Copies and pickles remember them too.
+    For `GRPOConfig(vllm_importance_sampling_correction=False, vllm_sampling_params=vLLMSamplingParams(min_p=0.1))`:
+    only the given values replace TRL's. Copies and pickles remember them too. What changes the distribution (min_p,
+    top_k, penalties, ...) needs that correction off, or an engine with raw log-probabilities: docs/sampling.md.
 
     Raises:
         TypeError: vLLM has no parameter of that name.

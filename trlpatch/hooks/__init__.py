@@ -6,6 +6,7 @@ imported.
 
 from trlpatch.hooks.adapter_sync import hand_over
 from trlpatch.hooks.adopt_engine import engine
+from trlpatch.hooks.chat_template import chat_template
 from trlpatch.hooks.configure import configure
 from trlpatch.hooks.logps import (
     deferred_logits,
@@ -43,6 +44,7 @@ from trlpatch.hooks.sampling import generation, normalize_sampling, sampling_par
 from trlpatch.hooks.sleep import reload_weights, sleep, wake_up
 
 __all__ = [
+    "chat_template",
     "configure",
     "deferred_logits",
     "engine",

@@ -14,6 +14,7 @@ from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, Se
 from trlpatch.hooks import ranks
 from trlpatch.hooks.protocols import TrainerArguments, TrainerLike
 from trlpatch.hooks.sampling import normalize_sampling
+from trlpatch.hooks.sampling_checks import check_sampling
 from trlpatch.hooks.trainers import is_excluded_trainer
 from trlpatch.log import log_once, warn_once
 from trlpatch.options import active
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 _DEMANDED = ("on", "kv")
+
+# TRL's fields for the engine that it builds, and what vLLM calls them; a tensor parallel size that differs is refused.
+_OF_TRLS_ENGINE = {
+    "vllm_gpu_memory_utilization": "gpu_memory_utilization",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "vllm_max_model_length": "max_model_len",
+    "vllm_max_model_len": "max_model_len",
+    "vllm_model_impl": "model_impl",
+    "vllm_dtype": "dtype",
+    "vllm_device": "device",
+    "vllm_enable_prefix_caching": "enable_prefix_caching",
+}
+_OF_A_SERVER = ("vllm_server_", "vllm_group_")
 
 
 def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArguments | None) -> None:
@@ -85,7 +99,9 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
         )
     if args.use_vllm and getattr(args, "vllm_mode", "colocate") == "colocate":
         _sleep_mode(trainer, args, engine)
-    _check_sampling(trainer, args)
+    _take_sampling_params(trainer, args)
+    if args.use_vllm and getattr(args, "vllm_mode", "colocate") == "colocate":
+        check_sampling(trainer, args, engine, model)
 
 
 def _default(args: TrainerArguments, name: str) -> object:
@@ -120,29 +136,30 @@ def _match(trainer: TrainerLike, args: TrainerArguments, engine: RolloutEngine) 
             f"completions of up to {completion} tokens were asked for, but the attached engine's max_model_len is "
             f"{length}, prompt included: longer ones are cut",
         )
-    mode = probes.logprobs_mode(engine)
-    if (
-        getattr(args, "vllm_importance_sampling_correction", False)
-        and mode != "processed_logprobs"
-        and _reshapes(args)
-    ):
-        warn_once(
-            engine,
-            f"the attached engine reports {mode or 'raw_logprobs'}, but TRL corrects with the log-probabilities "
-            "that tokens were sampled with, and temperature, top_p, top_k or min_p change those: the correction is "
-            'biased. Build the engine with logprobs_mode="processed_logprobs"',
-        )
+    _report_ineffective(trainer, args, engine)
 
 
-def _reshapes(args: TrainerArguments) -> bool:
-    """Do sampling settings change the distribution that tokens are drawn from?"""
-    values = {**vars(args), **(getattr(args, "vllm_sampling_params", None) or {})}
-    return (
-        values.get("temperature", 1.0) != 1.0
-        or values.get("top_p", 1.0) not in (None, 1.0)
-        or values.get("top_k", 0) not in (None, 0, -1)
-        or values.get("min_p", 0.0) not in (None, 0.0)
-        or values.get("repetition_penalty", 1.0) not in (None, 1.0)
+def _report_ineffective(trainer: TrainerLike, args: TrainerArguments, engine: RolloutEngine) -> None:
+    """Warn of fields with which TRL would build an engine, or reach a server, where the attached one is otherwise."""
+    built = probes.built_with(engine)
+    names = [name for name in vars(args) if name in _OF_TRLS_ENGINE or name.startswith(_OF_A_SERVER)]
+    changed = [
+        name
+        for name in names
+        if (asked := getattr(args, name)) != _default(args, name)
+        and (name not in _OF_TRLS_ENGINE or asked != built.get(_OF_TRLS_ENGINE[name]))
+    ]
+    if not changed:
+        return
+    listed = ", ".join(
+        f"{name}={getattr(args, name)!r}"
+        + (f" (the engine has {built[_OF_TRLS_ENGINE[name]]!r})" if _OF_TRLS_ENGINE.get(name) in built else "")
+        for name in changed
+    )
+    warn_once(
+        trainer,
+        f"{type(trainer).__name__}: these arguments have no effect, because the attached engine is built: {listed}. "
+        "Give them to vllm.LLM or to FastLanguageModel.from_pretrained",
     )
 
 
@@ -169,7 +186,7 @@ def _sleep_mode(trainer: TrainerLike, args: TrainerArguments, engine: RolloutEng
         args.vllm_enable_sleep_mode = able
 
 
-def _check_sampling(trainer: TrainerLike, args: TrainerArguments) -> None:
+def _take_sampling_params(trainer: TrainerLike, args: TrainerArguments) -> None:
     # Set after the config was built, or by a config whose own __post_init__ replaces TRL's (MiniLLM, 0.26-1.14).
     normalize_sampling(args)
     if not getattr(args, "vllm_sampling_params", None):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 from trlpatch.engine.sampling_params import GIVEN, explicit_values
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
@@ -35,6 +35,20 @@ _MAX_TOKENS = ("max_tokens", "this trainer pads to TRL's own value; set its conf
 # OnlineDPO reads `generation_config.max_tokens` back for padding, GOLD cuts its teacher's inputs by it.
 _OWN_MAX_TOKENS = ("OnlineDPO", "GOLD", "NashMD", "XPO")
 
+# TRL sends each prompt num_generations times, and vLLM seeds a generator per request.
+ONE_SEED = (
+    "vLLM would seed every request with it, all completions of a prompt would be the same one, every advantage zero, "
+    "and nothing would be learned. Leave it out; for repeatable runs seed the engine, once for all requests: "
+    "LLM(seed=...) (FastLanguageModel's has seed 0)"
+)
+
+# vLLM has no None for these: None leaves TRL's own value.
+_NOT_NONE = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos"}
+    | {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+)
+_NOTHING = ("", "null", "none")
+
 _STRUCTURED = {"structured_outputs": "StructuredOutputsParams", "guided_decoding": "GuidedDecodingParams"}
 
 
@@ -42,13 +56,17 @@ def normalize_sampling(config: object) -> None:
     """Make `vllm_sampling_params` a plain dict of the given values, at the head of a config's `__post_init__`.
 
     Takes a vLLMSamplingParams, a SamplingParams (values that differ from vLLM's defaults), a mapping or a
-    JSON object as text. The result is JSON-able, so that configs can be pickled and logged. Idempotent.
+    JSON object as text. The result is JSON-able, so that configs can be pickled and logged. Idempotent. "null", "none"
+    and "" are None, as a command line has no other way to say it; so is a value of None that vLLM would not take.
 
     Raises:
         ProtectedSamplingParam: a value is TRL's own.
         UnusableSamplingParam: the field is of another type, or a value is not JSON-able.
     """
     given = getattr(config, FIELD, None)
+    if isinstance(given, str) and given.strip().lower() in _NOTHING:
+        given = None
+        setattr(config, FIELD, None)
     if given is None:
         return
     values = _plain(config, given)
@@ -80,7 +98,9 @@ def _plain(config: object, given: object) -> dict[str, Any]:
                 level=logging.WARNING,
             )
         values = found
-    values = {str(name): _jsonable(value) for name, value in values.items()}
+    values = {
+        str(name): _jsonable(value) for name, value in values.items() if value is not None or name not in _NOT_NONE
+    }
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
@@ -113,13 +133,7 @@ def _refuse_protected(config_name: str, values: Mapping[str, object]) -> None:
                 f"{config_name}.{FIELD} sets {name!r}, which belongs to TRL: {protected[name]}. Leave it out"
             )
     if values.get("seed") is not None:
-        # TRL sends each prompt num_generations times, and vLLM seeds a generator per request.
-        raise ProtectedSamplingParam(
-            f"{config_name}.{FIELD} sets seed={values['seed']!r}: vLLM would seed every request with it, all "
-            "completions of a prompt would be the same one, every advantage zero, and nothing would be learned. Leave "
-            "it out; for repeatable runs seed the engine, once for all requests: LLM(seed=...) (FastLanguageModel's "
-            "has seed 0)"
-        )
+        raise ProtectedSamplingParam(f"{config_name}.{FIELD} sets seed={values['seed']!r}: {ONE_SEED}")
 
 
 def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
@@ -134,17 +148,16 @@ def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
     """
     args = args_of(owner)
     given = getattr(args, FIELD, None)
-    if _masks_at_eos(owner):
+    if masks_at_eos(owner):
         _warn_of_stops(owner, getattr(args, "generation_kwargs", None) or {})
     if not given:
         return build
     values = given if isinstance(given, dict) else _plain(args, given)
     _refuse_protected(type(args).__name__, values)
-    if _masks_at_eos(owner):
+    if masks_at_eos(owner):
         _refuse_stops(owner, type(args).__name__, values)
 
     def merged(*positional: object, **named: object) -> T:
-        _report_temperature(args, values)
         return build(*positional, **{**named, **{name: _rebuilt(name, value) for name, value in values.items()}})
 
     return merged
@@ -155,21 +168,39 @@ def generation(args: TrainerArguments, build: Callable[..., GenerationLike]) -> 
     return binding(args, build)
 
 
-def _masks_at_eos(owner: object) -> bool:
+def masks_at_eos(owner: object) -> bool:
+    """Is `owner` a GRPO or RLOO trainer of TRL below 0.24, which ends a completion at its first EOS?"""
     # 0.24 split generation off into this method, and takes completions as long as they were sampled since.
     names = {cls.__name__ for cls in type(owner).__mro__}
     return bool(names.intersection(_MASKED_AT_EOS)) and not hasattr(owner, "_generate_single_turn")
 
 
-def _unseen_stops(owner: object, values: Mapping[str, object]) -> list[str]:
-    """The names under which `values` end completions at something else than EOS."""
-    words = getattr(owner, "processing_class", None)
-    eos = getattr(getattr(words, "tokenizer", words), "eos_token_id", None)
-    return [name for name in _STOPS if values.get(name) and values[name] != [eos]]
+def end_tokens(given: int | Sequence[int] | None) -> list[int]:
+    """Return an `eos_token_id` as a list; transformers has None, an int or a list in tokenizers and configs."""
+    if given is None:
+        return []
+    return [given] if isinstance(given, int) else list(given)
+
+
+def unseen_stops(words: object, values: Mapping[str, object], ends: Collection[int] = ()) -> list[str]:
+    """Return the names under which `values` end completions at something else than EOS.
+
+    `words` is the tokenizer, or a processor that has one, or None; `ends` are further ids that end a completion.
+    """
+    words = getattr(words, "tokenizer", words)
+    eos, text = getattr(words, "eos_token_id", None), getattr(words, "eos_token", None)
+    seen: dict[str, set[object]] = {"stop": {text}, "stop_token_ids": {eos, *ends}}
+    return [name for name in _STOPS if not seen[name].issuperset(_listed(values.get(name)))]
+
+
+def _listed(stops: object) -> list[object]:
+    if not stops:
+        return []
+    return [stops] if isinstance(stops, (str, int)) else list(cast("Iterable[object]", stops))
 
 
 def _refuse_stops(owner: object, config_name: str, values: Mapping[str, object]) -> None:
-    for name in _unseen_stops(owner, values):
+    for name in unseen_stops(getattr(owner, "processing_class", None), values):
         raise ProtectedSamplingParam(
             f"{config_name}.{FIELD} sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "
             "would train on the padding behind such a stop. Leave it out, or use TRL 0.24 or newer"
@@ -177,7 +208,7 @@ def _refuse_stops(owner: object, config_name: str, values: Mapping[str, object])
 
 
 def _warn_of_stops(owner: object, values: Mapping[str, object]) -> None:
-    for name in _unseen_stops(owner, values):
+    for name in unseen_stops(getattr(owner, "processing_class", None), values):
         warn_once(
             owner,
             f"generation_kwargs sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "
@@ -185,19 +216,10 @@ def _warn_of_stops(owner: object, values: Mapping[str, object]) -> None:
         )
 
 
-def _report_temperature(args: object, values: Mapping[str, object]) -> None:
-    own = getattr(args, "temperature", None)
-    asked = values.get("temperature", own)
-    if own is not None and asked != own:
-        warn_once(
-            args,
-            f"rollouts are sampled at temperature {asked} (vllm_sampling_params), but the trainer computes its "
-            f"log-probabilities at args.temperature={own}: set both to the same value",
-        )
-
-
 def _rebuilt(name: str, value: object) -> object:
-    """vLLM wants its own classes for structured outputs; configs hold dicts."""
+    """vLLM wants its own classes for structured outputs, and numbers as keys of biases; JSON has dicts and text."""
+    if name == "logit_bias" and isinstance(value, Mapping):
+        return {int(token): bias for token, bias in value.items()}
     if name not in _STRUCTURED or not isinstance(value, Mapping):
         return value
     import vllm.sampling_params

@@ -28,6 +28,10 @@ HOOK = "lora_request=_trlpatch.lora_request(self, self.llm)"
             "self.llm.generate(prompts, lora_request=_trlpatch.lora_request(self, self.llm, mine))",
         ),
         (
+            "self.llm.chat(prompts, chat_template=mine)",
+            f"self.llm.chat(prompts, chat_template=_trlpatch.chat_template(self, mine), {HOOK})",
+        ),
+        (
             "decode(self.llm.generate(f(prompts), sampling_params=g(h())))",
             f"decode(self.llm.generate(f(prompts), sampling_params=g(h()), {HOOK}))",
         ),
@@ -58,7 +62,7 @@ def generate_rollout_completions(trainer, prompts):
 def generate_rollout_completions(trainer, prompts):
     if as_chat:
         # trlpatch: live_adapter
-        outputs = trainer.llm.chat(prompts, lora_request=_trlpatch.lora_request(trainer, trainer.llm))
+        outputs = trainer.llm.chat(prompts, lora_request=_trlpatch.lora_request(trainer, trainer.llm), chat_template=_trlpatch.chat_template(trainer))
     else:
         # trlpatch: live_adapter
         outputs = trainer.vllm_generation.llm.generate(prompts, lora_request=_trlpatch.lora_request(trainer.vllm_generation, trainer.vllm_generation.llm))

@@ -2,6 +2,9 @@
 
 No TRL release passes it (TRL merges the adapter and pushes all weights instead). A call that is missed here samples
 from the base model without an error, so the number of calls is pinned for every release.
+
+`llm.chat` renders prompts, with the template of the engine's tokenizer (OnlineDPO below 0.23; GRPO and RLOO 0.25 to
+0.29.0): it is given the trainer's, as where TRL renders them itself.
 """
 
 from __future__ import annotations
@@ -51,13 +54,20 @@ class LiveAdapter(PatchTransformer):
             return node
         self.hits[ROLLOUT] += 1
         given = [] if explicit is None else [explicit.value]
-        return with_keyword(node, "lora_request", hook("lora_request", owner, engine, *given))
+        made = with_keyword(node, "lora_request", hook("lora_request", owner, engine, *given))
+        return made if engine_method(node, "chat") is None else _with_template(made, owner)
+
+
+def _with_template(node: cst.Call, owner: cst.BaseExpression) -> cst.Call:
+    explicit = keyword(node, "chat_template")
+    given = [] if explicit is None else [explicit.value]
+    return with_keyword(node, "chat_template", hook("chat_template", owner, *given))
 
 
 PATCH = Patch(
     name="live_adapter",
     summary="every rollout carries the adapter being trained",
-    hooks=("lora_request",),
+    hooks=("lora_request", "chat_template"),
     transformer=LiveAdapter,
     requires=("adapter_sync", "sleep", "rollout_func"),
     after=("adapter_sync",),
