@@ -147,11 +147,17 @@ def child(words: list[str], scratch: Path, timeout: float) -> tuple[list[dict[st
             done = subprocess.run(
                 command, env=environ, cwd=scratch, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
             )
-            error = None if done.returncode == 0 else last_error(log.read_text(encoding="utf-8", errors="replace"))
+            error = None if done.returncode == 0 else said(log)
         except subprocess.TimeoutExpired:
             tail = log.read_text(encoding="utf-8", errors="replace")[-300:]
             error = f"{words[0]}: no end after {timeout:.0f} s: {tail}"
     return Lines.read(events), error
+
+
+def said(log: Path) -> str:
+    """Return the error that a process ended with, without what nanobind says when modules are unloaded."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return last_error("\n".join(line for line in lines if not line.startswith((" - leaked", "nanobind", "See https"))))
 
 
 def compared(order: Order) -> tuple[int, str]:

@@ -62,6 +62,7 @@ class Failed(Exception):
 
 def train(order: Order, lines: Lines) -> None:
     """Train all steps; after each disturbance go on from the last checkpoint, in this process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     model, words = _policy(order)
     trouble = Trouble(order)
     engine = model.vllm_engine
@@ -227,6 +228,9 @@ def _trainer(order: Order, model: Any, words: Any, trouble: Trouble, lines: Line
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    # One epoch: TRL's RepeatSampler (1.16.0) counts from its seed again when training resumes, so from the second epoch
+    # on a resumed run sees other prompts than the one that was not interrupted.
+    rows = 2 * order.steps * order.completions // order.generations
     settings: dict[str, Any] = {
         "output_dir": order.out, "max_steps": order.steps, "per_device_train_batch_size": order.completions,
         "per_device_eval_batch_size": order.completions, "num_generations": order.generations,
@@ -238,7 +242,7 @@ def _trainer(order: Order, model: Any, words: Any, trouble: Trouble, lines: Line
     }  # fmt: skip
     trainer = GRPOTrainer(
         model=model, args=GRPOConfig(**settings), reward_funcs=trouble.reward,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}), processing_class=words,
+        train_dataset=Dataset.from_dict({"prompt": (PROMPTS * rows)[:rows]}), processing_class=words,
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[: order.completions // order.generations]}),
         callbacks=[_callback(order, lines, sampler)] if sampler else [],
     )  # fmt: skip
