@@ -228,8 +228,8 @@ def _trainer(order: Order, model: Any, words: Any, trouble: Trouble, lines: Line
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    # One epoch: TRL's RepeatSampler (1.16.0) counts from its seed again when training resumes, so from the second epoch
-    # on a resumed run sees other prompts than the one that was not interrupted.
+    # One epoch: TRL 1.16.0's RepeatSampler starts from its seed again when training resumes, so that from the second
+    # epoch on a resumed run sees other prompts than one that was not interrupted.
     rows = 2 * order.steps * order.completions // order.generations
     settings: dict[str, Any] = {
         "output_dir": order.out, "max_steps": order.steps, "per_device_train_batch_size": order.completions,
