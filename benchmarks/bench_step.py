@@ -154,10 +154,10 @@ def main() -> int:
     return int(any("error" in result for result in document["results"]))
 
 
-def command_line(arguments: list[str]) -> str:
+def command_line(arguments: list[str], *, script: str = "bench_step.py") -> str:
     """Write the command down, files by their names: where they lie on this machine is nobody's matter."""
     names = [re.sub(r"(^|[=:])(?:~|\.{1,2})?/(?:[^/\s:=]+/)*", r"\1", word) for word in arguments]
-    return shlex.join(["python", "benchmarks/bench_step.py", *names])
+    return shlex.join(["python", f"benchmarks/{script}", *names])
 
 
 def random_model(shape: str, root: Path, *, cuda: bool) -> Path:

@@ -17,6 +17,8 @@ from trlpatch.source.locate import find_trl
 
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.torch  # read before the file is imported: tests/tiers.py
+
 PROBE = """\
 import os, sys, trl
 print("_trlpatch" in vars(sys.modules[trl.GRPOTrainer.__module__]), os.environ.get("RANK", "-"), flush=True)
@@ -57,7 +59,6 @@ def run(directory: Path, environment: dict[str, str], *words: object) -> subproc
     )
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize(
     ("name", "home", "words", "ranks"),
     [
@@ -78,7 +79,6 @@ def test_every_rank_is_patched_and_one_line_says_so(
     assert done.stderr.count("trlpatch: TRL 0.25.0") == 1
 
 
-@pytest.mark.torch
 def test_drift_ends_a_launch_before_it_begins(fake_trl: FakeTrl, tmp_path: Path) -> None:
     script(tmp_path, "accelerate", "accelerate.commands.accelerate_cli")
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
