@@ -97,11 +97,11 @@ class WithoutHooks(ast.NodeTransformer):
         self.generic_visit(node)
         kept = []
         for word in node.keywords:
-            hook = word.value if word.arg == "lora_request" else None
-            if isinstance(hook, ast.Call) and ast.unparse(hook.func) == "_trlpatch.lora_request":
-                if len(hook.args) == 2:
+            own = {"lora_request": 2, "chat_template": 1}.get(word.arg or "")
+            if own and isinstance(word.value, ast.Call) and ast.unparse(word.value.func) == f"_trlpatch.{word.arg}":
+                if len(word.value.args) == own:
                     continue
-                word.value = hook.args[2]
+                word.value = word.value.args[own]
             kept.append(word)
         node.keywords = kept
         return node
@@ -127,6 +127,9 @@ def test_call_edits_survive_every_shape(call: str, wrapper: str):
     ]
     assert len(rollouts) == sites
     for rollout in rollouts:
+        assert ("_trlpatch.chat_template(self" in ast.unparse(rollout)) is (
+            ast.unparse(rollout.func).endswith(".chat")
+        )
         value = next(word.value for word in rollout.keywords if word.arg == "lora_request")
         assert ast.unparse(value).startswith(f"_trlpatch.lora_request(self, {ast.unparse(rollout.func.value)}")
     assert comments(result.text) == comments(text)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import io
+import sys
 
+import pytest
 from rich.console import Console
 
 from trlpatch.outcomes import Outcome
 from trlpatch.runtime.report import PatchReport
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever engines other tests of this process have left."""
+    monkeypatch.delitem(sys.modules, "trlpatch.engine.state", raising=False)
+
 
 REPORT = PatchReport(
     trl="1.16.0",
