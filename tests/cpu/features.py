@@ -189,13 +189,15 @@ def conversational(bench: Bench) -> dict[str, Any]:
 def without_requests(bench: Bench) -> dict[str, Any]:
     """The control: what the other scenarios would measure if rollouts did not carry the adapter."""
     import trlpatch.hooks
+    from trlpatch.hooks import adopt_engine
 
-    injected = trlpatch.hooks.lora_request
+    injected, guard = trlpatch.hooks.lora_request, adopt_engine.bare_request
     trlpatch.hooks.lora_request = lambda *_: None
+    adopt_engine.bare_request = None  # type: ignore[assignment]  # else the guard supplies what the rollout lacks
     try:
         return conversational(bench)
     finally:
-        trlpatch.hooks.lora_request = injected
+        trlpatch.hooks.lora_request, adopt_engine.bare_request = injected, guard
 
 
 def evaluation(bench: Bench) -> dict[str, Any]:
