@@ -33,7 +33,7 @@ def test_raise_names_the_module_the_line_and_what_to_do(newpo):
     assert text.startswith("an engine is used as no patch knows in TRL 0.25.0 (modules trl/experimental/newpo/newpo")
     assert f"file     {newpo.root / NEW}:2, in roll\n" in text
     assert "line     return trainer.llm.generate('a')\n" in text
-    assert "it samples from the base model\n" in text
+    assert "it names no `lora_request`\n" in text
     assert 'on_drift="stock" patches all targets and warns of these modules' in text
     assert session.status() is None
 

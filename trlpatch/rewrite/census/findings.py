@@ -18,7 +18,7 @@ from trlpatch.source.targets import TARGETS
 
 TARGET_ADVICE = "a patch has to learn this form; until then this target and those coupled to it can only stay stock"
 MODULE_ADVICE = (
-    "rollouts made here would not carry the LoRA adapter: do not train on an engine with what this module defines; "
+    "no patch knows how it syncs, sleeps and rolls out: do not train on an engine with what this module defines; "
     'on_drift="stock" patches the rest and warns'
 )
 

@@ -114,7 +114,7 @@ class _Census:
 
     def _rollout(self, member: ast.Attribute, call: ast.Call) -> _Found:
         if not requests_adapter(call):
-            yield member, "a rollout without the LoRA adapter being trained: it samples from the base model"
+            yield member, "a rollout without the LoRA adapter being trained: it names no `lora_request`"
         elif any(word.arg == "lora_request" and len(getattr(word.value, "args", ())) > 2 for word in call.keywords):
             yield member, "TRL hands a LoRA request of its own to this rollout, which no release did"
 
