@@ -167,6 +167,13 @@ class FakeTrl:
 
 
 @pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that a test starts import what they need: not coverage, which brings json and dataclasses with it."""
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def an_hour_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that a test wrote just now count as settled. (No call sets a ctime back.)"""
     now = time.time_ns

@@ -134,6 +134,7 @@ def test_one_line_says_what_was_patched(run, tmp_path):
     assert run("probe.py", TRLPATCH_DISABLE="1").stderr == "trlpatch: disabled by TRLPATCH_DISABLE, TRL is stock\n"
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_a_child_without_trl_imports_nothing_of_trlpatch(child):
     done = child(
         "import sys, importlib.util\n"

@@ -236,6 +236,7 @@ def test_unpatch_refuses_where_trl_changed_since(fake_trl, indexed, patch_grpo):
     assert "_trlpatch.configure" in inspect.getsource(trainer)
 
 
+@pytest.mark.usefixtures("unmeasured")
 def test_warm_start_generates_no_dataclass(fake_trl):
     fake_trl.settle()
     code = f"""
