@@ -74,8 +74,9 @@ def copy_and_hash(  # type: ignore[no-untyped-def]
     one = one ^ (one >> 16)
     two = (one ^ (one >> 15)) * 0x27D4EB2F
     two = two ^ (two >> 14)
-    first = tl.sum(one.to(tl.int32, bitcast=True), axis=0)
-    second = tl.sum(two.to(tl.int32, bitcast=True), axis=0)
+    # Triton 3.6's interpreter does not let a sum of int32 wrap around.
+    first = tl.sum(one.to(tl.int64), axis=0).to(tl.int32)
+    second = tl.sum(two.to(tl.int64), axis=0).to(tl.int32)
     kept = hashes + 2 * program
     # Masks, not a branch: one thread stores, and the others may see its store already when they load.
     moved = (tl.load(kept) != first) | (tl.load(kept + 1) != second)
