@@ -18,6 +18,7 @@ from typing import Any
 from tests.cpu.small_grpo import small_grpo
 from tests.cpu.training import count_engines
 from tests.words import byte_tokenizer
+from trlpatch.engine.state import state_of
 from trlpatch.source.locate import find_trl
 
 CALL = r'<tool_call>\n\{"name": "multiply", "arguments": \{"a": [0-9], "b": [0-9]\}\}\n</tool_call>'
@@ -104,6 +105,7 @@ class Turns:
         self.found: list[dict[str, Any]] = []
         self._trainer = trainer
         self._words = words
+        self._state = state_of(engine)
         self._generate, self._chat = engine.generate, engine.chat
         engine.generate = lambda *args, **named: self._noted(self._generate, *args, **named)
         engine.chat = lambda *args, **named: self._noted(self._chat, *args, **named)
@@ -133,7 +135,11 @@ class Turns:
         whole = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
         params = SamplingParams(max_tokens=1, prompt_logprobs=0)
         prompts = [{"prompt_token_ids": ids} for ids in whole]
-        scored = self._generate(prompts, params, lora_request=request, use_tqdm=False)
+        guard, self._state.bare_request = self._state.bare_request, None  # it would give the control the adapter
+        try:
+            scored = self._generate(prompts, params, lora_request=request, use_tqdm=False)
+        finally:
+            self._state.bare_request = guard
         gaps = []
         for output, again in zip(outputs, scored, strict=True):
             start = len(output.prompt_token_ids)
