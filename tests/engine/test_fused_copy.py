@@ -16,7 +16,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
-from tests.fakes.adapter_copies import SLOT, adapter, assert_copied, spots, targets  # noqa: E402
+from tests.fakes.adapter_copies import (  # noqa: E402
+    SLOT,
+    adapter,
+    assert_copied,
+    check_answer_outlives_next_copy,
+    check_base_is_hashed_apart,
+    targets,
+)
 from trlpatch.engine.adapter_sync.fused_copy import FusedCopy, NotFused  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -130,38 +137,9 @@ def test_what_the_kernel_cannot_read_is_refused(what: str) -> None:
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_base_is_hashed_apart_and_not_written(source: Any, base: Any) -> None:
-    weights, under = adapter(source, 16), spots(base)
-    made, buffers = targets(torch.float16, 16, 16)
-    copy = FusedCopy(weights, made)
-    assert copy.start(weights, made, SLOT).base_glance(under) is None, "they were not read"
-    weights.derived["base spots"] = under
-    before = [piece.clone() for piece in under.pieces]
-    first = copy.start(weights, made, SLOT)
-    assert copy.start(weights, made, SLOT).base_glance(under) == first.base_glance(under) is not None
-    assert first.base_glance(spots(base)) is None, "others were read"
-    assert FusedCopy(weights, made).start(weights, made, SLOT).base_glance(under) != first.base_glance(under)
-    assert all(map(torch.equal, under.pieces, before))
-    answer = copy.start(weights, made, SLOT)
-    content, glances = answer.wait(), [answer.base_glance(under)]
-    for piece, place in ((0, 0), (0, 100), (0, -1), (1, 0), (1, 57)):
-        under.pieces[piece].view(torch.int8)[place] ^= 1
-        answer = copy.start(weights, made, SLOT)
-        assert answer.wait() == content
-        glances.append(answer.base_glance(under))
-    assert len(set(glances)) == 6
-    weights.b[1][3, 3] += 1
-    answer = copy.start(weights, made, SLOT)
-    assert answer.wait() > content
-    assert answer.base_glance(under) == glances[-1]
-    assert_copied(weights, made, buffers)
+    check_base_is_hashed_apart(source, base)
 
 
 @inside
 def test_an_answer_outlives_the_next_copy() -> None:
-    weights = adapter(torch.float32, 16)
-    made, _ = targets(torch.float16, 16, 16)
-    copy = FusedCopy(weights, made)
-    first = copy.start(weights, made, SLOT)
-    weights.a[0][0, 0] += 1
-    second = copy.start(weights, made, SLOT)
-    assert (first.wait(), second.wait()) == (1, 2)
+    check_answer_outlives_next_copy()

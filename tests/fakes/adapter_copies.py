@@ -65,3 +65,50 @@ def assert_copied(weights: LoraWeights, made: list[Target], buffers: list[Any]) 
             assert bool((written[:, columns:] == 7).all())
         written = target.slot.numel() if columns == target.slot.shape[1] else source.numel()
         assert int((buffer == 7).sum()) == buffer.numel() - written + int((expected == 7).sum())
+
+
+def check_base_is_hashed_apart(source: Any, base: Any, *, device: str = "cpu") -> None:
+    """Spots of base weights move an answer of their own, are not written, and leave that of the adapter alone."""
+    import torch
+
+    from trlpatch.engine.adapter_sync.fused_copy import FusedCopy
+
+    weights, under = adapter(source, 16, device=device), spots(base, device=device)
+    made, buffers = targets(torch.float16, 16, 16, device=device)
+    copy = FusedCopy(weights, made)
+    assert copy.start(weights, made, SLOT).base_glance(under) is None, "they were not read"
+    weights.derived["base spots"] = under
+    before = [piece.clone() for piece in under.pieces]
+    first = copy.start(weights, made, SLOT)
+    assert copy.start(weights, made, SLOT).base_glance(under) == first.base_glance(under) is not None
+    assert first.base_glance(spots(base, device=device)) is None, "others were read"
+    assert FusedCopy(weights, made).start(weights, made, SLOT).base_glance(under) != first.base_glance(under)
+    assert all(map(torch.equal, under.pieces, before))
+    answer = copy.start(weights, made, SLOT)
+    content, glances = answer.wait(), [answer.base_glance(under)]
+    for piece, place in ((0, 0), (0, 100), (0, -1), (1, 0), (1, 57)):
+        under.pieces[piece].view(torch.int8)[place] ^= 1
+        answer = copy.start(weights, made, SLOT)
+        assert answer.wait() == content
+        glances.append(answer.base_glance(under))
+    assert len(set(glances)) == 6
+    weights.b[1][3, 3] += 1
+    answer = copy.start(weights, made, SLOT)
+    assert answer.wait() > content
+    assert answer.base_glance(under) == glances[-1]
+    assert_copied(weights, made, buffers)
+
+
+def check_answer_outlives_next_copy(*, device: str = "cpu") -> None:
+    """An answer that is waited for after the next copy was started is still that of its own copy."""
+    import torch
+
+    from trlpatch.engine.adapter_sync.fused_copy import FusedCopy
+
+    weights = adapter(torch.float32, 16, device=device)
+    made, _ = targets(torch.float16, 16, 16, device=device)
+    copy = FusedCopy(weights, made)
+    first = copy.start(weights, made, SLOT)
+    weights.a[0][0, 0] += 1
+    second = copy.start(weights, made, SLOT)
+    assert (first.wait(), second.wait()) == (1, 2)

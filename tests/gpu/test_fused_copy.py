@@ -10,7 +10,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
-from tests.fakes.adapter_copies import SLOT, adapter, assert_copied, spots, targets  # noqa: E402
+from tests.fakes.adapter_copies import (  # noqa: E402
+    SLOT,
+    adapter,
+    assert_copied,
+    check_answer_outlives_next_copy,
+    check_base_is_hashed_apart,
+    targets,
+)
 from trlpatch.engine.adapter_sync.fused_copy import FusedCopy  # noqa: E402
 from trlpatch.policy.adapter import LoraWeights  # noqa: E402
 
@@ -88,37 +95,8 @@ def test_fused_adamw_is_seen_at_the_shape_of_7b() -> None:
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_base_is_hashed_apart_and_not_written(source: Any, base: Any) -> None:
-    weights, under = adapter(source, 16, device="cuda"), spots(base, device="cuda")
-    made, buffers = targets(torch.float16, 16, 16, device="cuda")
-    copy = FusedCopy(weights, made)
-    assert copy.start(weights, made, SLOT).base_glance(under) is None, "they were not read"
-    weights.derived["base spots"] = under
-    before = [piece.clone() for piece in under.pieces]
-    first = copy.start(weights, made, SLOT)
-    assert copy.start(weights, made, SLOT).base_glance(under) == first.base_glance(under) is not None
-    assert first.base_glance(spots(base, device="cuda")) is None, "others were read"
-    assert FusedCopy(weights, made).start(weights, made, SLOT).base_glance(under) != first.base_glance(under)
-    assert all(map(torch.equal, under.pieces, before))
-    answer = copy.start(weights, made, SLOT)
-    content, glances = answer.wait(), [answer.base_glance(under)]
-    for piece, place in ((0, 0), (0, 100), (0, -1), (1, 0), (1, 57)):
-        under.pieces[piece].view(torch.int8)[place] ^= 1
-        answer = copy.start(weights, made, SLOT)
-        assert answer.wait() == content
-        glances.append(answer.base_glance(under))
-    assert len(set(glances)) == 6
-    weights.b[1][3, 3] += 1
-    answer = copy.start(weights, made, SLOT)
-    assert answer.wait() > content
-    assert answer.base_glance(under) == glances[-1]
-    assert_copied(weights, made, buffers)
+    check_base_is_hashed_apart(source, base, device="cuda")
 
 
 def test_an_answer_outlives_the_next_copy() -> None:
-    weights = adapter(torch.float32, 16, device="cuda")
-    made, _ = targets(torch.float16, 16, 16, device="cuda")
-    copy = FusedCopy(weights, made)
-    first = copy.start(weights, made, SLOT)
-    weights.a[0][0, 0] += 1
-    second = copy.start(weights, made, SLOT)
-    assert (first.wait(), second.wait()) == (1, 2)
+    check_answer_outlives_next_copy(device="cuda")
