@@ -56,8 +56,13 @@ def in_process(arguments: Mapping[str, Any]) -> bool:
     return backend in (None, "uni") and os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
 
 
+def is_parallel(arguments: Mapping[str, Any]) -> bool:
+    """Whether the model of `vllm.LLM(**arguments)` is spread over several devices."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    return any((arguments.get(size) or 1) != 1 for size in sizes)
+
+
 def _worker_is_here(arguments: Mapping[str, Any]) -> bool:
     if arguments.get("distributed_executor_backend") == "external_launcher":
         return True
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    return in_process(arguments) and all((arguments.get(size) or 1) == 1 for size in sizes)
+    return in_process(arguments) and not is_parallel(arguments)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trlpatch.engine.model_inspection import in_process
+from trlpatch.engine.model_inspection import in_process, is_parallel
 from trlpatch.engine.single_adapter.layers import layer_classes
 from trlpatch.engine.single_adapter.linear import VERSION
 from trlpatch.engine.single_adapter.storage import with_rows
@@ -53,9 +53,7 @@ def why_not(arguments: Mapping[str, Any]) -> str | None:
     additional = arguments.get("additional_config")
     reasons = {
         "it has several adapter slots": arguments.get("max_loras", 1) != 1,
-        "its model is spread over several devices": any(
-            (arguments.get(f"{kind}_parallel_size") or 1) != 1 for kind in ("tensor", "pipeline", "data")
-        ),
+        "its model is spread over several devices": is_parallel(arguments),
         "its LoRA weights are sharded": bool(arguments.get("fully_sharded_loras")),
         "its LoRA weights have a dtype of their own": arguments.get("lora_dtype") not in (None, "auto"),
         "its adapters have biases (vLLM 0.10)": bool(arguments.get("enable_lora_bias")),
