@@ -19,9 +19,11 @@ pytest.importorskip("accelerate")
 
 pytestmark = pytest.mark.torch  # read before the file is imported: tests/tiers.py
 
+# one write: print() makes several where the stream is unbuffered, and the lines of two ranks on one pipe then mix
 PROBE = """\
 import os, sys, trl
-print("_trlpatch" in vars(sys.modules[trl.GRPOTrainer.__module__]), os.environ.get("RANK", "-"), flush=True)
+patched = "_trlpatch" in vars(sys.modules[trl.GRPOTrainer.__module__])
+os.write(1, f"{patched} {os.environ.get('RANK', '-')}\\n".encode())
 """
 REWARD = """\
 import os, trl

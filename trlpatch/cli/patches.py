@@ -1,24 +1,15 @@
-"""The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
-
-Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given (a name that
-is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together.
-
-rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
-random state of a script under `trlpatch run` is the script's own.
-"""
+"""list, plan, diff, dump, check, status, cache: what trlpatch changes in a TRL, and what is installed beside it."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from trlpatch.errors import PatchError, TrlpatchError
+from trlpatch.cli.common import DRIFT, GREY, KNOWN_BAD, json_option, print_json, skip_option
 from trlpatch.options import ALLOWED, DISABLE, Options
 
 if TYPE_CHECKING:
@@ -30,12 +21,6 @@ if TYPE_CHECKING:
     from trlpatch.preview import FilePreview, Preview
     from trlpatch.source.absent import Absence
 
-DRIFT = 1
-BAD_INPUT = 2
-KNOWN_BAD = 3
-
-GREY = "bright_black"
-
 _MARKS = {"applied": "green", "skipped": GREY, "failed": "red"}
 _STATES = {"tested": "green", "untested": "yellow", "incomplete": "yellow", "known-bad": "red"}
 
@@ -44,7 +29,6 @@ _trl_path = click.option(
     type=click.Path(path_type=Path),
     help="A TRL to look at instead of the installed one: a directory that holds `trl`, or a wheel.",
 )
-_skip = click.option("--skip", multiple=True, metavar="PATCH", help="Leave this patch out; repeatable.")
 
 
 def _optional_patches(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,29 +45,18 @@ def _optional_patches(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _targets = click.argument("targets", nargs=-1, metavar="[TARGET]...")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="trlpatch")
-def cli() -> None:
-    """See and try what trlpatch changes in TRL.
-
-    A TARGET is one TRL source file, by the name that `trlpatch plan` shows: grpo, rloo, vllm_generation, ... Without
-    any, a command takes every target of the release.
-    """
-
-
-@cli.command("list")
-@_json
+@click.command("list")
+@json_option
 def list_patches(as_json: bool) -> None:
     """List the patches: what each is for, and for which releases of which targets."""
     from trlpatch.preview import catalogue
 
     rows = catalogue()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     from rich.text import Text
 
@@ -96,17 +69,17 @@ def list_patches(as_json: bool) -> None:
         )
 
 
-@cli.command()
+@click.command()
 @_targets
 @_trl_path
-@_skip
+@skip_option
 @_optional_patches
-@_json
+@json_option
 def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool, **asked: str) -> None:
     """Show, per target, which patches apply, in which variant, and which do not and why."""
     found = _preview(trl_path, targets, skip, asked)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     from rich.text import Text
 
@@ -121,10 +94,10 @@ def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_
         show("", Text.assemble((target, "bold"), f"  {reason}"))
 
 
-@cli.command()
+@click.command()
 @_targets
 @_trl_path
-@_skip
+@skip_option
 @_optional_patches
 def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], **asked: str) -> None:
     """Print the unified diff from TRL's own text to the patched text."""
@@ -135,11 +108,11 @@ def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], **a
     _leave_on_drift(found)
 
 
-@cli.command()
+@click.command()
 @_targets
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory to write to.")
 @_trl_path
-@_skip
+@skip_option
 @_optional_patches
 def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequence[str], **asked: str) -> None:
     """Write the patched files to DIRECTORY/<TRL release>/trl/... and print their paths."""
@@ -149,12 +122,12 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
         click.echo(path)
 
 
-@cli.command()
+@click.command()
 @_targets
 @_trl_path
-@_skip
+@skip_option
 @_optional_patches
-@_json
+@json_option
 def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool, **asked: str) -> None:
     """Tell whether every patch fits this TRL, and whether the versions of vLLM and transformers beside it ran with it.
 
@@ -167,7 +140,7 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
     versions = judge(found.install, installed(), at=found.where)
     bad = KNOWN_BAD if versions.state == "known-bad" else 0
     if as_json:
-        _print_json({**found.to_dict(), "versions": versions.to_dict()})
+        print_json({**found.to_dict(), "versions": versions.to_dict()})
         sys.exit(DRIFT if found.failures else bad)
     from rich.text import Text
 
@@ -185,8 +158,8 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
     sys.exit(bad)
 
 
-@cli.command()
-@_json
+@click.command()
+@json_option
 def status(as_json: bool) -> None:
     """Show the installed TRL, what lies in the cache for it, the packages beside it, and what these allow.
 
@@ -196,14 +169,14 @@ def status(as_json: bool) -> None:
 
     now = inspect_environment()
     if as_json:
-        _print_json(now.to_dict())
+        print_json(now.to_dict())
         return
     from trlpatch.console import show
 
     show(*_facts(_environment_rows(now), now.verdict))
 
 
-@cli.group()
+@click.group()
 def cache() -> None:
     """The directory of patched files."""
 
@@ -223,85 +196,6 @@ def cache_clear() -> None:
 
     count = clear()
     click.echo(f"deleted {count} {'entry' if count == 1 else 'entries'} of {path()}")
-
-
-def _patching(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the arguments of PatchFastRL as options."""
-    for name, words in reversed(ALLOWED.items()):
-        option = click.option(
-            f"--{name.replace('_', '-')}", type=click.Choice(words), help=f"As PatchFastRL({name}=)."
-        )
-        command = option(command)
-    algorithm = click.option("--algorithm", metavar="NAME", help="Patch only what this trainer needs: grpo, rloo, ...")
-    return algorithm(_skip(command))
-
-
-@cli.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
-)
-@_patching
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-m] SCRIPT|PROGRAM [ARGS]...")
-def run(words: Sequence[str], **chosen: Any) -> None:
-    """Patch TRL, then run a script (or with -m a module) as python would, or a program: trl, accelerate, torchrun.
-
-    For what should not be edited. Child processes are patched as well, unless python reads no PYTHONPATH there (-E,
-    -I) or no sitecustomize (-S). Options come before SCRIPT; what follows it is its own.
-    """
-    if words[:1] in (("-h",), ("--help",)):
-        click.echo(click.get_current_context().get_help())
-        return
-    from trlpatch.runtime.run import run_script
-
-    run_script(list(words), Options(**{name: value for name, value in chosen.items() if value is not None}))
-
-
-@cli.command()
-@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@_json
-def demo(steps: int, seed: int, as_json: bool) -> None:
-    """Train a tiny model with GRPO and LoRA, and show what was patched and how the reward moves.
-
-    Needs `pip install "trlpatch[demo]"`, no GPU and no network. Rolls out on an attached engine where vLLM is
-    installed, else on transformers.
-    """
-    from trlpatch.demo.show import as_dict, play
-
-    result = play(steps, seed, quiet=as_json)
-    if as_json:
-        _print_json(as_dict(result))
-
-
-def main() -> NoReturn:
-    """Run the command line and exit with its status."""
-    try:
-        status = cli.main(standalone_mode=False)
-    except (click.ClickException, click.Abort, TrlpatchError) as error:
-        if _raised_by_script(error):
-            raise
-        status = _explain(error)
-    sys.exit(status)
-
-
-def _raised_by_script(error: BaseException) -> bool:
-    """Tell whether what `trlpatch run` runs raised it: then it needs its traceback."""
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_globals.get("__name__") == "runpy":
-            return True
-        traceback = traceback.tb_next
-    return False
-
-
-def _explain(error: Exception) -> int:
-    """Print one message for `error` and return the exit status that goes with it."""
-    if isinstance(error, click.ClickException):
-        error.show()
-        return BAD_INPUT
-    # click drops colours where stderr is no terminal; NO_COLOR (no-color.org) drops them there, too.
-    label = "error:" if os.environ.get("NO_COLOR") else click.style("error:", fg="red")
-    click.echo(f"{label} {str(error) or 'aborted'}", err=True)
-    return DRIFT if isinstance(error, PatchError) else BAD_INPUT
 
 
 def _preview(trl_path: Path | None, targets: Sequence[str], skip: Sequence[str], asked: Mapping[str, Any]) -> Preview:
@@ -374,7 +268,3 @@ def _leave_on_drift(found: Preview) -> None:
     if found.failures:
         click.echo(f"\nTRL {found.install.version}: {found.fit.verdict}\n\n{found.drift()}", err=True)
         sys.exit(DRIFT)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2))

@@ -1,0 +1,58 @@
+"""run and demo: what trains, with TRL patched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from trlpatch.cli.common import json_option, print_json, skip_option
+from trlpatch.options import ALLOWED, Options
+
+
+def _patching(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the arguments of PatchFastRL as options."""
+    for name, words in reversed(ALLOWED.items()):
+        option = click.option(
+            f"--{name.replace('_', '-')}", type=click.Choice(words), help=f"As PatchFastRL({name}=)."
+        )
+        command = option(command)
+    algorithm = click.option("--algorithm", metavar="NAME", help="Patch only what this trainer needs: grpo, rloo, ...")
+    return algorithm(skip_option(command))
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
+)
+@_patching
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-m] SCRIPT|PROGRAM [ARGS]...")
+def run(words: Sequence[str], **chosen: Any) -> None:
+    """Patch TRL, then run a script (or with -m a module) as python would, or a program: trl, accelerate, torchrun.
+
+    For what should not be edited. Child processes are patched as well, unless python reads no PYTHONPATH there (-E,
+    -I) or no sitecustomize (-S). Options come before SCRIPT; what follows it is its own.
+    """
+    if words[:1] in (("-h",), ("--help",)):
+        click.echo(click.get_current_context().get_help())
+        return
+    from trlpatch.runtime.run import run_script
+
+    run_script(list(words), Options(**{name: value for name, value in chosen.items() if value is not None}))
+
+
+@click.command()
+@click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+def demo(steps: int, seed: int, as_json: bool) -> None:
+    """Train a tiny model with GRPO and LoRA, and show what was patched and how the reward moves.
+
+    Needs `pip install "trlpatch[demo]"`, no GPU and no network. Rolls out on an attached engine where vLLM is
+    installed, else on transformers.
+    """
+    from trlpatch.demo.show import as_dict, play
+
+    result = play(steps, seed, quiet=as_json)
+    if as_json:
+        print_json(as_dict(result))
