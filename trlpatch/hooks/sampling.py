@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from trlpatch.engine.sampling_params import GIVEN, explicit_values
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
+from trlpatch.hooks.prompt_length import with_limit
 from trlpatch.hooks.protocols import GenerationLike, TrainerArguments
 from trlpatch.hooks.trainers import args_of, binding
 from trlpatch.log import log_once, warn_once
@@ -146,7 +147,7 @@ def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
             as their end.
         UnusableSamplingParam: a value is not JSON-able.
     """
-    args = args_of(owner)
+    args, build = args_of(owner), with_limit(build)
     given = getattr(args, FIELD, None)
     if masks_at_eos(owner):
         _warn_of_stops(owner, getattr(args, "generation_kwargs", None) or {})
