@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -13,7 +14,9 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from trlpatch.runtime import compat
+from trlpatch import errors
+from trlpatch.options import Options
+from trlpatch.runtime import compat, session
 from trlpatch.runtime.compat.removed import TABLE
 
 
@@ -270,3 +273,29 @@ def test_prompts_of_a_release_that_leaves_tokens_to_others_are_cut_while_it_gene
     assert "GRPOTrainer: prompts are cut from the left to args.max_prompt_length=2 tokens" in caplog.text
     made.args = accepting.GRPOConfig()
     assert made._generate_single_turn([]) is words
+
+
+def test_the_option_is_checked_reported_and_can_be_changed(fake_trl, patch_grpo):
+    with pytest.raises(errors.InvalidOption, match="compat='yes': expected one of 'off', 'on'"):
+        Options(compat="yes")
+    report = patch_grpo()
+    assert report.compat == ()
+    assert report.to_dict()["compat"] == []
+    report = patch_grpo(compat="on")
+    assert "are accepted (docs/compat.md)" in report.compat[0]
+    assert "\ncompat:\n  on: arguments that" in str(report)
+    assert patch_grpo(compat="off").compat == ()
+    patch_grpo(compat="on")
+    session.revert()
+    assert compat.describe() == []
+
+
+def test_a_patch_that_fails_leaves_in_force_what_was(upstream):
+    compat.install("on")
+    with contextlib.suppress(RuntimeError), compat.undone():
+        assert compat.describe() == []
+        raise RuntimeError
+    assert upstream.SFTConfig(max_seq_length=3).max_length == 3
+    with compat.undone():
+        pass
+    assert compat.describe() == []

@@ -215,8 +215,8 @@ def _apply(options: Options, pending: list[Warned]) -> PatchReport:
             _extend(session, options, new, pending)
     session.options = options
     activate(options)
-    removed_arguments.install(options.compat)
     _active = session
+    removed_arguments.install(options.compat)
     return session.report
 
 
