@@ -296,10 +296,12 @@ def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
     from trlpatch.runtime.rebind import touched_classes
 
     return instances(
-        cls
-        for one in patched
-        if one.source.target.kind in ("trainer", "engine") and one.source.module in sys.modules
-        for cls, _ in touched_classes(sys.modules[one.source.module], one.touched)
+        {
+            cls
+            for one in patched
+            if one.source.target.kind in ("trainer", "engine") and one.source.module in sys.modules
+            for cls, _ in touched_classes(sys.modules[one.source.module], one.touched)
+        }
     )
 
 
