@@ -179,10 +179,24 @@ def revert() -> None:
 unpatch = revert
 
 
-def status() -> PatchReport | None:
-    """Return the report of what is in force, or None before the first `PatchFastRL`."""
+def status() -> PatchReport:
+    """Return the report of what is in force: one that is false and says "not patched" where nothing is.
+
+    Its engines are those of this process as of now, whether TRL is patched or not.
+    """
     with _lock:
-        return _disabled if _active is None else _active.report
+        report = _decided()
+        return PatchReport() if report is None else report
+
+
+def is_decided() -> bool:
+    """Tell whether `PatchFastRL` was called here, and has patched TRL or was told by TRLPATCH_DISABLE not to."""
+    with _lock:
+        return _decided() is not None
+
+
+def _decided() -> PatchReport | None:
+    return _disabled if _active is None else _active.report
 
 
 def _apply(options: Options, pending: list[Warned]) -> PatchReport:
