@@ -15,10 +15,9 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class FastLanguageModel:
     """Loads a causal language model with a vLLM engine in this process, ready for TRL's trainers.
 
-    from trlpatch import FastLanguageModel, PatchFastRL
-    PatchFastRL()
-    from trl import GRPOConfig, GRPOTrainer
+    from trlpatch import FastLanguageModel
     model, tokenizer = FastLanguageModel.from_pretrained("Qwen/Qwen2.5-7B-Instruct", load_in_4bit=False)
+    from trl import GRPOConfig, GRPOTrainer
     model = FastLanguageModel.get_peft_model(model, r=16)
     GRPOTrainer(model=model, processing_class=tokenizer, ...).train()
     """
@@ -37,6 +36,7 @@ class FastLanguageModel:
         token: str | None = None,
         use_gradient_checkpointing: bool | str = "unsloth",
         load_in_fp8: bool = False,
+        patch_trl: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         """Return (model, tokenizer): a transformers model that carries its engine, and a tokenizer that pads left.
@@ -62,6 +62,8 @@ class FastLanguageModel:
             use_gradient_checkpointing: True, False, "unsloth", which means True, or "auto": as many layers are
                 checkpointed as the memory left free demands, measured in the first training step; same losses.
             load_in_fp8: the engine's weights in fp8, the trainer's in 16 bits.
+            patch_trl: patch TRL before an engine is built, as `PatchFastRL()` would, unless it is patched or not
+                installed. It stays patched also if loading fails after that.
             **kwargs: `revision`; `trust_remote_code`; `enable_sleep_mode` (None: TRLPATCH_SLEEP, else on where it can
                 be); `share_weights` (None: where it can be; True: or an error; False: never); `lora_layers` ("auto":
                 trlpatch's for one adapter where they fit; "trlpatch": or an error; "vllm": vLLM's own); any argument
@@ -74,6 +76,7 @@ class FastLanguageModel:
             EngineBuildFailed: vLLM failed, with its reason.
             CannotShare: share_weights=True, and they cannot be.
             EngineMismatch: engine and model do not compute the same.
+            PatchError and others of `PatchFastRL`: TRL is installed and cannot be patched; nothing was loaded.
         """
         from trlpatch.loading.load_config import parse_arguments
 
@@ -94,6 +97,10 @@ class FastLanguageModel:
             },
             kwargs,
         )
+        if patch_trl and config.fast_inference:
+            from trlpatch.runtime.automatic import patch_for_engine
+
+            patch_for_engine()
         from trlpatch.engine.build import random_state_kept
 
         with random_state_kept():  # around the import, too: rich draws a random number when it is imported
