@@ -12,7 +12,7 @@ from typing import Any, get_args
 from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
 from trlpatch.options import LoraLayers
-from trlpatch.versions import installed_version
+from trlpatch.versions import installed_version, pip_install
 
 OWN = frozenset(
     {
@@ -265,7 +265,7 @@ def check_packages(config: LoadConfig) -> None:
     if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingPackage(
             "trlpatch: load_in_4bit=True (the default) needs bitsandbytes, which is not installed. Run: "
-            'pip install "trlpatch[4bit]", or set load_in_4bit=False to load the weights in 16 bits'
+            f"{pip_install('4bit')}, or set load_in_4bit=False to load the weights in 16 bits"
         )
 
 

@@ -23,6 +23,7 @@ WIDTH = 80
 _NAME = 10
 _FAILURES = 3
 _REASON = 150
+_SKIP = 80
 _STYLES = {"applied": "green", "skipped": "bright_black", "failed": "red"}
 
 
@@ -137,11 +138,11 @@ def skip_lines(skipped: Sequence[Outcome]) -> Iterator[str]:
     for pairs, targets in groups.items():
         names = ", ".join(patch for patch, _ in pairs)
         reasons = "; ".join(dict.fromkeys(reason for _, reason in pairs))
-        yield f"{names} on {', '.join(targets)}: {_shortened(reasons)}"
+        yield f"{names} on {', '.join(targets)}: {_shortened(reasons, _SKIP)}"
 
 
-def _shortened(text: str) -> str:
-    return textwrap.shorten(text, _REASON, placeholder=" ...")
+def _shortened(text: str, length: int = _REASON) -> str:
+    return textwrap.shorten(text, length, placeholder=" ...")
 
 
 def _kind(target: str) -> str:
