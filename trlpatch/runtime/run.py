@@ -147,6 +147,8 @@ def _is_script(path: Path) -> bool:
 
 
 def _program(name: str) -> str:
+    if name.endswith(".py"):
+        raise InvalidOption(f"cannot run {name!r}: no such file {Path.cwd() / name}")
     # Beside this interpreter first: the `trl` of its environment, also where that is not activated.
     beside = None if os.sep in name else shutil.which(name, path=sysconfig.get_path("scripts"))
     found = beside or shutil.which(name)
