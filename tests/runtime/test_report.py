@@ -104,7 +104,7 @@ def test_many_failures_are_counted() -> None:
 
 
 def test_a_console_shows_the_same_summary_folded_at_its_width() -> None:
-    assert bare(on_console(REPORT, width=400)).splitlines()[-1] == SUMMARY.splitlines()[-1]
+    assert bare(on_console(REPORT, width=80)) == SUMMARY
     shown = on_console(REPORT, width=60)
     assert max(map(len, shown.splitlines())) <= 60
     assert "[anchor]" in shown

@@ -45,7 +45,7 @@ class Summary:
         from rich.text import Text
 
         table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(min_width=_NAME)
+        table.add_column(min_width=_NAME + 1)
         table.add_column(overflow="fold")
         for name, text in self.rows:
             table.add_row(f"  {name}", Text(text, _STYLES.get(name, "")))
