@@ -62,6 +62,7 @@ def test_the_signature_is_the_documented_one() -> None:
         "token": None,
         "use_gradient_checkpointing": "unsloth",
         "load_in_fp8": False,
+        "patch_trl": True,
     }
     through_kwargs = {"revision", "trust_remote_code", "enable_sleep_mode", "share_weights", "lora_layers"}
     assert {*parameters} - {"kwargs"} | through_kwargs == OWN
@@ -143,7 +144,7 @@ def test_fp8_needs_the_engine() -> None:
     ("absent", "given", "says"),
     [
         ("vllm", {"load_in_4bit": False}, "trlpatch: fast_inference=True needs vLLM.*pip install vllm"),
-        ("bitsandbytes", {}, r'pip install "trlpatch\[4bit\]", or set load_in_4bit=False'),
+        ("bitsandbytes", {}, r'pip install .*\[4bit\]", or set load_in_4bit=False'),
         ("peft", {}, "pip install peft"),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_later_call_works_as_a_second_call_does(fake_trl, as_tiny, loaded, pat
     load()
     with pytest.raises(
         errors.OptionsConflict,
-        match=r"after FastLanguageModel\.from_pretrained with .*unpatch\(\) first, or PatchFastRL before FastLang",
+        match=r"after FastLanguageModel\.from_pretrained, which .*unpatch\(\) first, or PatchFastRL before FastLang",
     ):
         patch_grpo(skip=())
 

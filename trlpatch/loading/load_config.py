@@ -28,6 +28,7 @@ OWN = frozenset(
         "token",
         "use_gradient_checkpointing",
         "load_in_fp8",
+        "patch_trl",
         "revision",
         "trust_remote_code",
         "enable_sleep_mode",
@@ -108,6 +109,7 @@ class LoadConfig:
     lora_layers: str
     engine: Mapping[str, Any]
     model: Mapping[str, Any]
+    patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
 
     @property
@@ -193,7 +195,7 @@ def check_values(named: Mapping[str, Any]) -> None:
             f"gpu_memory_utilization={share!r}: expected a number above 0 and up to 1, the share of the device's "
             "whole memory that vLLM may use: weights, activations and KV cache together"
         )
-    for key in ("load_in_4bit", "fast_inference", "float8_kv_cache", "load_in_fp8", "disable_log_stats"):
+    for key in ("load_in_4bit", "fast_inference", "float8_kv_cache", "load_in_fp8", "disable_log_stats", "patch_trl"):
         if not isinstance(named[key], bool):
             raise ConflictingArguments(f"{key}={named[key]!r}: expected True or False")
     for key in ("enable_sleep_mode", "share_weights"):

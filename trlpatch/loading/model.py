@@ -94,10 +94,11 @@ class FastLanguageModel:
                 "token": token,
                 "use_gradient_checkpointing": use_gradient_checkpointing,
                 "load_in_fp8": load_in_fp8,
+                "patch_trl": patch_trl,
             },
             kwargs,
         )
-        if patch_trl and config.fast_inference:
+        if config.patch_trl and config.fast_inference:
             from trlpatch.runtime.automatic import patch_for_engine
 
             patch_for_engine()

@@ -219,10 +219,13 @@ def _apply(options: Options, caller: str, pending: list[Warned]) -> PatchReport:
     for name in ("skip", "logps", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
-            sooner = "" if session.caller == caller else f", or {caller} before {session.caller}"
+            earlier, instead = f"{caller}({name}={runs!r})", ""
+            if session.caller != caller:
+                earlier = f"{session.caller}, which patched with {name}={runs!r}"
+                instead = f", or {caller} before {session.caller}"
             raise OptionsConflict(
-                f"{caller}({name}={asked!r}) after {session.caller} with {name}={runs!r}: another set of patches "
-                f"cannot replace the one that runs. Call trlpatch.unpatch() first{sooner}."
+                f"{caller}({name}={asked!r}) after {earlier}: another set of patches cannot replace the one that "
+                f"runs. Call trlpatch.unpatch() first{instead}."
             )
     retried = session.stock if options.on_drift == "raise" else frozenset()
     new = (wanted - session.covered) | (wanted & retried)
