@@ -138,6 +138,14 @@ def test_a_base_model_that_is_not_there(
         FastLanguageModel.from_pretrained(adapter, **PLAIN)
 
 
+@pytest.mark.parametrize("text", ["{", '{"peft_type": "NONSENSE", "base_model_name_or_path": "x"}'])
+def test_a_configuration_that_peft_cannot_read(places: dict[str, Path], tmp_path: Path, text: str) -> None:
+    adapter = changed(places["adapter"], tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(ModelNotFound, match=r"its adapter_config\.json is no configuration that the installed PEFT"):
+        FastLanguageModel.from_pretrained(adapter, **PLAIN)
+
+
 def test_a_directory_with_both(places: dict[str, Path], tmp_path: Path) -> None:
     both = shutil.copytree(places["adapter"], tmp_path / "both")
     shutil.copy(places["base"] / "config.json", both)

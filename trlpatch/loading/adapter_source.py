@@ -36,7 +36,7 @@ def adapter_source(config: LoadConfig) -> AdapterSource | None:
     """The adapter that `model_name` names; None when it names a model.
 
     Raises:
-        ModelNotFound: its configuration does not say of which model it is.
+        ModelNotFound: its configuration cannot be read, or does not say of which model it is.
         ConflictingArguments: a directory that holds a model as well; full_finetuning.
     """
     arguments = _peft_arguments(config)
@@ -57,7 +57,13 @@ def adapter_source(config: LoadConfig) -> AdapterSource | None:
             return None
     from peft import PeftConfig
 
-    found = PeftConfig.from_pretrained(name, **arguments)
+    try:
+        found = PeftConfig.from_pretrained(name, **arguments)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelNotFound(
+            f"model_name={config.model_name!r}: its {CONFIG} is no configuration that the installed PEFT reads: "
+            f"{error!r}"
+        ) from error
     base = getattr(found, "base_model_name_or_path", None)
     if not base:
         raise ModelNotFound(
