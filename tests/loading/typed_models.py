@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, assert_type
 from trlpatch import FastLanguageModel, FastModel
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from trlpatch.engine.protocols import LoraRequest, RolloutEngine
-    from trlpatch.loading.model_types import AdaptedModel, LoadedModel
+    from trlpatch.loading.model_types import AdaptedModel, EngineModel, LoadedModel
 
 
 def typed() -> None:
@@ -23,11 +25,18 @@ def typed() -> None:
     assert_type(adapted, AdaptedModel)
     assert_type(adapted.fast_generate(["text"], lora_request=None), Any)
     assert_type(adapted.save_lora("saved"), None)
-    adapted.save_pretrained_merged("merged", tokenizer, save_method="merged_16bit")
-    adapted.push_to_hub_merged("me/model", tokenizer, save_method="lora", token="...")
-    adapted.save_pretrained_gguf("gguf", tokenizer, quantization_method="q4_k_m")
-    adapted.push_to_hub_gguf("me/model", tokenizer, quantization_method=["q4_k_m", "q8_0"], token="...")
-
-    adapted.save_lora()  # type: ignore[call-arg]
-    adapted.save_pretrained_merged("merged", sav_method="lora", save_method=1)  # type: ignore[arg-type]
+    without_the_libraries(loaded, tokenizer)
+    without_the_libraries(adapted, tokenizer)
     FastLanguageModel.from_pretrained("model", load_in_4bit="no")  # type: ignore[arg-type]
+
+
+def without_the_libraries(model: EngineModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The base classes are Any where transformers and PEFT are not installed, and would hide a missing method."""
+    model.save_pretrained_merged("merged", tokenizer, save_method="merged_16bit")
+    model.push_to_hub_merged("me/model", tokenizer, save_method="lora", token="...")
+    model.save_pretrained_gguf("gguf", tokenizer, quantization_method="q4_k_m")
+    model.push_to_hub_gguf("me/model", tokenizer, quantization_method=["q4_k_m", "q8_0"], token="...")
+    model.save_lora("saved", adapter_name="default")
+    model.save_lora()  # type: ignore[call-arg]
+    model.save_pretrained_merged("merged", save_method=1)  # type: ignore[arg-type]
+    model.save_merged("merged")  # type: ignore[attr-defined]
