@@ -157,7 +157,7 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
         lora = lora_arguments(config.max_lora_rank)
     except ValueError as error:
         raise ConflictingArguments(f"trlpatch: {error}; set a smaller max_lora_rank") from error
-    if config.full_finetuning:  # TRL pushes weights by their names, and vLLM's LoRA layers give them others
+    if config.full_finetuning:  # no request will name an adapter: no buffers, no LoRA kernels
         lora = {name: value for name, value in lora.items() if "lora" not in name}
     arguments: dict[str, Any] = {
         "model": config.model_name,
