@@ -18,6 +18,7 @@ import click
 
 from trlpatch.cli import patches, running
 from trlpatch.cli.common import BAD_INPUT, DRIFT, INTERRUPTED
+from trlpatch.cli.doctor import doctor
 from trlpatch.errors import PatchError, TrlpatchError
 
 
@@ -41,6 +42,7 @@ for _command in (
     patches.cache,
     running.run,
     running.demo,
+    doctor,
 ):
     cli.add_command(_command)
 
