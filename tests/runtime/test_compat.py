@@ -173,9 +173,9 @@ def test_a_config_that_passes_arguments_on_is_explained_once(upstream):
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
 
-    compat.install("off")
-    with pytest.raises(TypeError, match="warmup_ratio") as raised:
-        Mine(warmup_ratio=0.1)
+    compat.install("on")
+    with pytest.raises(TypeError, match="fp16_backend") as raised:
+        Mine(fp16_backend="auto")
     assert len(raised.value.__notes__) == 1
 
 
