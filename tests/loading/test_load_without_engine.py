@@ -153,6 +153,19 @@ def test_a_directory_with_both(places: dict[str, Path], tmp_path: Path) -> None:
         FastLanguageModel.from_pretrained(both, **PLAIN)
 
 
+def test_a_repository_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(name: str, file: str, *, subfolder: str | None = None) -> str:
+        asked.append((file, subfolder))
+        return file
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(ConflictingArguments, match=r"the repository has a model .config.json. and a PEFT adapter"):
+        FastLanguageModel.from_pretrained("someone/both", subfolder="last", **PLAIN)
+    assert asked == [("adapter_config.json", "last"), ("config.json", "last")]
+
+
 def test_a_directory_with_neither(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="found none in it"):
         FastLanguageModel.from_pretrained(tmp_path, **PLAIN)
