@@ -114,8 +114,8 @@ def _both(config: LoadConfig, place: str) -> ConflictingArguments:
     # transformers loads the base model that the adapter names, vLLM the model that lies beside the adapter.
     return ConflictingArguments(
         f"model_name={config.model_name!r}: {place} has a model (config.json) and a PEFT adapter ({CONFIG}), and "
-        "which of them is meant is not said; expected a directory or repository with one of them. Save the adapter alone, "
-        f"or load the model and then the adapter: {_by_hand(config.model_name)}"
+        "which of them is meant is not said; expected a directory or repository with one of them. Save the adapter "
+        f"alone, or load the model and then the adapter: {_by_hand(config.model_name)}"
     )
 
 

@@ -133,6 +133,8 @@ def translate(config: Any) -> None:
         if value is None or getattr(type(config), _FIELDS).get(name) not in _added:
             continue  # not given, or still upstream's own
         if one.action == "keep":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, or None for no limit")
             say(type(config).__name__, one, "prompts are cut from the left to that many tokens")
             continue
         done = _SPECIAL[name](config, value) if one.action == "special" else _moved(config, one, value)
