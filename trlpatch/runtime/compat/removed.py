@@ -184,12 +184,15 @@ _OF_SFT = tuple(
 )
 """Arguments of SFTTrainer that are fields of its config."""
 
+EVERY = (*TABLE, TOKENIZER, *_OF_SFT)
+"""Configs' and trainers'."""
+
 
 def known(cls: type) -> dict[str, Removed]:
     """Return what the classes that `cls` is made from had, by name; the nearest class's first."""
     found: dict[str, Removed] = {}
     for base in cls.__mro__:
-        for one in (*TABLE, TOKENIZER, *_OF_SFT):
+        for one in EVERY:
             if base.__name__ in one.owners:
                 found.setdefault(one.name, one)
     return found
