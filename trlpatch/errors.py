@@ -208,3 +208,11 @@ class VllmStyleArguments(TrlpatchError, TypeError):
 
 class RolloutFuncIgnored(EngineError, ValueError):
     """TRL 0.25 would not call this `rollout_func`: it does so in server mode only, and an engine is attached."""
+
+
+class CannotExport(TrlpatchError, ValueError):
+    """The model, checkpoint or adapter cannot be exported as asked, with the reason; nothing was written."""
+
+
+class ExportMismatch(TrlpatchError, RuntimeError):
+    """What was written is not what was to be written; it was removed again."""
