@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import CannotExport
@@ -60,7 +61,10 @@ def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, wh
         warnings.simplefilter("ignore")
         try:
             adapted = get_peft_model(model, config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
-            result = set_peft_model_state_dict(adapted, dict(tensors), adapter_name=ADAPTER, low_cpu_mem_usage=True)
+            with _as_saved(adapted):
+                result = set_peft_model_state_dict(
+                    adapted, dict(tensors), adapter_name=ADAPTER, low_cpu_mem_usage=True
+                )
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CannotExport(
                 f"reading the adapter in {where}: it does not fit {type(model).__name__}: {error}; expected the "
@@ -75,6 +79,20 @@ def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, wh
             "model that it was trained on (name it with base=), and the PEFT that saved it"
         )
     return adapted
+
+
+@contextlib.contextmanager
+def _as_saved(adapted: Any) -> Iterator[None]:
+    """Keep PEFT from casting and moving what it loads to the base layer's dtype and device, which is meta."""
+    name = "_move_adapter_to_device_of_base_layer"
+    layers = [one for one in adapted.modules() if hasattr(one, name)]
+    for one in layers:
+        one.__dict__[name] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for one in layers:
+            del one.__dict__[name]
 
 
 def _of_adapter(name: str) -> bool:
