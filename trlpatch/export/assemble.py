@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.export.base import BaseTensor
@@ -27,12 +27,16 @@ class Assembly:
     untied: bool = False
     """Parameters that the base ties are not equal any more."""
     notes: tuple[str, ...] = ()
+    base: Mapping[str, BaseTensor] = field(default_factory=dict)
+    """Every base tensor by its name in the model, tied ones under each."""
 
     @classmethod
     def of_files(cls, files: Mapping[str, BaseTensor]) -> Assembly:
         """A model without an adapter, as its files have it."""
         wide = _wide(files)
-        return cls(tuple(ExportTensor(name, base, keep_dtype=name in wide) for name, base in files.items()))
+        return cls(
+            tuple(ExportTensor(name, base, keep_dtype=name in wide) for name, base in files.items()), base=files
+        )
 
     def renamed(self, model: Any) -> Assembly:
         """With the names of a checkpoint in place of a live model's."""
@@ -100,7 +104,7 @@ def assemble(
         "tie_word_embeddings=False in the config"
         for names in split
     )
-    return Assembly(tuple(tensors.values()), tuple(changes), bool(split), notes)
+    return Assembly(tuple(tensors.values()), tuple(changes), bool(split), notes, found)
 
 
 def _wide(tensors: Mapping[str, BaseTensor]) -> set[str]:

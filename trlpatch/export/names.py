@@ -19,7 +19,7 @@ class Split:
 
     convert: Callable[[Tensor], dict[str, Tensor]]
     names: frozenset[str]
-    _waiting: dict[str, Tensor] = field(default_factory=dict)
+    _waiting: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,12 @@ class Part:
     name: str
     shape: tuple[int, ...]
 
-    def of(self, read: Callable[[], Tensor]) -> Tensor:
-        """The part; the parameter is read once for all of them."""
-        waiting = self.split._waiting
+    def of(self, read: Callable[[], Tensor], purpose: str) -> Tensor:
+        """The part of what is read; that is read once for all of them, and for each purpose."""
+        waiting = self.split._waiting.setdefault(purpose, {})
         if self.name not in waiting:
-            waiting.clear()
             waiting.update(self.split.convert(read()))
         return waiting.pop(self.name).contiguous()
-
-    def of_value(self, fused: Tensor) -> Tensor:
-        """The part of this value of the parameter."""
-        return self.split.convert(fused)[self.name].contiguous()
 
 
 def checkpoint_names(model: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, str | list[Part]]:

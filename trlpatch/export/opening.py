@@ -183,6 +183,7 @@ class Opening:
             notes=assembly.notes,
             model=model,
             base_directory=base,
+            base=assembly.base,
             trust_remote_code=self.trust_remote_code,
         )
 

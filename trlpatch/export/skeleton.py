@@ -44,7 +44,7 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
         return cls._from_config(config)
 
 
-def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, where: str) -> Any:
+def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, where: str, saved: bool = True) -> Any:
     """Put an adapter of `tensors` (PEFT's names in files) into a model on the meta device; the model that it is now.
 
     Raises:
@@ -52,7 +52,7 @@ def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, wh
     """
     from peft import get_peft_model, set_peft_model_state_dict
 
-    refuse_kind(adapter_config, where=where, saved=True)
+    refuse_kind(adapter_config, where=where, saved=saved)
     config = copy.deepcopy(adapter_config)
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):

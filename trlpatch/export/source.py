@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,13 +76,12 @@ class ExportTensor:
     def read(self) -> Tensor:
         """The tensor with the adapter in it: float32 where it is floating point, on the CPU, not to be written to."""
         if self.part is not None:
-            return self.part.of(self._merged)
+            return self.part.of(self._merged, "merged")
         return self._merged()
 
     def read_base(self) -> Tensor:
         """The same tensor without the adapter."""
-        found = self._base()
-        return found if self.part is None else self.part.of_value(found)
+        return self._base() if self.part is None else self.part.of(self._base, "base")
 
     def _merged(self) -> Tensor:
         return self._base() if self.site is None else self.site.merged(self.leaf, self._copy)
@@ -137,6 +136,8 @@ class ExportSource:
     """The PEFT model that carries the adapter, with base weights (live) or on the meta device; None without one."""
     base_directory: Path | None
     """The checkpoint that base tensors are read from; None when they are the live model's."""
+    base: Mapping[str, BaseTensor] = field(default_factory=dict, repr=False)
+    """Every base tensor by its name in the model, tied ones under each."""
     trust_remote_code: bool = False
 
     def stream(self) -> Iterator[tuple[str, Tensor, bool]]:
