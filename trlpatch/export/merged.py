@@ -42,6 +42,12 @@ class Exported:
     """What was compared, as a sentence."""
     notes: tuple[str, ...]
 
+    @property
+    def lossy(self) -> bool:
+        """Is a twentieth of what the adapter does to the weights lost in the dtype, or more?"""
+        lost = None if self.survival is None else self.survival.lost()
+        return lost is not None and lost >= 0.05
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -67,10 +73,17 @@ def dtype_of(name: Any, source: ExportSource) -> torch.dtype:
     Raises:
         CannotExport: it is none of DTYPES.
     """
+    return default_dtype(source) if name is None else dtype_named(name)
+
+
+def dtype_named(name: Any) -> torch.dtype:
+    """One of DTYPES.
+
+    Raises:
+        CannotExport: it is another.
+    """
     import torch
 
-    if name is None:
-        return default_dtype(source)
     text = str(name).removeprefix("torch.")
     if text not in DTYPES:
         raise CannotExport(f"dtype={name!r}: expected {', '.join(DTYPES)} or None, which is the base model's")

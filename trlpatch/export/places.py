@@ -109,8 +109,8 @@ def is_quantized(model: Any) -> bool:
     )
 
 
-def one_adapter(view: LoraView, name: str | None, where: str) -> str:
-    """The adapter to merge: `name`, else the active one.
+def one_adapter(view: LoraView, name: str | None, where: str, *, merged: bool = False) -> str:
+    """The adapter to export: `name`, else the active one. `merged`: whether one may be merged into the base.
 
     Raises:
         CannotExport: there is none of that name, several are active, or one is merged into the base weights.
@@ -123,7 +123,7 @@ def one_adapter(view: LoraView, name: str | None, where: str) -> str:
             f"exporting {where}: {len(active)} adapters are active ({', '.join(active)}); name one with adapter=, or "
             "combine them first: model.add_weighted_adapter(...)"
         )
-    if view.merged:
+    if view.merged and not merged:
         raise CannotExport(
             f"exporting {where}: an adapter is merged into its base weights already, which would count twice; call "
             "model.unmerge_adapter() first"

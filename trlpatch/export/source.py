@@ -15,7 +15,6 @@ checkpoint that it was quantized from, never the 4-bit weights.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -176,10 +175,7 @@ class ExportSource:
 
         return save_settings(directory, self.config, self.generation_config, self.tokenizer, dtype=dtype)
 
-    def natural_order(self) -> list[str]:
-        """Names with their numbers in numerical order, as an index of shards lists them."""
-        return sorted((one.name for one in self.tensors), key=_natural)
-
-
-def _natural(name: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer and its chat template, where there is one."""
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(directory))

@@ -21,6 +21,7 @@ from trlpatch.engine.build import (
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.state import state_of
 from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch
+from trlpatch.export.api import attach_export
 from trlpatch.loading import platform_checks
 from trlpatch.loading.adapter import set_gradient_checkpointing
 from trlpatch.loading.checkpoint import quantization_of, read_hf_config, require_lora, sizes
@@ -75,6 +76,7 @@ def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]
     else:
         facts = _load_with_engine(config, hf_config, dtype, made, show)
     _finish(made["model"], made["tokenizer"], config)
+    attach_export(made["model"])
     return [str(dtype).removeprefix("torch."), *facts]
 
 
