@@ -69,8 +69,8 @@ def merged(
     if not as_json:
         files = f"{need.shards} files" if need.shards > 1 else "one file"
         click.echo(
-            f"{source.parameters:,} parameters in {str(stored).removeprefix('torch.')}: {_size(need.bytes)} in {files}, "
-            f"{_size(need.working)} of memory to work with"
+            f"{source.parameters:,} parameters in {str(stored).removeprefix('torch.')}: {_size(need.bytes)} in "
+            f"{files}, {_size(need.working)} of memory to work with"
         )
     checks: dict[str, bool | str] = {"auto": True, "logps": "logps", "none": False}
     with _progress(quiet=as_json) as tell:

@@ -14,7 +14,6 @@ from trlpatch.export import places
 from trlpatch.export.merged import Exported, dtype_named
 from trlpatch.export.writer import REPORT, new_directory
 from trlpatch.policy.adapter import base_of, lora_view
-from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,12 +92,8 @@ def _adapter_of(model: Any, adapter: str | None, token: Any) -> tuple[Any, dict[
     where = f"the live {type(base).__name__}"
     if view is None:
         raise CannotExport(f"exporting the adapter of {where}: it has none; make one with peft.get_peft_model")
-    from peft import get_peft_model_state_dict
-
     name = places.one_adapter(view, adapter, where, merged=True)
-    # The model inside PEFT's: a PEFT model that was made after from_pretrained is not known to its methods.
-    found = get_peft_model_state_dict(view.base, adapter_name=name, save_embedding_layers=False)
-    tensors = {f"{PEFT_PREFIX}{key}": one.detach().cpu() for key, one in found.items()}
+    tensors = places.adapter_tensors(model, name)
     config = copy.copy(view.configs[name])
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(view.base, "name_or_path", None)
     return config, tensors, where, []

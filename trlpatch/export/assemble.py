@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.export.base import BaseTensor
+from trlpatch.export.base import BaseTensor, live_tensor
 from trlpatch.export.changes import Site
 from trlpatch.export.names import checkpoint_names
 from trlpatch.export.source import ExportTensor
@@ -91,7 +91,13 @@ def assemble(
         siblings = {}
         if site is not None and site.kind != "replaced":
             siblings = {one: found[f"{site.path}.{one}"] for one in site.leaves}
-        tensors[name] = ExportTensor(name, found[name], site, leaf, siblings, keep_dtype=name in wide and site is None)
+        one = found[name]
+        if site is not None and site.kind == "replaced":
+            own = live_tensor(name, site.replacement(leaf))
+            if own.shape != one.shape:  # resized after loading
+                one = found[name] = replace(own, dtype=one.dtype, key=own.key)
+        tensors[name] = ExportTensor(name, one, site, leaf, siblings, keep_dtype=name in wide and site is None)
+    _tie_equal(groups or {}, tensors, keys)
     split = [names for names in dict.fromkeys((groups or {}).values()) if len({keys[one] for one in names}) > 1]
     if (
         embeddings is not None
@@ -105,6 +111,29 @@ def assemble(
         for names in split
     )
     return Assembly(tuple(tensors.values()), tuple(changes), bool(split), notes, found)
+
+
+def _tie_equal(
+    groups: Mapping[str, tuple[str, ...]], tensors: dict[str, ExportTensor], keys: dict[str, object]
+) -> None:
+    """Drop the second of tied parameters where modules_to_save holds equal ones for both (ensure_weight_tying)."""
+    import torch
+
+    def in_full(one: ExportTensor | None) -> bool:
+        return one is not None and one.site is not None and one.site.kind == "replaced"
+
+    for first, *others in dict.fromkeys(groups.values()):
+        for name in others:
+            pair = tensors.get(first), tensors.get(name)
+            if (
+                pair[0] is None
+                or pair[1] is None
+                or {one.site and one.site.kind for one in pair if one} != {"replaced"}
+            ):
+                continue
+            if torch.equal(pair[0].read(), pair[1].read()):
+                del tensors[name]
+                keys[name] = keys[first]
 
 
 def _wide(tensors: Mapping[str, BaseTensor]) -> set[str]:

@@ -52,11 +52,15 @@ class Site:
         if self.kind == "rows":
             return _set_rows(_token_adapter(self.wrapper), self.adapter, read(leaf))
         if self.kind == "replaced":
-            kept: Any = self.wrapper.modules_to_save
-            return _float32(dict(walk(kept[self.adapter], ""))[leaf])
+            return _float32(self.replacement(leaf))
         if leaf not in self._waiting:
             self._waiting = _merge_by_peft(self, {name: read(name) for name in self.leaves})
         return self._waiting.pop(leaf)
+
+    def replacement(self, leaf: str) -> Tensor:
+        """The parameter that modules_to_save has in place of the base's."""
+        kept: Any = self.wrapper.modules_to_save
+        return dict(walk(kept[self.adapter], ""))[leaf]
 
 
 def sites(model: Any, adapter: str) -> Iterator[Site]:

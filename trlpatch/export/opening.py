@@ -15,7 +15,6 @@ from trlpatch.export.base import BaseTensor, CheckpointFiles, clean_path, has_we
 from trlpatch.export.changes import sites
 from trlpatch.export.source import ExportSource
 from trlpatch.policy.adapter import base_of, lora_view
-from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +126,7 @@ class Opening:
                     "for adapter directories and for models in 4 bits; leave it out"
                 )
             return self._of_live(model, name, where, near)
-        return self._of_quantized(view, base, name, where, near)
+        return self._of_quantized(model, view, base, name, where, near)
 
     def _of_live(self, model: Any, adapter: str | None, where: str, tokenizers: list[Path]) -> ExportSource:
         base = base_of(model)
@@ -137,10 +136,10 @@ class Opening:
         assembly = assembly.renamed(base)
         return self._source(assembly, where, base.config, None, tokenizers, model=model, adapter=adapter, live=base)
 
-    def _of_quantized(self, view: Any, base: Any, adapter: str | None, where: str, near: list[Path]) -> ExportSource:
+    def _of_quantized(
+        self, model: Any, view: Any, base: Any, adapter: str | None, where: str, near: list[Path]
+    ) -> ExportSource:
         """The base is the checkpoint that was quantized; what is trained beside the adapter comes from the model."""
-        from peft import get_peft_model_state_dict
-
         if view is None or adapter is None:
             raise CannotExport(
                 f"exporting {where}: it is quantized and has no adapter; export the checkpoint it was loaded from "
@@ -148,8 +147,7 @@ class Opening:
             )
         name = self.base or base.name_or_path
         directory = self._place(name, revision=self.revision)
-        found = get_peft_model_state_dict(view.base, adapter_name=adapter, save_embedding_layers=False)
-        tensors = {f"{PEFT_PREFIX}{key}": one.detach().cpu() for key, one in found.items()}
+        tensors = places.adapter_tensors(model, adapter)
         skeleton.refuse_kind(view.configs[adapter], where=f"{where}, whose base weights are quantized", saved=True)
         trained = {path for path, one in _trained(base)}
         overlay = {path: one for path, one in live_tensors(base).items() if path in trained}

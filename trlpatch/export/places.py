@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.errors import CannotExport
 from trlpatch.export.base import CONFIG, has_weights
 from trlpatch.export.settings import has_tokenizer
+from trlpatch.policy.adapter import base_of, unwrap
+from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +76,18 @@ def read_adapter(directory: Path) -> tuple[Any, dict[str, Tensor]]:
         return config, torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and pickle have classes of their own for a file that is cut short
         raise CannotExport(f"reading the adapter in {str(directory)!r}: {error}; copy or save it again") from error
+
+
+def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+    """The tensors of an adapter of a live model by the names that PEFT's files have, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    holder = unwrap(model)
+    if not isinstance(getattr(holder, "peft_config", None), dict):
+        # Asked through the model inside: it is not known which PEFT model is around it.
+        holder = base_of(model)
+    found = get_peft_model_state_dict(holder, adapter_name=adapter, save_embedding_layers=False)
+    return {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": one.detach().cpu() for key, one in found.items()}
 
 
 def nothing_in(directory: Path) -> str:

@@ -63,13 +63,14 @@ def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, wh
             adapted = get_peft_model(model, config, adapter_name=ADAPTER, low_cpu_mem_usage=True)
             with _as_saved(adapted):
                 result = set_peft_model_state_dict(
-                    adapted, dict(tensors), adapter_name=ADAPTER, low_cpu_mem_usage=True
+                    adapted, _once(tensors), adapter_name=ADAPTER, low_cpu_mem_usage=True
                 )
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CannotExport(
                 f"reading the adapter in {where}: it does not fit {type(model).__name__}: {error}; expected the "
                 "base model that it was trained on: name it with base="
             ) from error
+    _fill_ranks(adapted)
     unexpected = list(getattr(result, "unexpected_keys", ()))
     empty = [name for name, one in adapted.named_parameters() if one.is_meta and _of_adapter(name)]
     if unexpected or empty:
@@ -79,6 +80,16 @@ def inject(model: Any, adapter_config: Any, tensors: Mapping[str, Tensor], *, wh
             "model that it was trained on (name it with base=), and the PEFT that saved it"
         )
     return adapted
+
+
+def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what PEFT saves of an embedding in modules_to_save beside it, after a resize."""
+    found = dict(tensors)
+    for name in tensors:
+        for part in (".modules_to_save.", ".original_module."):
+            if part in name and name.replace(part, ".") in tensors:
+                found.pop(name, None)
+    return found
 
 
 @contextlib.contextmanager
@@ -93,6 +104,17 @@ def _as_saved(adapted: Any) -> Iterator[None]:
     finally:
         for one in layers:
             del one.__dict__[name]
+
+
+def _fill_ranks(adapted: Any) -> None:
+    """AdaLoRA divides by the number of ranks that it left, which its files say by their shapes alone."""
+    import torch
+
+    for layer in adapted.modules():
+        ranks = getattr(layer, "ranknum", None)
+        if ranks is not None and ADAPTER in ranks and ranks[ADAPTER].is_meta:
+            count = torch.tensor(float(layer.lora_A[ADAPTER].shape[0]))
+            ranks[ADAPTER] = torch.nn.Parameter(count, requires_grad=False)
 
 
 def _of_adapter(name: str) -> bool:

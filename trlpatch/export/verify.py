@@ -7,6 +7,7 @@ models are loaded with transformers as well, and log-probabilities compared with
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import ExportMismatch
 from trlpatch.export.base import BaseTensor, CheckpointFiles
+from trlpatch.export.places import adapter_tensors
 from trlpatch.export.skeleton import empty_model, inject, model_class
 from trlpatch.export.source import ExportSource, ExportTensor
 from trlpatch.policy.adapter import base_of
@@ -171,28 +173,31 @@ def _reference(source: ExportSource) -> Any:
     import torch
 
     cls = model_class(source.config)
-    if source.adapter is None and source.base_directory is not None:
-        return cls.from_pretrained(
-            source.base_directory, trust_remote_code=source.trust_remote_code, **_as_dtype(torch.float32)
-        )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            make = cls.from_config if not hasattr(cls, "_from_config") else cls._from_config
-            model = make(source.config, **_as_dtype(torch.float32))
-    finally:
-        torch.set_default_dtype(before)
-    values = source.base
-    model.load_state_dict({name: one.whole().to(torch.float32) for name, one in values.items()}, strict=False)
-    if source.adapter is None:
-        return model
-    from peft import get_peft_model_state_dict
-
-    carrier = base_of(source.model)
-    found = get_peft_model_state_dict(carrier, adapter_name=source.adapter, save_embedding_layers=False)
-    tensors = {f"base_model.model.{key}": one.detach().to("cpu", torch.float32) for key, one in found.items()}
-    return inject(model, carrier.peft_config[source.adapter], tensors, where=source.where, saved=False)
+    with torch.random.fork_rng(devices=[]):  # what is not loaded is drawn
+        if source.base_directory is not None:
+            model = cls.from_pretrained(
+                source.base_directory, config=copy.deepcopy(source.config), ignore_mismatched_sizes=True,
+                trust_remote_code=source.trust_remote_code, **_as_dtype(torch.float32),
+            )  # fmt: skip
+        else:
+            make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+            model = make(copy.deepcopy(source.config), **_as_dtype(torch.float32))
+        model = model.float()
+        if source.adapter is None and source.base_directory is not None:
+            return model
+        # Tied ones under each name, and what is not the files' own: resized embeddings, biases.
+        places_in = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        places_in |= {name for name, _ in model.named_buffers()}
+        values = {name: one.whole() for name, one in source.base.items() if name in places_in}
+        model.load_state_dict(values, strict=False)
+        if source.adapter is None:
+            return model
+        tensors = {
+            name: one.to(torch.float32) if one.is_floating_point() else one
+            for name, one in adapter_tensors(source.model, source.adapter).items()
+        }
+        config = base_of(source.model).peft_config[source.adapter]
+        return inject(model, config, tensors, where=source.where, saved=False)
 
 
 def _logps(model: Any) -> Tensor:
