@@ -94,7 +94,7 @@ KINDS = [
     Kind("ia3", {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, config="IA3Config"),
     Kind("adalora", {"target_modules": LINEARS, "total_step": 100, "tinit": 10, "tfinal": 50}, config="AdaLoraConfig"),
     Kind("oft", {"target_modules": LINEARS, "oft_block_size": 32}, config="OFTConfig"),
-    Kind("vera", {"target_modules": ["q_proj", "o_proj"], "r": 8}, config="VeraConfig"),
+    Kind("vera", {"target_modules": ["q_proj", "o_proj"], "r": 8}, config="VeraConfig", refused="share projections"),
     Kind("prompt tuning", {"num_virtual_tokens": 4}, config="PromptTuningConfig", refused="is no change of the base"),
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER = "default"
+_SHARED = ("VERA", "PVERA", "VBLORA", "RANDLORA", "TINYLORA", "UNILORA")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
 
@@ -131,6 +132,12 @@ def refuse_kind(config: Any, *, where: str, saved: bool) -> None:
         raise CannotExport(
             f"merging the adapter in {where}: {type(config).__name__} ({kind}) is no change of the base weights, so "
             'there is nothing to merge; export the adapter alone (save_method="lora")'
+        )
+    if kind in _SHARED:
+        raise CannotExport(
+            f"merging the adapter in {where}: {kind} layers share projections, which are not in any of them; merge "
+            "with PEFT in float32 (merge_and_unload), and export the model of that; or export the adapter alone "
+            '(save_method="lora")'
         )
     init = getattr(config, "init_lora_weights", None)
     if saved and isinstance(init, str) and init.lower().startswith(REWRITES_BASE):
