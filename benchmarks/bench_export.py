@@ -51,15 +51,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--directory", type=Path, help="where the models are written; a temporary one by default")
-    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=[*WAYS, "make"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
+    if args.child == "make":
+        make(args.directory, args.shape, args.rank)
+        print("{}")
+    elif args.child:
         child(args.child, args.directory)
+    if args.child:
         return
     with tempfile.TemporaryDirectory(prefix="bench-export-", dir=args.directory) as name:
         directory = Path(name)
-        call(["--child", "imports", "--directory", str(directory)])  # files into the page cache
-        make(directory, args.shape, args.rank)
+        # In another process: on Linux a process starts with its parent's largest resident memory as its own.
+        call(["--child", "make", "--shape", args.shape, "--rank", str(args.rank), "--directory", str(directory)])
         runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for _ in range(args.repeats):
             for way in WAYS:

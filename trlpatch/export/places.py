@@ -40,7 +40,8 @@ def directory_of(name: Any, *, token: Any, revision: str | None, code: bool) -> 
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text or place.is_file():
         found = "a file" if place.is_file() else "nothing"
         raise CannotExport(
-            f"reading {text!r}: expected a directory or a model id on the hub, found {found} there; name the base model with base="
+            f"reading {text!r}: expected a directory or a model id on the hub, found {found} there; give another, or "
+            "name the base model with base="
         )
     from huggingface_hub import snapshot_download
 

@@ -98,7 +98,10 @@ def require_finite(name: str, merged: Tensor, dtype: torch.dtype) -> None:
     """Raise CannotExport where a value is not finite, or does not fit into `dtype`."""
     import torch
 
-    largest = float(torch.linalg.vector_norm(merged, math.inf)) if merged.numel() else 0.0
+    if not merged.numel():
+        return
+    least, most = (float(one) for one in torch.aminmax(merged))  # either is NaN where one value is
+    largest = max(-least, most) if math.isfinite(least) and math.isfinite(most) else math.inf
     if not math.isfinite(largest):
         raise CannotExport(
             f"merging into {name!r}: values that are not finite; the adapter or the base weights are broken (a "
