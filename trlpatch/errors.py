@@ -187,7 +187,7 @@ class ConflictingArguments(TrlpatchError, ValueError):
 
 
 class MissingPackage(TrlpatchError, ImportError):
-    """`FastLanguageModel` needs a package that is not installed (vLLM, bitsandbytes, ...)."""
+    """`FastLanguageModel` or an export needs a package that is not installed (vLLM, bitsandbytes, ...)."""
 
 
 class CudaRequired(TrlpatchError, RuntimeError):
