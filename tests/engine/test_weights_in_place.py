@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.fakes.fused import PACKED, FusedModelStub, engine_over  # noqa: E402
+from tests.fakes.fused import PACKED, LoadingStub, assert_holds, engine_over  # noqa: E402
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.engine.sharing.names import EngineNames  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
@@ -22,20 +22,6 @@ from trlpatch.policy.adapter import base_of  # noqa: E402
 from trlpatch.policy.policy_weights import policy_weights  # noqa: E402
 
 pytestmark = pytest.mark.torch
-
-
-class LoadingStub(FusedModelStub):
-    """With vLLM's loader: rows of packed layers, the first rows of padded vocabularies."""
-
-    def __init__(self, model: Any, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.loaded: list[str] = []
-
-    def load_weights(self, weights: Any) -> None:
-        names = EngineNames(self)
-        for name, tensor in weights:
-            self.loaded.append(name)
-            names.view(name, tensor.shape).copy_(tensor)
 
 
 def engine_of(module: Any) -> Any:
@@ -59,14 +45,6 @@ def engine_of(module: Any) -> Any:
 def rig(request: Any) -> Any:
     module = LoadingStub(base_model(), lora=request.param)
     return module, engine_of(module)
-
-
-def assert_holds(module: Any, model: Any, **options: Any) -> None:
-    names = EngineNames(module)
-    for one in policy_weights(model, **options):
-        right = merge.merged(one, slice(None), torch.device("cpu"))
-        target = names.view(one.path, one.base.shape)
-        torch.testing.assert_close(target, right.to(target.dtype), msg=one.path)
 
 
 def test_every_weight_is_written_and_asked_for_by_content(rig: Any) -> None:
@@ -98,6 +76,27 @@ def test_weights_that_are_not_the_checkpoints_are_proven_by_the_engines_own_load
             parameter.add_(1.0)
     assert write_policy(model, engine_of(module)) is None
     assert module.loaded == [name for name, _ in model.named_parameters()]
+    assert_holds(module, model)
+
+
+def test_loaders_that_know_layers_under_lora_by_their_inner_names_only() -> None:
+    """vLLM 0.23: a KeyError for a weight, and a bias is passed over without a word."""
+
+    class Older(LoadingStub):
+        def load_weights(self, weights: Any) -> None:
+            for name, value in weights:
+                inner = ".base_layer." in name
+                if "proj" in name and not inner:
+                    if name.endswith(".bias"):
+                        continue
+                    raise KeyError(name)
+                super().load_weights([(name.replace(".base_layer.", "."), value)])
+
+    module, model = Older(base_model()), base_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert write_policy(model, engine_of(module)) is None
     assert_holds(module, model)
 
 
@@ -186,7 +185,7 @@ def test_tied_weights_are_written_once_and_with_an_adapter_on_one_of_them_not_at
     module = LoadingStub(model, lora=False, tied=True)
     found = plan_for(policy_weights(model), module)
     assert found.targets.count(None) == 1
-    prove(found, policy_weights(model), module)
+    prove(found, policy_weights(model), module, {})
     adapted = lora_model(model, target_modules=["lm_head"])
     with pytest.raises(NotInPlace, match="are one weight"):
         plan_for(policy_weights(adapted), module)

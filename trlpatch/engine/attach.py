@@ -17,7 +17,7 @@ from trlpatch.engine.saved_adapter import is_adapter, saved_request
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.sleep import awake
 from trlpatch.engine.state import EngineState, forget, state_of
-from trlpatch.engine.weights_publisher import write_base
+from trlpatch.engine.weights_publisher import give_back_base, write_base
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
 from trlpatch.policy.adapter import base_of, lora_view, unwrap
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
@@ -105,7 +105,7 @@ def detach_engine(model: object) -> RolloutEngine | None:
     """Undo `attach_engine`; returns the engine that was attached (still running), or None.
 
     Shared weights stay shared, but nothing guards them any more. Another model that the engine is attached to keeps
-    it, with its guards.
+    it, with its guards. Weights that were a merged policy are the base model's again, if the engine is awake.
     """
     base = base_of(model)
     unprotect(base)
@@ -124,6 +124,7 @@ def detach_engine(model: object) -> RolloutEngine | None:
                 if state.adapter_sync is not None:
                     state.adapter_sync.invalidate()
             return llm
+        give_back_base(model, llm)
         with contextlib.suppress(AttributeError):
             delattr(llm, "__deepcopy__")
         forget(llm)

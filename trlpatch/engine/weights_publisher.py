@@ -11,6 +11,7 @@ from trlpatch.engine.state import EngineState, WrittenPolicy, state_of
 from trlpatch.engine.weights_in_place.plan import NotInPlace
 from trlpatch.engine.weights_in_place.writer import WeightsWriter
 from trlpatch.errors import EngineBusy, StaleAdapter
+from trlpatch.log import logger
 from trlpatch.policy.adapter import base_of, lora_view
 from trlpatch.policy.policy_weights import ContentMark, NotMergeable, policy_weights
 
@@ -110,6 +111,19 @@ def write_base(model: object, engine: RolloutEngine) -> None:
             f"the base model was asked for, but the engine's weights are a merged policy, and those of the base "
             f"cannot be written back: {reason}"
         )
+
+
+def give_back_base(model: object, engine: RolloutEngine) -> None:
+    """As `write_base` where the engine's weights are a merged policy; a warning where they cannot be written."""
+    state = state_of(engine)
+    if state.policy_location != "weights" or lora_view(model) is None:
+        return
+    try:
+        if state.backend.asleep():
+            raise StaleAdapter("the engine sleeps")
+        write_base(model, engine)
+    except (EngineBusy, StaleAdapter) as error:
+        logger.warning("detach_engine: the engine keeps the weights of a merged policy: %s", error)
 
 
 def _require_idle(state: EngineState) -> None:

@@ -116,8 +116,12 @@ def _require_whole(weights: list[PolicyWeight], targets: list[Tensor | None], mo
             raise NotInPlace(f"no parameter of the model goes into all of the engine's {name!r}")
 
 
-def prove(plan: Plan, weights: list[PolicyWeight], module: Module) -> None:
-    """Prove each place by what is there, or by what the engine's own loader puts there.
+Proven = dict[str, tuple[int, tuple[int, ...]]]
+"""Path of a parameter -> address and shape of its place in the engine."""
+
+
+def prove(plan: Plan, weights: list[PolicyWeight], module: Module, proven: Proven) -> None:
+    """Prove each place by what is there, or by what the engine's own loader puts there; `proven` grows by them.
 
     A weight that is found in its place, element by element, is right: the engine has loaded it from the checkpoint.
     Of the others a pattern is loaded as vLLM loads weights, looked for, and replaced by what was there before.
@@ -125,22 +129,40 @@ def prove(plan: Plan, weights: list[PolicyWeight], module: Module) -> None:
     Raises:
         NotInPlace: it is not there. The engine has the weights that it had before, as far as the loader kept to them.
     """
+    for number, (weight, target) in enumerate(zip(weights, plan.targets, strict=True)):
+        if target is None:
+            continue
+        place = (target.data_ptr(), tuple(target.shape))
+        if proven.get(weight.path) == place:
+            continue
+        if not _is_there(weight, target):
+            _require_loaded(module, weight.path, target, _pattern(target, number))
+        proven[weight.path] = place
+
+
+def _require_loaded(module: Any, path: str, target: Tensor, pattern: Tensor) -> None:
+    """Have vLLM load a pattern as it loads weights, and look for it in the target, which gets its contents back.
+
+    The loaders of 0.23 know layers that LoRA has wrapped only by their names inside: of the outer one a weight is a
+    KeyError and a bias passed over without a word.
+    """
     import torch
 
-    for number, (weight, target) in enumerate(zip(weights, plan.targets, strict=True)):
-        if target is None or _is_there(weight, target):
-            continue
-        before = target.clone()
-        pattern = _pattern(target, number)
-        try:
-            module.load_weights([(weight.path, pattern)])
-            right = torch.equal(target, pattern)
-        except Exception as error:
-            raise NotInPlace(f"the engine's loader does not take {weight.path!r}: {error!r}") from error
-        finally:
-            target.copy_(before)
-        if not right:
-            raise NotInPlace(f"the engine's loader puts {weight.path!r} elsewhere, or changes it")
+    owner, _, leaf = path.rpartition(".")
+    before = target.clone()
+    failed: Exception | None = None
+    try:
+        for name in (path, f"{owner}.base_layer.{leaf}"):
+            try:
+                module.load_weights([(name, pattern)])
+            except Exception as error:
+                failed = failed or error
+            if torch.equal(target, pattern):
+                return
+    finally:
+        target.copy_(before)
+    said = "" if failed is None else f": {failed!r}"
+    raise NotInPlace(f"the engine's loader puts {path!r} elsewhere, or changes it, or refuses it{said}") from failed
 
 
 def _is_there(weight: PolicyWeight, target: Tensor) -> bool:

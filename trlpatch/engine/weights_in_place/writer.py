@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from trlpatch.engine.backend import RolloutBackend
 from trlpatch.engine.weights_in_place import fused_merge, merge
-from trlpatch.engine.weights_in_place.plan import NotInPlace, Plan, plan_for, prove, structure_of
+from trlpatch.engine.weights_in_place.plan import NotInPlace, Plan, Proven, plan_for, prove, structure_of
 from trlpatch.policy.policy_weights import PolicyWeight
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class WeightsWriter:
         self._backend = backend
         self._plans: weakref.WeakKeyDictionary[Module, Plan] = weakref.WeakKeyDictionary()
         self._refused: weakref.WeakKeyDictionary[Module, tuple[object, str]] = weakref.WeakKeyDictionary()
+        self._proven: Proven = {}
         self.writes = 0
         self._by = "torch"
         self._unmoved: tuple[Tensor, int] | None = None
@@ -72,7 +73,7 @@ class WeightsWriter:
         with torch.inference_mode(False), torch.no_grad(), merge.float32_products():
             if unproven:
                 try:
-                    prove(plan, weights, self._backend.worker_model())
+                    prove(plan, weights, self._backend.worker_model(), self._proven)
                 except NotInPlace as refusal:
                     self.refuse(base, weights, str(refusal))
                     raise
