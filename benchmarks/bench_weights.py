@@ -4,13 +4,13 @@
     python benchmarks/bench_weights.py --shape structure --repeats 5       # a CPU: torch, TRL's push
 
 Builds a vLLM engine without LoRA and beside it a Qwen2 of the same shape and weights, in bfloat16: once under a LoRA
-adapter in float32 on all seven linear layers, once trained in full. Prints medians as a Markdown table. `TRL's push` is
-what TRL 1.16 does where it synchronises colocated weights: merge the adapter, hand every parameter to vLLM's loader,
-unmerge, reset the prefix cache. `in place` is `write_policy`, all of it: walk, content sums, writes, reset. `first` also
-proves the places. `check` tells whether the engine has the policy, before a rollout. The device is idle before each call
-and at its end; before each call every trained parameter moves, by an amount that bfloat16 keeps. `elements` are those of
-the engine that are not what float32 arithmetic rounded once gives. On a CPU times are processor time, and linear weights
-are kept as they are loaded.
+adapter in float32 on all seven linear layers, once trained in full. Prints medians as a Markdown table. `TRL's push`
+is what TRL 1.16 does where it synchronises colocated weights: merge the adapter, hand every parameter to vLLM's
+loader, unmerge, reset the prefix cache. `in place` is `write_policy`, all of it: walk, content sums, writes, reset.
+`first` also proves the places. `check` tells whether the engine has the policy, before a rollout. The device is idle
+before each call and at its end; before each call every trained parameter moves, by an amount that bfloat16 keeps.
+`elements` are those of the engine that are not what float32 arithmetic rounded once gives. On a CPU times are
+processor time, and linear weights are kept as they are loaded.
 
 The Triton kernel has not run on a GPU yet: `in place, Triton` is the first thing to look at there, elements included.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 
-from trlpatch.engine import guards
+from trlpatch.engine import guards, probes
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.sharing.eligibility import layout_reason
 from trlpatch.engine.state import EngineState, WrittenPolicy, state_of
@@ -63,7 +63,10 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     before, state.torn = state.torn, True
     state.written = state.published = None
     try:
-        writer.write(base, weights, plan, unproven=unproven)
+        if plan is None:
+            writer.reload(weights, probes.model_config(engine))
+        else:
+            writer.write(base, weights, plan, unproven=unproven)
     except NotInPlace as refusal:
         state.torn = before
         return str(refusal)

@@ -57,19 +57,18 @@ def plan_for(weights: list[PolicyWeight], module: Module) -> Plan:
         NotInPlace: there is none, or the engine has a parameter that would not be written, or has it in another form.
     """
     _refuse_layouts(module)
+    refuse_adapted_twins(weights)
     names = EngineNames(module)
     targets: list[Tensor | None] = []
-    first: dict[int, PolicyWeight] = {}
+    seen: set[int] = set()
     for weight in weights:
-        twin = first.setdefault(id(weight.base), weight)
         try:
             target: Tensor | None = names.view(weight.path, weight.base.shape)
         except CannotShare as refusal:
-            if twin is weight:
+            if id(weight.base) not in seen:
                 raise NotInPlace(str(refusal)) from refusal
             target = None  # tied, and vLLM has it once
-        if twin is not weight and not (twin.plain and weight.plain):
-            raise NotInPlace(f"{twin.path!r} and {weight.path!r} are one weight, and an adapter is on one of them")
+        seen.add(id(weight.base))
         if target is not None and not target.is_contiguous():
             raise NotInPlace(f"the engine's rows of {weight.path!r} have the strides {target.stride()}")
         targets.append(target)
@@ -77,6 +76,15 @@ def plan_for(weights: list[PolicyWeight], module: Module) -> Plan:
     _require_whole(weights, targets, module)
     addresses = [(slot.parameter, slot.parameter.data_ptr()) for slot in held.values()]
     return Plan(structure_of(weights), targets, addresses)
+
+
+def refuse_adapted_twins(weights: list[PolicyWeight]) -> None:
+    """Raise NotInPlace where two parameters are one, and are not to be the same."""
+    first: dict[int, PolicyWeight] = {}
+    for weight in weights:
+        twin = first.setdefault(id(weight.base), weight)
+        if twin is not weight and not (twin.plain and weight.plain):
+            raise NotInPlace(f"{twin.path!r} and {weight.path!r} are one weight, and an adapter is on one of them")
 
 
 def _refuse_layouts(module: Module) -> None:

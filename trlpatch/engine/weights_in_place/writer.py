@@ -6,13 +6,24 @@ import weakref
 from typing import TYPE_CHECKING
 
 from trlpatch.engine.backend import RolloutBackend
-from trlpatch.engine.weights_in_place import fused_merge, merge
-from trlpatch.engine.weights_in_place.plan import NotInPlace, Plan, Proven, plan_for, prove, structure_of
+from trlpatch.engine.weights_in_place import fused_merge, merge, reload
+from trlpatch.engine.weights_in_place.plan import (
+    NotInPlace,
+    Plan,
+    Proven,
+    plan_for,
+    prove,
+    refuse_adapted_twins,
+    structure_of,
+)
 from trlpatch.policy.policy_weights import PolicyWeight
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+
+
+_RELOAD = "vLLM's layerwise reload"
 
 
 class WeightsWriter:
@@ -33,14 +44,15 @@ class WeightsWriter:
     @property
     def description(self) -> str:
         """For `trlpatch.status()`; waits for the device."""
-        said = f"written in place ({self._by}, write {self.writes})"
+        how = "loaded anew" if self._by == _RELOAD else "written in place"
+        said = f"{how} ({self._by}, write {self.writes})"
         if self._unmoved is None:
             return said
         still, of = int(self._unmoved[0]), self._unmoved[1]
         return f"{said}, where {still / of:.1%} of the weights under the adapter round back to the base's"
 
-    def plan(self, base: Module, weights: list[PolicyWeight]) -> tuple[Plan, bool]:
-        """Return (plan, whether it still has to be proven).
+    def plan(self, base: Module, weights: list[PolicyWeight]) -> tuple[Plan | None, bool]:
+        """Return (plan, whether it still has to be proven); no plan where the engine's weights are reloaded instead.
 
         Raises:
             NotInPlace: the engine's parameters cannot be written directly.
@@ -52,15 +64,28 @@ class WeightsWriter:
         before, reason = self._refused.get(base, (None, ""))
         if before == structure:
             raise NotInPlace(reason)
+        module = self._backend.worker_model()
         try:
-            return plan_for(weights, self._backend.worker_model()), True
+            return plan_for(weights, module), True
         except NotInPlace as refusal:
+            if reload.unsupported_reason(module) is None:
+                refuse_adapted_twins(weights)
+                return None, False
             self.refuse(base, weights, str(refusal))
             raise
 
     def refuse(self, base: Module, weights: list[PolicyWeight], reason: str) -> None:
         """Remember why a model's weights are not written, as long as it has these parameters."""
         self._refused[base] = structure_of(weights), reason
+
+    def reload(self, weights: list[PolicyWeight], model_config: object) -> None:
+        """Have vLLM load everything anew; the engine is idle."""
+        import torch
+
+        with torch.inference_mode(False), torch.no_grad(), merge.float32_products():
+            reload.load(weights, self._backend.worker_model(), model_config)
+        self._by, self._unmoved = _RELOAD, None
+        self.writes += 1
 
     def write(self, base: Module, weights: list[PolicyWeight], plan: Plan, *, unproven: bool) -> None:
         """Write everything on the current stream; the engine is idle, and its weights are mapped.
