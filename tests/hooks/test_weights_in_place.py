@@ -19,6 +19,7 @@ from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine, detach_engine  # noqa: E402
 from trlpatch.engine.describe import describe  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
+from trlpatch.engine.weights_in_place import merge  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, SharedWeights  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 from trlpatch.options import activate as set_options  # noqa: E402
@@ -162,6 +163,29 @@ def test_a_policy_that_moved_without_a_sync_is_written_before_the_rollout() -> N
     owner.generate()
     assert_holds(engine.module, model)
     assert engine.calls.count("reset_prefix_cache") == resets + 3
+
+
+@pytest.mark.parametrize("build", [full, dora])
+def test_an_interrupt_in_the_first_write_is_made_up_for_before_the_rollout(build: Any, monkeypatch: Any) -> None:
+    """TRL has noted the step as synchronised, or has not: it need not sync again."""
+    model, engine = build(), WritableEngineStub(base_model())
+    train(model, 0)
+    owner = Since110(model, engine, sleep=False)
+    write, writes = merge.write, []
+
+    def interrupted(*arguments: Any) -> None:
+        writes.append(arguments)
+        if len(writes) == 5:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(merge, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        owner.sync_weights()
+    assert state_of(engine).torn
+    owner.generate()
+    assert_holds(engine.module, model)
+    assert not state_of(engine).torn
 
 
 def test_detaching_gives_the_engine_its_base_weights_back() -> None:

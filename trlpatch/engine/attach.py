@@ -289,7 +289,7 @@ def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = 
     state = state_of(llm)
     occupied = state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True)
     with occupied, awake(llm, state, self):
-        in_weights = state.policy_location == "weights"
+        in_weights = state.policy_location == "weights" or state.torn
         if lora_request is None and in_weights:
             write_base(self, llm)
         if lora_request is not _LIVE or not in_weights:

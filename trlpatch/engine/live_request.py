@@ -33,7 +33,8 @@ def require_request(model: object, engine: RolloutEngine) -> LoraRequest | None:
     """
     state = state_of(engine)
     wake(engine, state, "weights")
-    if state.policy_location == "weights" or (active().adapter == "merge" and lora_view(model) is not None):
+    merging = active().adapter == "merge" and lora_view(model) is not None
+    if state.policy_location == "weights" or state.torn or merging:
         in_place.refresh(model, engine)
         wake(engine, state, "kv_cache")
         return None

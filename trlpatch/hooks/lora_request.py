@@ -56,11 +56,11 @@ def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None) -> 
         if request is not None:
             return request
         path = adapter_path(owner, engine)
-    if state.policy_location == "weights":
+    if state.policy_location == "weights" or state.torn:
         model = model_of(owner)
         if in_place.holds_policy(model, engine) or in_place.write_policy(model, engine) is None:
             return None
-        resync(owner, engine, state, "its weights, which were written in place, cannot be any more")
+        resync(owner, engine, state, "its weights cannot be written in place any more")
     elif state.policy_location != "policy" and path.view is not None:
         # The adapter has become one that vLLM cannot serve, or never was: the sync has to bring merged weights.
         resync(owner, engine, state, f"the adapter cannot be sent as a request ({path.reason})")
