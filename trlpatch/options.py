@@ -102,6 +102,7 @@ DISABLE = "TRLPATCH_DISABLE"
 SLEEP = "TRLPATCH_SLEEP"
 SLEEP_ALIAS = "UNSLOTH_VLLM_STANDBY"
 VLLM_ON_GB10 = "TRLPATCH_VLLM_ON_GB10"
+QUIET = "TRLPATCH_QUIET"
 CACHE_DIR = "TRLPATCH_CACHE_DIR"
 DUMP = "TRLPATCH_DUMP"
 MERGE_KERNEL = "TRLPATCH_MERGE_KERNEL"
@@ -112,6 +113,7 @@ SWITCHES = {
     SLEEP_ALIAS: f"what {SLEEP} says, in Unsloth's words; {SLEEP} wins",
     VLLM_ON_GB10: "whether vLLM is used on DGX Spark (GB10)",
     MERGE_KERNEL: "whether adapters are merged into an engine by a Triton kernel instead of torch's own operations",
+    QUIET: "whether `trlpatch run` does not say on stderr what it patched",
 }
 """The environment variables that are on or off, and what each decides."""
 
