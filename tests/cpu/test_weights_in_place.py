@@ -22,6 +22,7 @@ from tests.cpu.scenarios import TOLERANCE  # noqa: E402
 from tests.cpu.small_grpo import adapter_of, gap, small_grpo  # noqa: E402
 from tests.cpu.training import Recorder  # noqa: E402
 from trlpatch.engine.attach import detach_engine  # noqa: E402
+from trlpatch.engine.describe import describe  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.engine.weights_in_place import merge  # noqa: E402
 from trlpatch.errors import StaleAdapter  # noqa: E402
@@ -102,7 +103,7 @@ def test_each_rollout_is_the_policys(
         assert max(rollout["gap"] for rollout in rollouts) < TOLERANCE
         state = state_of(engine)
         assert (state.policy_location, state.torn) == ("weights", False)
-        assert "written in place (torch, write" in str(trlpatch.status())
+        assert "written in place (torch, write" in describe(engine, state_of(engine))
         # The same without the writes: the gap is seen.
         monkeypatch.setattr(merge, "write", lambda *_: None)
         control = trained(model, engine, tmp_path)
@@ -151,7 +152,7 @@ def test_a_plain_adapter_is_merged_when_asked(
         assert gap(model, model.fast_generate(PROMPT, sampling())[0]) < TOLERANCE
     assert trlpatch.lora_request(model) is None
     assert gap(model, engine.generate(PROMPT, sampling())[0]) < TOLERANCE
-    assert "of the weights under the adapter round back" in str(trlpatch.status())
+    assert "of the weights under the adapter round back" in describe(engine, state_of(engine))
     # An adapter of another trainer would be added to the merged one.
     model.save_lora(tmp_path / "saved")
     with pytest.raises(StaleAdapter, match="added to what is merged already"):
@@ -181,7 +182,7 @@ def test_an_interrupted_write_is_never_sampled_from(
             model.fast_generate(PROMPT, sampling())
     with pytest.raises(StaleAdapter, match="half-written"):
         engine.generate(PROMPT, sampling())
-    assert "half-written" in str(trlpatch.status())
+    assert "half-written" in describe(engine, state_of(engine))
     output = model.fast_generate(PROMPT, sampling())[0]
     assert gap(model, output) < TOLERANCE
     assert gap(model, engine.generate(PROMPT, sampling())[0]) < TOLERANCE

@@ -18,6 +18,7 @@ from tests.cpu.scenarios import TOLERANCE  # noqa: E402
 from tests.cpu.small_grpo import gap, small_grpo  # noqa: E402
 from tests.cpu.training import Recorder  # noqa: E402
 from trlpatch.engine.attach import detach_engine  # noqa: E402
+from trlpatch.engine.describe import describe  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.engine.weights_in_place import reload  # noqa: E402
 from trlpatch.errors import StaleAdapter  # noqa: E402
@@ -55,7 +56,7 @@ def test_each_rollout_is_the_policys(kind: str, engine: Any, checkpoint: Path, t
     trainer.train()
     recorder.close()
     assert max(rollout["gap"] for rollout in recorder.rollouts) < TOLERANCE
-    assert "loaded anew (vLLM's layerwise reload, write" in str(trlpatch.status())
+    assert "loaded anew (vLLM's layerwise reload, write" in describe(engine, state_of(engine))
     detach_engine(model)
 
 
