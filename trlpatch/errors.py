@@ -115,7 +115,7 @@ class ArgsRequired(EngineError, ValueError):
 
 
 class AdapterNotExpressible(EngineError, ValueError):
-    """vLLM cannot serve this adapter as a LoRA request, and `adapter="request"` forbids TRL's own full-weight sync."""
+    """The engine cannot get this adapter in the way that `adapter="request"` or `"merge"` asks for."""
 
 
 class StaleAdapter(EngineError, RuntimeError):
