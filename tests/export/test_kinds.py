@@ -61,3 +61,18 @@ def test_an_export_computes_what_peft_computes(kind: Kind, way: str, tmp_path: P
     bound = 2e-5 * float(wanted.max() - wanted.min())
     assert float((found - wanted).abs().max()) <= bound, done.verified
     assert bool(done.notes and "differ with the adapter" in done.notes[0]) == kind.untied
+
+
+PLAIN = [kind for kind in KINDS if kind.name in ("plain", "rslora", "rank_pattern", "alpha_pattern", "lm_head")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", PLAIN, ids=lambda kind: kind.name)
+def test_plain_lora_is_what_peft_merges_bit_for_bit(kind: Kind, way: str, tmp_path: Path) -> None:
+    import torch
+
+    model = adapted(tmp_path / "base", kind)
+    found = {name: tensor for name, tensor, _ in source_of(way, model, tmp_path).stream()}
+    merged = model.merge_and_unload().state_dict()
+    assert set(found) == set(merged)
+    assert [name for name, one in found.items() if not torch.equal(one, merged[name])] == []

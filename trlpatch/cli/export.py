@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 from trlpatch.cli.common import json_option, print_json
+from trlpatch.errors import MissingPackage
 
 _out = click.option("--out", required=True, metavar="DIR", help="Is complete at the end, or not there.")
 _base = click.option("--base", metavar="MODEL", help="The 16-bit base model, where the adapter does not name it.")
@@ -25,6 +28,11 @@ def export() -> None:
     CHECKPOINT is a trainer's checkpoint (outputs/checkpoint-500), a directory with an adapter or a whole model, or a
     model id on the hub. No GPU and no vLLM are needed, and no second copy of the model in memory.
     """
+    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
+    if missing and not set(sys.argv) & {"-h", "--help"}:
+        raise MissingPackage(
+            f"trlpatch export: {', '.join(missing)} not installed here; pip install torch transformers peft"
+        )
 
 
 @export.command()
@@ -151,8 +159,6 @@ def gguf(
 @contextlib.contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr, where that is a terminal."""
-    import sys
-
     if quiet or not sys.stderr.isatty():
         yield lambda what, done, of: None
         return
