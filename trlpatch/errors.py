@@ -187,7 +187,7 @@ class ConflictingArguments(TrlpatchError, ValueError):
 
 
 class MissingPackage(TrlpatchError, ImportError):
-    """`FastLanguageModel` needs a package that is not installed (vLLM, bitsandbytes, ...)."""
+    """`FastLanguageModel` or a server needs a package that is not installed (vLLM, bitsandbytes, xllamacpp, ...)."""
 
 
 class CudaRequired(TrlpatchError, RuntimeError):
@@ -208,3 +208,15 @@ class VllmStyleArguments(TrlpatchError, TypeError):
 
 class RolloutFuncIgnored(EngineError, ValueError):
     """TRL 0.25 would not call this `rollout_func`: it does so in server mode only, and an engine is attached."""
+
+
+class NotServable(TrlpatchError, ValueError):
+    """What `trlpatch serve` was given is nothing, or several things, or nothing that a server here can load."""
+
+
+class PortTaken(TrlpatchError, OSError):
+    """The server was to listen on a port that it cannot have."""
+
+
+class ServerFailed(TrlpatchError, RuntimeError):
+    """A server ended, did not answer in time, or answered with an error."""

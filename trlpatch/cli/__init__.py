@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from trlpatch.cli import patches, running
+from trlpatch.cli import patches, running, serving
 from trlpatch.cli.common import BAD_INPUT, DRIFT
 from trlpatch.errors import PatchError, TrlpatchError
 
@@ -40,6 +40,7 @@ for _command in (
     patches.cache,
     running.run,
     running.demo,
+    serving.serve,
 ):
     cli.add_command(_command)
 
