@@ -115,10 +115,8 @@ class Comparison:
             lines.append(f"adapter     moves them by {self.effect:.2g}; served to base {self.to_base or 0:.2g}")
         if self.other_tokens is not None:
             lines.append(f"tokenizer   server and reference make different tokens of {self.other_tokens!r}")
-        if self.nearer_to_base:
-            lines.append("verdict     nearer to the base model than to the adapter: the adapter is not applied")
-        else:
-            lines.append(f"verdict     {'within the bound' if self.passed else 'NOT the reference'}")
+        doubt = ", and nearer to its base model: is the adapter applied?" if self.nearer_to_base else ""
+        lines.append(f"verdict     {'within the bound' if self.passed else f'NOT the reference{doubt}'}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
