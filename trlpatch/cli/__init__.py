@@ -17,6 +17,7 @@ import click
 
 from trlpatch.cli import patches, running, serving
 from trlpatch.cli.common import BAD_INPUT, DRIFT
+from trlpatch.cli.doctor import doctor
 from trlpatch.errors import PatchError, TrlpatchError
 
 
@@ -41,6 +42,7 @@ for _command in (
     running.run,
     running.demo,
     serving.serve,
+    doctor,
 ):
     cli.add_command(_command)
 
