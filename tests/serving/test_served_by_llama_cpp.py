@@ -13,8 +13,15 @@ import pytest
 from tests.cpu import tiny
 from tests.serving import tiny_gguf
 from trlpatch.serving import Server, serve
+from trlpatch.source.locate import find_trl
+from trlpatch.source.releases import NEWEST_TESTED
 
-pytestmark = pytest.mark.cpu
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        find_trl().release != NEWEST_TESTED, reason="starts servers, and TRL has no part in it: newest release only"
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

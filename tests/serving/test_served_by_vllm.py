@@ -14,8 +14,15 @@ import pytest
 from tests.cpu import tiny
 from tests.serving import made
 from trlpatch.serving import Server, serve
+from trlpatch.source.locate import find_trl
+from trlpatch.source.releases import NEWEST_TESTED
 
-pytestmark = pytest.mark.cpu
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        find_trl().release != NEWEST_TESTED, reason="starts servers, and TRL has no part in it: newest release only"
+    ),
+]
 
 OPTIONS = ["--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8"]
 FLOAT32 = [*OPTIONS, "--dtype", "float32"]
