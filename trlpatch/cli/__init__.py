@@ -1,7 +1,8 @@
 """The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
-Exit status: 0 all is well, 1 patches do not fit this TRL, or `serve --check` finds a difference, 2 the command cannot be carried out as given (a name that
-is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together.
+Exit status: 0 all is well, 1 patches do not fit this TRL or `serve --check` finds a difference, 2 the command cannot
+be carried out as given (a name that is not known, no TRL there, a file of it that cannot be read), 3 the installed
+versions are known not to work together.
 
 rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
 random state of a script under `trlpatch run` is the script's own.
