@@ -30,10 +30,27 @@ def test_a_checkpoint_of_a_trainer_with_an_adapter_is_that_adapter(tmp_path: Pat
     base = made.model(tmp_path / "base")
     place = made.adapter(tmp_path / "out" / "checkpoint-10", base, rank_pattern={})
     (place / "trainer_state.json").write_text("{}", encoding="utf-8")
-    (place / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     found = detect(place)
     assert (found.kind, found.name, found.base, found.rank) == ("adapter", "checkpoint-10", str(base), 8)
-    assert found.tokenizer == place
+    assert found.tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "own"),
+    [
+        ("tokenizer_config.json", '{"padding_side": "left"}', False),
+        ("tokenizer_config.json", '{"eos_token": "<|im_end|>"}', True),
+        ("tokenizer.json", "{}", True),
+        ("chat_template.jinja", "{{ messages }}", True),
+    ],
+)
+def test_the_tokenizer_beside_an_adapter_goes_before_another_one_of_its_base(
+    tmp_path: Path, file: str, text: str, own: bool
+) -> None:
+    place = made.adapter(tmp_path / "a", made.model(tmp_path / "base"))
+    (place / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    (place / file).write_text(text, encoding="utf-8")
+    assert detect(place).tokenizer == (place if own else None)
 
 
 def test_the_base_that_is_given_goes_before_the_one_that_is_named(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_vllm_gets_the_directory_and_its_name(tmp_path: Path) -> None:
 def test_vllm_gets_an_adapter_as_lora_module_on_its_base(tmp_path: Path) -> None:
     base = made.model(tmp_path / "base")
     place = made.adapter(tmp_path / "checkpoint-10", base, r=24)
-    (place / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    (place / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}', encoding="utf-8")
     found = command(place)
     assert there(found, "serve", str(base))
     assert there(found, "--enable-lora", "--lora-modules", f"checkpoint-10={place}", "--max-lora-rank", "32")

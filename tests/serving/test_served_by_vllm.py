@@ -8,12 +8,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cpu import tiny
 from tests.serving import made
-from trlpatch.serving import Server, serve
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
 
@@ -24,8 +24,18 @@ pytestmark = [
     ),
 ]
 
-OPTIONS = ["--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8"]
-FLOAT32 = [*OPTIONS, "--dtype", "float32"]
+OPTIONS = ["--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8", "--dtype", "float32"]
+
+OWNER = """
+import json, sys
+from trlpatch.serving import serve
+
+server = serve(sys.argv[1], options=sys.argv[2:], startup_timeout=300)
+print(json.dumps({"url": server.url, "model": server.model, "pid": server.pid, "curl": server.curl()}), flush=True)
+for line in sys.stdin:
+    print(json.dumps(server.check(line.strip() or None).to_dict()), flush=True)
+"""
+"""A process that serves, and compares with every checkpoint that it reads from its stdin."""
 
 
 @pytest.fixture(scope="module")
@@ -56,75 +66,70 @@ def other(base: Path) -> Path:
     return place
 
 
+class Owner:
+    """The process that serves the adapter, and what it says of its server."""
+
+    def __init__(self, adapter: Path) -> None:
+        words = [sys.executable, "-c", OWNER, str(adapter), *OPTIONS]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        told = self._read()
+        self.url, self.model, self.pid, self.curl = told["url"], told["model"], told["pid"], told["curl"]
+
+    def check(self, reference: Path | None = None) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{reference or ''}\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        return found
+
+
 @pytest.fixture(scope="module")
-def server(adapter: Path) -> Iterator[Server]:
-    with serve(adapter, options=FLOAT32, startup_timeout=300) as running:
+def owner(adapter: Path) -> Iterator[Owner]:
+    running = Owner(adapter)
+    with running.process:
         yield running
+        running.process.kill()
 
 
-def test_an_openai_client_gets_completions_and_chats(server: Server) -> None:
+def test_an_openai_client_gets_completions_and_chats(owner: Owner) -> None:
     from openai import OpenAI
 
-    client = OpenAI(base_url=server.url, api_key="-")
+    client = OpenAI(base_url=owner.url, api_key="-")
     assert [model.id for model in client.models.list()] == ["base", "checkpoint-10"]
-    completion = client.completions.create(model=server.model, prompt="one two", max_tokens=4, temperature=0)
+    completion = client.completions.create(model=owner.model, prompt="one two", max_tokens=4, temperature=0)
     assert completion.usage is not None
     assert completion.usage.completion_tokens == 4
     chat = client.chat.completions.create(
-        model=server.model, messages=[{"role": "user", "content": "one two"}], max_tokens=4
+        model=owner.model, messages=[{"role": "user", "content": "one two"}], max_tokens=4
     )
     assert chat.choices[0].message.role == "assistant"
 
 
-def test_the_curl_line_works(server: Server) -> None:
-    done = subprocess.run(server.curl(), shell=True, capture_output=True, encoding="utf-8", check=True, timeout=60)
+def test_the_curl_line_works(owner: Owner) -> None:
+    done = subprocess.run(owner.curl, shell=True, capture_output=True, encoding="utf-8", check=True, timeout=60)
     assert '"object":"chat.completion"' in done.stdout
 
 
-def test_the_adapter_is_what_transformers_computes(server: Server) -> None:
-    found = server.check()
-    assert found.passed, str(found)
-    assert found.mean < 1e-4
-    assert found.effect is not None
-    assert found.effect > 0.1
-    assert found.tokens > 60
+def test_the_adapter_is_what_transformers_computes(owner: Owner) -> None:
+    found = owner.check()
+    assert found["passed"], found
+    assert found["mean"] < 1e-4
+    assert found["effect"] > 0.1
+    assert found["tokens"] > 60
 
 
-def test_another_adapter_is_found_out(server: Server, other: Path) -> None:
-    found = server.check(other)
-    assert not found.passed
-    assert found.other_tokens is None
-    assert found.mean > 0.1
-    assert "NOT the reference" in str(found)
+def test_another_adapter_is_found_out(owner: Owner, other: Path) -> None:
+    found = owner.check(other)
+    assert not found["passed"]
+    assert found["other_tokens"] is None
+    assert found["mean"] > 0.1
 
 
-OWNER = """
-import json, sys
-from trlpatch.serving import serve
-
-server = serve(sys.argv[1], options=sys.argv[3:], name="policy", startup_timeout=300)
-right, wrong = server.check(), server.check(sys.argv[2])
-print(json.dumps({"pid": server.pid, "right": right.to_dict(), "wrong": wrong.to_dict()}), flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_model_in_half_precision_is_told_from_another_and_ends_with_its_owner(base: Path) -> None:
-    """vLLM rounds float32 weights to bfloat16: the bound is a multiple of what that costs in transformers."""
-    wrong = tiny.checkpoint(base.parent / "wrong", seed=3)
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, str(base), str(wrong), *OPTIONS],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    )
-    with owner:
-        assert owner.stdout is not None
-        found = json.loads(owner.stdout.readline())
-        processes = made.group_of(found["pid"])
-        owner.send_signal(signal.SIGKILL)
-    assert found["right"]["passed"], found
-    assert "bfloat16 costs" in found["right"]["why"]
-    assert not found["wrong"]["passed"], found
-    assert len(processes) >= 2, "the engine core is a process of its own"
-    assert made.eventually(lambda: made.group_of(found["pid"]) == [], seconds=60)
+def test_the_server_and_its_engine_core_end_when_their_owner_is_killed(owner: Owner) -> None:
+    assert len(made.group_of(owner.pid)) >= 2, "the engine core is a process of its own"
+    owner.process.send_signal(signal.SIGKILL)
+    assert made.eventually(lambda: made.group_of(owner.pid) == [], seconds=60)

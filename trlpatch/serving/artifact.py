@@ -105,8 +105,7 @@ def _adapter(place: Path, base: str | None) -> Artifact:
         _name(place),
         base=_base_directory(base, place),
         rank=max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())]),
-        # TRL saves the tokenizer that it trained with beside the adapter.
-        tokenizer=place if (place / "tokenizer_config.json").is_file() else None,
+        tokenizer=place if _own_tokenizer(place, Path(base)) else None,
         template=_has_template(place) or _has_template(Path(base)),
     )
 
@@ -138,6 +137,33 @@ def _base_directory(base: str, adapter: Path) -> str:
             "the place where it is now"
         )
     return base
+
+
+def _own_tokenizer(place: Path, base: Path) -> bool:
+    """Whether the tokenizer that TRL saves beside an adapter has to take the place of the base's.
+
+    Where both say the same it need not: vLLM looks for a model's configuration in the directory of a tokenizer, and
+    its log has an error for each directory without one.
+    """
+    return (place / "tokenizer_config.json").is_file() and _tokenizer_of(place) != _tokenizer_of(base)
+
+
+def _tokenizer_of(place: Path) -> tuple[Any, ...]:
+    """What of a tokenizer a server depends on: its tokens, the end of a text, the chat template."""
+    texts = [
+        (place / name).read_bytes() if (place / name).is_file() else None
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+    ]
+    config = _tokenizer_config(place)
+    return (*texts, *(json.dumps(config.get(name)) for name in ("bos_token", "eos_token", "chat_template")))
+
+
+def _tokenizer_config(place: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((place / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _gguf(place: Path, base: str | None) -> Artifact:
@@ -190,8 +216,4 @@ def _any(place: Path, patterns: tuple[str, ...]) -> Path | None:
 def _has_template(place: Path) -> bool:
     if (place / "chat_template.jinja").is_file() or (place / "chat_template.json").is_file():
         return True
-    config = place / "tokenizer_config.json"
-    try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
-    except (OSError, ValueError):
-        return False
+    return bool(_tokenizer_config(place).get("chat_template"))
