@@ -97,6 +97,7 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """Whether the gap is within the bound, the tokens are the same, and the adapter is nearer than its base."""
+        # A mean that is not a number is not within the bound: it compares as False.
         return self.mean <= self.bound and self.other_tokens is None and not self.nearer_to_base
 
     @property
@@ -267,9 +268,9 @@ def _family(name: str) -> str:
 
 
 def _gap(left: Sequence[float | None], right: Sequence[float | None]) -> tuple[float, float]:
-    """Mean and largest absolute difference of what is there on both sides; infinite where one is not a number."""
+    """Mean and largest absolute difference of what is there on both sides; infinite where there is nothing."""
     pairs = zip(left, right, strict=True)
     gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
-    if not gaps or any(math.isnan(gap) for gap in gaps):
+    if not gaps:
         return math.inf, math.inf
     return sum(gaps) / len(gaps), max(gaps)
