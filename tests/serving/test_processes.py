@@ -187,6 +187,25 @@ def test_a_signal_ends_the_command_and_the_server(
     assert not made.alive(left_of(fake_xllamacpp))
 
 
+def test_a_signal_that_is_ignored_stays_ignored(
+    command: Callable[..., subprocess.Popen[str]], fake_xllamacpp: Path
+) -> None:
+    """As `nohup trlpatch serve` has it, and as a shell has Ctrl-C for what runs in the background of a script."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = command()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    assert not made.eventually(lambda: process.poll() is not None, seconds=1)
+    assert made.alive(left_of(fake_xllamacpp))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
 def test_a_signal_while_it_starts_ends_both(
     command: Callable[..., subprocess.Popen[str]], fake_xllamacpp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +243,7 @@ def test_the_command_ends_when_the_server_does(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "xllamacpp ended with status 137. The end of its log" in said
+    assert Path(said.partition("its log (")[2].partition(")")[0]).is_file()
     assert not made.alive(left_of(fake_xllamacpp))
 
 

@@ -77,7 +77,8 @@ def serve(
     if (reference is not None or as_json) and not check:
         raise click.UsageError("--reference and --json are options of --check")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _ask_to_end)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _ask_to_end)
     from trlpatch.serving import serve as start
 
     progress = _Progress()

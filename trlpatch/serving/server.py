@@ -98,9 +98,14 @@ class Server:
         return comparison.compare(told, self._how, self.artifact, wanted)
 
     def stop(self) -> None:
-        """End the server and every process that it started; may be called again."""
+        """End the server and every process that it started; may be called again.
+
+        The log of a server that had ended by itself stays: it says why.
+        """
+        by_itself = self._child.status() is not None
         self._child.stop()
-        self._child.forget_log()
+        if not by_itself:
+            self._child.forget_log()
 
     def __enter__(self) -> Server:
         return self
