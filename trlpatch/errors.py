@@ -191,7 +191,7 @@ class ConflictingArguments(TrlpatchError, ValueError):
 
 
 class MissingPackage(TrlpatchError, ImportError):
-    """`FastLanguageModel` or an export needs a package that is not installed (vLLM, bitsandbytes, ...)."""
+    """`FastLanguageModel`, an export or a server needs a package that is not installed (vLLM, bitsandbytes, ...)."""
 
 
 class CudaRequired(TrlpatchError, RuntimeError):
@@ -220,3 +220,15 @@ class CannotExport(TrlpatchError, ValueError):
 
 class ExportMismatch(TrlpatchError, RuntimeError):
     """What was written is not what was to be written; it was removed again."""
+
+
+class NotServable(TrlpatchError, ValueError):
+    """What `trlpatch serve` was given is nothing, or several things, or nothing that a server here can load."""
+
+
+class PortTaken(TrlpatchError, OSError):
+    """The server was to listen on a port that it cannot have."""
+
+
+class ServerFailed(TrlpatchError, RuntimeError):
+    """A server ended, did not answer in time, or answered with an error."""
