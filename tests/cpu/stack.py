@@ -83,6 +83,7 @@ def engine_tier(stack: Stack, release: PinnedRelease, tier: str, arguments: list
     chosen = ["-m", "cpu", *arguments] if arguments else ["--tier", tier, *WORKERS, "tests"]
     # Tests have homes of their own; what vLLM notes about its models is the same in all of them.
     environ = {**environment_of(tree), "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
+    environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(overlay(stack))])
     return _run([str(python), "-m", "pytest", "-W", "default", *chosen], environ)
 
 
@@ -137,9 +138,9 @@ def installed(stack: Stack) -> Path:
 
 
 def overlay(stack: Stack) -> Path:
-    """Return a folder with what GGUF export needs beside a stack, installing it if it is absent or its pins changed.
+    """Return a folder with what GGUF export and the server of GGUF files need beside a stack, installing it if it is absent or its pins changed.
 
-    It is beside the stacks and not in their pins, which would install 3 GB anew for two wheels without dependencies.
+    It is beside the stacks and not in their pins, which would install 3 GB anew for three wheels, whose dependencies a stack has.
     """
     python = installed(stack)
     pins = OVERLAY.read_text(encoding="utf-8")
