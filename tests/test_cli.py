@@ -512,5 +512,5 @@ def test_every_command_explains_itself() -> None:
 
     for name in cli.commands:
         assert cli.commands[name].help, name
-    assert set(cli.commands) == {"list", "plan", "diff", "dump", "check", "status", "cache", "run", "demo"}
+    assert set(cli.commands) == {"list", "plan", "diff", "dump", "check", "status", "cache", "run", "demo", "doctor"}
     assert CliRunner().invoke(cli, ["run", "--help"]).exit_code == 0

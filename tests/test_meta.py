@@ -50,7 +50,7 @@ def test_every_release_has_its_environments() -> None:
 
 def test_a_plain_tox_runs_what_the_tiers_say() -> None:
     releases = [f"trl{release.version}-cpu" for release in RELEASES.values() if release.tier == "cpu"]
-    fixed = ["lint", "types", "unit", "unit-torch", "coverage", "golden"]
+    fixed = ["lint", "types", "docs", "unit", "unit-torch", "coverage", "golden"]
     assert by_default() == [*fixed, *(f"engine-{stack}" for stack in ("cpu4", "cpu5")), *releases]
 
 

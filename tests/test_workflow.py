@@ -46,7 +46,7 @@ def environments_of(job: dict[str, Any]) -> list[str]:
     (command,) = [step["run"] for step in job["steps"] if step.get("run", "").startswith("tox ")]
     (name,) = re.findall(r"^tox -e (\S.*)$", command)
     if name != "${{ matrix.environment }}":
-        return [name]
+        return name.split(",")
     matrix = job["strategy"]["matrix"]["environment"]
     if isinstance(matrix, list):
         return [name for entry in matrix for name in entry.split(",")]

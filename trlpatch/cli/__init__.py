@@ -17,6 +17,7 @@ import click
 
 from trlpatch.cli import patches, running
 from trlpatch.cli.common import BAD_INPUT, DRIFT
+from trlpatch.cli.doctor import doctor
 from trlpatch.errors import PatchError, TrlpatchError
 
 
@@ -40,6 +41,7 @@ for _command in (
     patches.cache,
     running.run,
     running.demo,
+    doctor,
 ):
     cli.add_command(_command)
 

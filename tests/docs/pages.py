@@ -1,0 +1,55 @@
+"""The code blocks of README.md and docs/: which run, and which are said not to and why.
+
+A block in `python` or `bash` is run as it stands, all of a page in order, in one directory. One that cannot be has a
+comment before it that Markdown does not show: `<!-- not run: REASON -->`. Other languages are output and files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).parents[2]
+LANGUAGES = ("python", "bash")
+_NOT_RUN = re.compile(r"<!--\s*not run:\s*(\S.*?)\s*-->\s*$", re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A fenced block.
+
+    Attributes:
+        line: of its first line of code, from 1.
+        language: what stands behind the fence; empty for output.
+        why_not: why it is not run; empty where it is.
+    """
+
+    line: int
+    language: str
+    text: str
+    why_not: str = ""
+
+
+def pages() -> list[Path]:
+    """Return the pages, README.md first."""
+    return [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page in order."""
+    found, before = [], ""
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        if token.type == "fence" and token.map:
+            reason = _NOT_RUN.search(before)
+            language = token.info.split()[0] if token.info.strip() else ""
+            found.append(Block(token.map[0] + 2, language, token.content, reason[1] if reason else ""))
+        if token.type in ("html_block", "fence", "inline"):
+            before = token.content if token.type == "html_block" else ""
+    return found
+
+
+def runnable(page: Path) -> list[Block]:
+    """Return the blocks of a page that are run."""
+    return [block for block in blocks(page) if block.language in LANGUAGES and not block.why_not]

@@ -1,0 +1,28 @@
+"""Every page's code blocks, run as they stand, with a real vLLM engine and the TRL release that can be imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import ROOT, pages, runnable
+from trlpatch.source.locate import find_trl
+
+pytest.importorskip("vllm")
+
+pytestmark = [pytest.mark.cpu, pytest.mark.release]
+
+PAGES = [page for page in pages() if runnable(page)]
+
+
+@pytest.mark.skipif(find_trl().release < (1, 16), reason="pages are written for the newest tested TRL")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs_as_pasted(page: Path, tmp_path: Path) -> None:
+    environ = {**os.environ, "COLUMNS": "100"}
+    words = [sys.executable, "-m", "tests.docs.run_page", str(page.relative_to(ROOT)), str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -1,0 +1,1 @@
+"""`trlpatch doctor`: what of this machine and its packages keeps training on vLLM from working, and what to do."""

@@ -1,0 +1,148 @@
+"""Messages that people meet on the way, of vLLM, TRL, torch and trlpatch: why, and what to do.
+
+docs/troubleshooting.md is this table; `trlpatch doctor --error TEXT` looks a message or a log up in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class KnownError(NamedTuple):
+    """One message.
+
+    Attributes:
+        message: as people see it and search for it.
+        pattern: regular expression that finds it in a log, whatever case it is in.
+        cause: why it is raised.
+        solution: what to do.
+    """
+
+    message: str
+    pattern: str
+    cause: str
+    solution: str
+
+
+KNOWN_ERRORS: tuple[KnownError, ...] = (
+    KnownError(
+        "Please install vLLM before enabling fast_inference",
+        r"install vLLM before enabling|No module named '?vllm|vllm not found|needs vllm|vllm is not installed",
+        "vLLM is not installed; there are no wheels of it for macOS and Windows.",
+        "`pip install vllm` on Linux with an NVIDIA GPU. `fast_inference=False` trains without it, anywhere.",
+    ),
+    KnownError(
+        "set fast_inference=True when doing load_in_fp8",
+        r"fast_inference ?= ?True`? when doing `?load_in_fp8|load_in_fp8=True needs",
+        "Weights in fp8 are the engine's, so there has to be one.",
+        "Leave `fast_inference` at True beside `load_in_fp8=True`, or drop `load_in_fp8`.",
+    ),
+    KnownError(
+        "DGX Spark detected",
+        r"DGX Spark|GB10",
+        "vLLM was broken on DGX Spark (GB10) as of January 2026.",
+        "Nothing: transformers generates there. `TRLPATCH_VLLM_ON_GB10=1` tries vLLM all the same.",
+    ),
+    KnownError(
+        "CUDA out of memory",
+        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory",
+        "Model, optimizer and engine together need more than the device has.",
+        "Colocated with training: `gpu_memory_utilization` 0.3 to 0.5, a shorter `max_seq_length`, "
+        "`load_in_4bit=True`, `enable_sleep_mode=True`. A vLLM server on a device of its own: "
+        "`vllm_gpu_memory_utilization` 0.8 or 0.7.",
+    ),
+    KnownError(
+        "vLLM initialization failed",
+        r"vLLM initiali[sz]ation failed|Engine core initialization failed|building the vLLM engine .* failed",
+        "vLLM does not fit the torch, transformers or driver beside it, or the device is too small.",
+        "Read the first error above this one in the log and look that up; `trlpatch check` says whether the versions "
+        "ran together; `pip install --upgrade vllm`.",
+    ),
+    KnownError(
+        "Free memory on device is less than desired GPU memory utilization",
+        r"[Ff]ree memory on device|less than desired (GPU|CPU) memory utilization",
+        "`gpu_memory_utilization` is the share of the whole device, also of what other processes hold.",
+        "End the others (`nvidia-smi`), or lower `gpu_memory_utilization`.",
+    ),
+    KnownError(
+        "No available memory for the cache blocks",
+        r"No available memory for the cache blocks|larger than the available KV cache memory",
+        "After the weights nothing is left of `gpu_memory_utilization` for a KV cache of `max_seq_length`.",
+        "Raise `gpu_memory_utilization`, or lower `max_seq_length`.",
+    ),
+    KnownError(
+        "vLLM health check timeout",
+        r"health check time(d )?out|VLLM_HEALTH_CHECK_TIMEOUT_S|Engine init(ialization)? timed out",
+        "A large model takes long to load and compile when an engine starts for the first time.",
+        "Wait up to 20 minutes for the first start; raise VLLM_HEALTH_CHECK_TIMEOUT_S (600 s). Later starts find the "
+        "compiled code in VLLM_CACHE_ROOT.",
+    ),
+    KnownError(
+        "Prefix caching is currently not supported for v0",
+        r"[Pp]refix caching .*v0|VLLM_USE_V1",
+        "VLLM_USE_V1=0 asks for vLLM's old engine.",
+        "Unset it, or set `VLLM_USE_V1=1`; else disable prefix caching.",
+    ),
+    KnownError(
+        "expandable_segments",
+        r"expandable_segments|Expandable segments are not compatible",
+        "Sleep mode cannot unmap segments that torch may expand.",
+        "Take `expandable_segments:True` out of PYTORCH_CUDA_ALLOC_CONF, or do without `enable_sleep_mode`.",
+    ),
+    KnownError(
+        "LoRA rank is greater than max_lora_rank",
+        r"is greater than max_lora_rank|RankAboveEngine|LoRA rank \d+",
+        "The engine's LoRA buffers were built for a smaller rank than the adapter's `r`.",
+        "Build it with `max_lora_rank` of at least `r` (from_pretrained: default 64).",
+    ),
+    KnownError(
+        "AnchorDrift",
+        r"AnchorDrift|is where trlpatch expects",
+        "The installed TRL is not the text that its release had: newer than every tested one, or edited.",
+        "`trlpatch check` names the place; `trlpatch diff`; a tested TRL (`pip install trl==...`) works meanwhile.",
+    ),
+    KnownError(
+        "EngineMismatch",
+        r"EngineMismatch",
+        "Engine and model are not the same policy: another checkpoint, vocabulary or dtype.",
+        "Build both from the same directory. `attach_engine(model, llm, check=False)` if you know better.",
+    ),
+    KnownError(
+        "No CUDA GPUs are available",
+        r"No CUDA GPUs are available|torch finds no CUDA device|Found no NVIDIA driver|Torch not compiled with CUDA",
+        "torch sees no GPU: none there, hidden by CUDA_VISIBLE_DEVICES, a CPU build of torch, or no driver.",
+        "`trlpatch doctor` says which.",
+    ),
+    KnownError(
+        "CUDA driver version is insufficient",
+        r"driver version is insufficient|NVIDIA driver on your system is too old|PTX was compiled with an unsupported",
+        "torch was built for a newer CUDA than the driver runs.",
+        "Update the driver, or install an older torch with the vLLM that goes with it.",
+    ),
+    KnownError(
+        "unexpected keyword argument 'warmup_ratio' / 'max_prompt_length'",
+        r"unexpected keyword argument '(warmup_ratio|max_prompt_length|tokenizer)'",
+        "TRL 1.x and transformers 5 took arguments away that older notebooks pass.",
+        "docs/compat.md names what to write instead, and the option that accepts them.",
+    ),
+    KnownError(
+        "Cannot re-initialize CUDA in forked subprocess",
+        r"Cannot re-initialize CUDA in forked subprocess",
+        "CUDA was started before vLLM forked its worker.",
+        "Keep the worker in this process, as from_pretrained does: VLLM_ENABLE_V1_MULTIPROCESSING=0 before vllm is "
+        "imported.",
+    ),
+)
+
+
+def look_up(text: str) -> Iterator[KnownError]:
+    """Yield the known errors that `text`, a message or a whole log, contains."""
+    yield from (known for known in KNOWN_ERRORS if re.search(known.pattern, text, re.IGNORECASE))
+
+
+def as_markdown() -> str:
+    """Return the table as it stands in docs/troubleshooting.md."""
+    rows = (f"| `{known.message}` | {known.cause} | {known.solution} |" for known in KNOWN_ERRORS)
+    return "\n".join(("| message | cause | solution |", "|---|---|---|", *rows)) + "\n"
