@@ -155,6 +155,8 @@ class Watch:
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def noting(engine: Any, prompts: Any, sampling_params: Any = None, **named: Any) -> Any:
+            if sampling_params is None or isinstance(sampling_params, list):
+                return original(engine, prompts, sampling_params=sampling_params, **named)
             if sampling_params.logprobs is None:  # asking changes nothing that is sampled
                 sampling_params.logprobs = 0
             outputs = original(engine, prompts, sampling_params=sampling_params, **named)
@@ -164,6 +166,7 @@ class Watch:
                 "step": trainer.state.global_step if training else None,
                 "adapters": sorted({str(adapter_of(output)) for output in outputs}),
                 "completions": sum(len(output.outputs) for output in outputs),
+                "logprob": float(tiny.engine_logprobs(outputs[0]).sum()),
             }
             if training and getattr(sampling_params, "structured_outputs", None) is not None:
                 generate = functools.partial(type(engine).generate.__wrapped__, engine)

@@ -4,16 +4,19 @@
     python -m tests.cpu.notebook_shapes --table BEFORE.json AFTER.json
 
 Each shape of tests/cpu/shapes.py in a process of its own, on the stack of golden/releases.toml that has the release,
-on a tiny model and a vLLM on the CPU. The table is the one in docs/notebooks.md.
+on a tiny model and a vLLM on the CPU; the releases beside each other. The table is the one in docs/notebooks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +29,7 @@ from tests.golden.sources import ROOT, pinned, stacks, unpacked, wheel_cache
 RELEASES = ("0.22.2", "1.16.0")
 MODES = ("import", "compat")
 TIME_LIMIT = 400  # seconds
+LOST = {"reached": [], "broke": {"cell": "?", "line": "", "error": "the process ended without a report"}}
 
 
 def main() -> int:
@@ -34,56 +38,81 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--releases", nargs="+", default=RELEASES)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", nargs="+", type=Path)
-    parser.add_argument("--here", nargs=3, metavar=("SHAPE", "MODE", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.here:
-        shape, mode, out = arguments.here
-        Path(out).write_text(json.dumps(run_here(shape, mode, Path(out).parent)))
-        return 0
     if arguments.table:
         print(table([json.loads(path.read_text()) for path in arguments.table]))
         return 0
     unknown = set(arguments.shapes) - set(SHAPES)
-    if unknown or arguments.out is None:
-        parser.error(f"no such shape: {', '.join(sorted(unknown))}" if unknown else "--out is missing")
+    if unknown:
+        parser.error(f"no such shape: {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
     names = [name for name in SHAPES if not arguments.shapes or name in arguments.shapes]
-    wanted = [(name, release, mode) for release in arguments.releases for mode in arguments.modes for name in names]
+    cases = [(name, mode) for name in names for mode in arguments.modes]
+    if arguments.here:
+        run_each(cases, arguments.here)
+        return 0
+    if arguments.out is None:
+        parser.error("--out is missing")
     found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        for case, result in zip(wanted, pool.map(lambda case: run(*case), wanted), strict=True):
-            found["/".join(case)] = result
-            print("/".join(case), in_words(result), flush=True)
+    with ThreadPoolExecutor() as pool:
+        for results in pool.map(lambda release: run(release, names, arguments.modes), arguments.releases):
+            found |= results
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 
-def run(name: str, release: str, mode: str) -> dict[str, Any]:
-    """Run one shape in a process of its own with a TRL release."""
+def run(release: str, names: list[str], modes: list[str]) -> dict[str, Any]:
+    """Run shapes with one TRL release, in one interpreter that forks for each."""
     pinned_release = pinned()[release]
     python = installed(stacks()[pinned_release.cpu])
     environ = environment_of(unpacked(pinned_release, wheel_cache()))
-    with tempfile.TemporaryDirectory(prefix="shape-") as home:
-        out = Path(home) / "report.json"
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="shapes-") as home:
         environ |= {"XDG_CACHE_HOME": f"{home}/cache", "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
-        command = [str(python), "-m", "tests.cpu.notebook_shapes", "--here", name, mode, str(out)]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return {"reached": [], "broke": {"cell": "?", "line": "", "error": f"not done in {TIME_LIMIT} s"}}
-        if not out.is_file():
-            return {"reached": [], "broke": {"cell": "?", "line": "", "error": done.stderr[-400:]}}
-        report: dict[str, Any] = json.loads(out.read_text())
-        return report
+        command = [str(python), "-m", "tests.cpu.notebook_shapes", "--here", home, "--modes", *modes, "--", *names]
+        with subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                name, mode = line.split()
+                out = Path(home) / name / mode / "report.json"
+                result = json.loads(out.read_text()) if out.is_file() else dict(LOST)
+                found[f"{name}/{release}/{mode}"] = result
+                print(f"{name}/{release}/{mode}", in_words(result), flush=True)
+    return found
+
+
+def run_each(cases: list[tuple[str, str]], home: Path) -> None:
+    """Import once what takes long, then run each case in a fork of this process and print its name when it is done."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import transformers  # noqa: F401
+    import vllm  # noqa: F401
+
+    for name, mode in cases:
+        place = home / name / mode
+        place.mkdir(parents=True)
+        child = os.fork()
+        if child == 0:
+            log = os.open(place / "log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            status = 1
+            try:
+                (place / "report.json").write_text(json.dumps(run_here(name, mode, place)))
+                status = 0
+            finally:
+                os._exit(status)
+        deadline = time.monotonic() + TIME_LIMIT
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.1)
+        print(name, mode, flush=True)
 
 
 def run_here(name: str, mode: str, home: Path) -> dict[str, Any]:
     """Execute the cells of a shape one after another until one breaks."""
-    import os
-
     from tests.cpu.notebook_runs import Watch, make_model
     from trlpatch.source.locate import find_trl
 
@@ -114,8 +143,11 @@ def run_here(name: str, mode: str, home: Path) -> dict[str, Any]:
         except Exception as error:
             at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
             line = source.splitlines()[at[-1] - 1].strip() if at and at[-1] else ""
-            said = next((line for line in str(error).splitlines() if line), "")
-            report["broke"] = {"cell": cell, "line": line, "error": f"{type(error).__name__}: {said[:240]}"}
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # transformers' and TRL's lazy modules wrap what they meet
+                cause = cause.__cause__
+            said = next((line for line in str(cause).splitlines() if line), "")
+            report["broke"] = {"cell": cell, "line": line, "error": f"{type(cause).__name__}: {said[:240]}"}
             break
         report["reached"].append(cell)
     rollouts = [rollout for rollout in watch.rollouts if rollout["step"] is not None]
@@ -148,20 +180,29 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Return the rows for docs/notebooks.md: one per shape, release and mode, with a column pair per file."""
+    """Return the table for docs/notebooks.md: a row per shape and release, a column per file and mode in it."""
+    columns = [(run, mode) for run in runs for mode in MODES if any(case.endswith(f"/{mode}") for case in run)]
+    releases = sorted(
+        {case.split("/")[1] for run in runs for case in run}, key=lambda text: [*map(int, text.split("."))]
+    )
     lines = []
-    for case in dict.fromkeys(case for run in runs for case in run):
-        name, release, mode = case.split("/")
-        row = [f"`{name}`", release, {"import": "import line", "compat": "and compat"}[mode]]
-        for run in runs:
-            result = run.get(case)
-            if result is None or "absent" in result:
-                row += ["", "" if result is None else result["absent"]]
-                continue
-            broke = result["broke"]
-            row += [trained(result), "all cells" if broke is None else f"{broke['cell']}: {broke['error'][:110]}"]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    for name in SHAPES:
+        for release in releases:
+            cells = [cell_of(run.get(f"{name}/{release}/{mode}")) for run, mode in columns]
+            lines.append("| " + " | ".join([f"`{name}`", release, *cells]) + " |")
     return "\n".join(lines)
+
+
+def cell_of(result: dict[str, Any] | None) -> str:
+    """Say in a cell of the table how far a run came, and the first thing that broke."""
+    if result is None or "absent" in result:
+        return "-" if result is None else str(result["absent"])
+    broke = result["broke"]
+    if broke is None:
+        return trained(result).replace("yes", "**all cells**")
+    error = broke["error"].replace("|", "\\|")
+    short = error if len(error) <= 110 else error[:107] + "..."
+    return f"{'' if trained(result) == 'no' else 'trains; '}{broke['cell']}: {short}"
 
 
 if __name__ == "__main__":

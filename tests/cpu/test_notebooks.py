@@ -91,8 +91,10 @@ def test_what_it_is_about_happens(name: str, report: dict[str, Any]) -> None:
         assert base["adapters"] == ["None"]
         assert len({*base["adapters"], *live["adapters"], *saved["adapters"]}) == 3
         assert report["sft_steps"] > 0
+        assert report["answers"].keys() == {"base model", "live adapter", "saved adapter"}
         assert report["answers"]["live adapter"] == report["answers"]["saved adapter"]
-        assert report["answers"]["live adapter"] != report["answers"]["base model"]
+        assert live["logprob"] == pytest.approx(saved["logprob"], abs=TOLERANCE)
+        assert abs(live["logprob"] - base["logprob"]) > 20 * TOLERANCE
     elif name == "grpo_resume":
         assert report["rewards"][:2] == report["first_run"]
     elif name == "grpo_tools":
