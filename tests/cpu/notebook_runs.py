@@ -114,7 +114,9 @@ def parameters(name: str, home: Path) -> dict[str, Any]:
 def make_model(home: Path, name: str) -> Path:
     """Save the tiny model for a notebook, with a tokenizer that has a chat template."""
     words = talking_tokenizer() if name == "grpo_tools" else chat_tokenizer()
-    sizes = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
+    # As in real models, some rows are to spare: transformers 5 loads it as a Qwen2Tokenizer, which adds a token.
+    rows = (len(words) // 64 + 1) * 64
+    sizes = {"vocab_size": rows, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     model = tiny.checkpoint(home / "model", max_position_embeddings=1024, **sizes)
     words.save_pretrained(model)
     return model

@@ -80,7 +80,9 @@ trainer = {kind}Trainer(
 
 SFT = """
 from trl import SFTTrainer, SFTConfig
-texts = dataset.map(lambda row: {"text": tokenizer.apply_chat_template(row["prompt"], tokenize = False)})
+texts = Dataset.from_dict({
+    "text": [tokenizer.apply_chat_template(prompt, tokenize = False) for prompt in dataset["prompt"]]
+})
 SFTTrainer(
     model = model,
     tokenizer = tokenizer,
