@@ -21,12 +21,15 @@ def python(code: str) -> str:
 def test_public_names():
     assert trlpatch.__all__ == [
         "FastLanguageModel",
+        "FastModel",
         "PatchFastRL",
         "PatchReport",
         "__version__",
         "attach_engine",
         "child_environment",
         "errors",
+        "is_bf16_supported",
+        "is_bfloat16_supported",
         "lora_request",
         "patch",
         "status",

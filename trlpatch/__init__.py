@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from trlpatch.engine.attach import attach_engine
     from trlpatch.engine.sampling_params import vLLMSamplingParams
     from trlpatch.hooks.lora_request import live_lora_request as lora_request
-    from trlpatch.loading.model import FastLanguageModel
+    from trlpatch.loading.model import FastLanguageModel, FastModel, is_bfloat16_supported
+    from trlpatch.loading.model import is_bfloat16_supported as is_bf16_supported
     from trlpatch.runtime.children import child_environment
     from trlpatch.runtime.report import PatchReport
     from trlpatch.runtime.session import PatchFastRL, patch, status, unpatch
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FastLanguageModel",
+    "FastModel",
     "PatchFastRL",
     "PatchReport",
     "__version__",
     "attach_engine",
     "child_environment",
     "errors",
+    "is_bf16_supported",
+    "is_bfloat16_supported",
     "lora_request",
     "patch",
     "status",
@@ -44,10 +48,13 @@ __all__ = [
 
 _HOMES = {
     "FastLanguageModel": ("trlpatch.loading.model", "FastLanguageModel"),
+    "FastModel": ("trlpatch.loading.model", "FastModel"),
     "PatchFastRL": ("trlpatch.runtime.session", "PatchFastRL"),
     "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
     "attach_engine": ("trlpatch.engine.attach", "attach_engine"),
     "child_environment": ("trlpatch.runtime.children", "child_environment"),
+    "is_bf16_supported": ("trlpatch.loading.model", "is_bfloat16_supported"),
+    "is_bfloat16_supported": ("trlpatch.loading.model", "is_bfloat16_supported"),
     "lora_request": ("trlpatch.hooks.lora_request", "live_lora_request"),
     "patch": ("trlpatch.runtime.session", "patch"),
     "status": ("trlpatch.runtime.session", "status"),

@@ -102,6 +102,7 @@ DISABLE = "TRLPATCH_DISABLE"
 SLEEP = "TRLPATCH_SLEEP"
 SLEEP_ALIAS = "UNSLOTH_VLLM_STANDBY"
 VLLM_ON_GB10 = "TRLPATCH_VLLM_ON_GB10"
+QUIET = "TRLPATCH_QUIET"
 CACHE_DIR = "TRLPATCH_CACHE_DIR"
 DUMP = "TRLPATCH_DUMP"
 
@@ -110,6 +111,7 @@ SWITCHES = {
     SLEEP: "whether an engine is built with sleep mode where enable_sleep_mode is not given",
     SLEEP_ALIAS: f"what {SLEEP} says, in Unsloth's words; {SLEEP} wins",
     VLLM_ON_GB10: "whether vLLM is used on DGX Spark (GB10)",
+    QUIET: "whether `trlpatch run` does not say on stderr what it patched",
 }
 """The environment variables that are on or off, and what each decides."""
 

@@ -89,11 +89,9 @@ def test_why_the_weights_are_separate_is_kept(loaded: tuple[Any, Any], capsys: p
     state = state_of(loaded[0].vllm_engine)
     assert not state.shared_weights
     assert "repacked" in (state.why_separate or "")
-    trlpatch.PatchFastRL("grpo")
     report = trlpatch.status()
-    assert report is not None
     assert any("weights separate" in line and "repacked" in line for line in report.engines)
-    assert "weights separate" in str(report)
+    assert "weights separate" in str(report.full())
 
 
 def test_the_tokenizer_is_as_trl_wants_it(loaded: tuple[Any, Any]) -> None:
@@ -278,7 +276,7 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="found none in it"):
         FastLanguageModel.from_pretrained(tmp_path, **SMALL)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
-    with pytest.raises(ModelNotFound, match=r"is a PEFT adapter without a model; load its base model .'some/base'"):
+    with pytest.raises(ModelNotFound, match=r"is a PEFT adapter of 'some/base' .*not in the hub's cache"):
         FastLanguageModel.from_pretrained(tmp_path, **SMALL)
 
 

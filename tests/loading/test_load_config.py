@@ -57,12 +57,26 @@ def test_the_signature_is_the_documented_one() -> None:
         "fast_inference": True,
         "gpu_memory_utilization": 0.5,
         "max_lora_rank": 64,
-        "float8_kv_cache": False,
         "disable_log_stats": True,
         "token": None,
         "use_gradient_checkpointing": "unsloth",
+        "float8_kv_cache": False,
         "load_in_fp8": False,
+        "load_in_8bit": False,
+        "load_in_16bit": False,
+        "full_finetuning": False,
+        "patch_trl": True,
     }
+    by_position = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    assert by_position[:4] == ["model_name", "max_seq_length", "dtype", "load_in_4bit"], "as in Unsloth"
+    assert by_position[4:] == [
+        "fast_inference",
+        "gpu_memory_utilization",
+        "max_lora_rank",
+        "disable_log_stats",
+        "token",
+        "use_gradient_checkpointing",
+    ]
     through_kwargs = {"revision", "trust_remote_code", "enable_sleep_mode", "share_weights", "lora_layers"}
     assert {*parameters} - {"kwargs"} | through_kwargs == OWN
 
@@ -99,7 +113,7 @@ def test_arguments_go_to_whom_they_concern() -> None:
         ({"attn_implementatio": 3}, r"did you mean attn_implementation="),
         ({"zzzzzzzz": 3}, r"zzzzzzzz= is not an argument .*from_pretrained$"),
         ({"max_model_len": 3}, r"use max_seq_length= instead of max_model_len="),
-        ({"torch_dtype": 3}, r"use dtype= instead"),
+        ({"offload_embeding": 3}, r"did you mean offload_embedding="),
     ],
 )
 def test_an_unknown_name_is_an_error_that_names_the_nearest(given: dict[str, Any], says: str) -> None:
@@ -124,6 +138,7 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(given: dict[str, Any
         ({"quantization": "fp8"}, "quantization='fp8' and load_in_4bit=True .* set load_in_4bit=False"),
         ({"quantization_config": {}, "load_in_4bit": True}, "set load_in_4bit=False"),
         ({"share_weights": True}, "share_weights=True, but 4-bit weights"),
+        ({"share_weights": True, "full_finetuning": True, "load_in_4bit": False}, "shared ones cannot be trained"),
         ({"share_weights": True, "load_in_4bit": False, "fast_inference": False}, "builds no engine"),
     ],
 )
@@ -143,7 +158,7 @@ def test_fp8_needs_the_engine() -> None:
     ("absent", "given", "says"),
     [
         ("vllm", {"load_in_4bit": False}, "trlpatch: fast_inference=True needs vLLM.*pip install vllm"),
-        ("bitsandbytes", {}, r'pip install "trlpatch\[4bit\]", or set load_in_4bit=False'),
+        ("bitsandbytes", {}, r'pip install .*\[4bit\]", or set load_in_4bit=False'),
         ("peft", {}, "pip install peft"),
     ],
 )

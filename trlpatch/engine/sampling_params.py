@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.errors import MissingPackage
+
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
@@ -22,8 +24,17 @@ def vLLMSamplingParams(**kwargs: Any) -> SamplingParams:
 
     Raises:
         TypeError: vLLM has no parameter of that name.
+        MissingPackage: vLLM is not installed.
     """
-    return _remembering(kwargs)
+    try:
+        return _remembering(kwargs)
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        raise MissingPackage(
+            "trlpatch: vLLMSamplingParams(...) makes a vllm.SamplingParams, and vLLM is not installed. Run: pip "
+            "install vllm; or give vllm_sampling_params a dict, which needs no vLLM"
+        ) from error
 
 
 def _remembering(given: Mapping[str, Any]) -> Any:

@@ -15,6 +15,8 @@ from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
 from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
+from trlpatch.loading.lora_targets import CALL, take_switches
+from trlpatch.loading.unsloth_arguments import Neutral
 from trlpatch.log import logger
 from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import base_of, lora_view
@@ -31,12 +33,17 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
         AdapterNotExpressible: the engine shares its base weights and cannot serve the adapter as a request.
     """
     check_gradient_checkpointing(checkpointing)
+    if getattr(base_of(model), _FULLY_TRAINED, False):
+        raise ConflictingArguments(
+            "FastLanguageModel.get_peft_model: the model was loaded with full_finetuning=True, so all of its weights "
+            "are trained and its engine has no LoRA; train it as it is, or load it without full_finetuning"
+        )
     if lora_view(model) is not None:
         raise ConflictingArguments(
             "FastLanguageModel.get_peft_model: the model has an adapter already; take it off with "
             "`model = model.unload()`, or train it as it is"
         )
-    settings = _without_neutral(settings)
+    settings = take_switches(model, _without_neutral(settings))
     engine = attached_engine(model)
     _check_rank(settings, engine)
     config = _config(settings)
@@ -49,7 +56,7 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
         torch.manual_seed(random_state)
         adapted = get_peft_model(model, config)
     try:
-        _check_engine_serves(adapted, engine)
+        check_engine_serves(adapted, engine)
     except AdapterNotExpressible:
         adapted.unload()
         raise
@@ -95,21 +102,34 @@ def _inputs_require_grads(base: Any) -> bool:
     return handle is not None and handle.id in (handle.hooks_dict_ref() or {})
 
 
-_NEUTRAL = {"max_seq_length": None, "temporary_location": None, "qat_scheme": (None,)}
-"""What Unsloth's scripts pass on and nothing here depends on -> the values that ask for nothing; None: any."""
+_FULLY_TRAINED = "_trlpatch_full_finetuning"
+
+
+def mark_fully_trained(model: Any) -> None:
+    """Note on a transformers model that it was loaded to train every weight."""
+    setattr(base_of(model), _FULLY_TRAINED, True)
+
+
+_NEUTRAL = {
+    "ensure_weight_tying": Neutral((False, None), ""),
+    "loftq_config": Neutral(({}, None), ""),
+    "qat_scheme": Neutral((None,), "weights are not trained for quantization here; leave it out"),
+    "target_parameters": Neutral(([], None), ""),
+}
+"""Settings whose values ask for nothing. Those without a reason are PEFT's own, not all of which every release has."""
+
+_NEVER_USED = ("max_seq_length", "temporary_location")
+"""What Unsloth's scripts pass on and nothing here depends on."""
 
 
 def _without_neutral(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without those that have no meaning here."""
+    """The settings without those that ask for nothing."""
     kept = {}
     for name, value in settings.items():
-        harmless = _NEUTRAL.get(name, ())
-        if harmless is None or value in harmless:
+        if name in _NEVER_USED or (name in _NEUTRAL and _NEUTRAL[name].asks_nothing(value)):
             continue
-        if name in _NEUTRAL:
-            raise ConflictingArguments(
-                f"FastLanguageModel.get_peft_model: {name}={value!r} is not supported; leave it out"
-            )
+        if name in _NEUTRAL and _NEUTRAL[name].otherwise:
+            _NEUTRAL[name].check(CALL, name, value)
         kept[name] = value
     if kept.get("lora_alpha", 1) is None:
         raise ConflictingArguments(
@@ -146,7 +166,7 @@ def _config(settings: Mapping[str, Any]) -> Any:
     return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
 
 
-def _check_engine_serves(adapted: Any, engine: Any) -> None:
+def check_engine_serves(adapted: Any, engine: Any) -> None:
     """An error where nothing else could bring the policy into the engine, else a warning."""
     view = lora_view(adapted)
     if engine is None or view is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ def read_hf_config(config: LoadConfig) -> Any:
     Raises:
         ModelNotFound: the directory does not exist or holds no model; the hub does not know the id, or it cannot be
             reached and the model is not in its cache.
-        ConflictingArguments: load_in_4bit for a checkpoint that is quantized in another way.
+        ConflictingArguments: load_in_4bit for a checkpoint that is quantized in another way, full_finetuning for one
+            that is quantized, or a model that reads images or sound.
     """
     from transformers import AutoConfig
 
@@ -31,6 +31,8 @@ def read_hf_config(config: LoadConfig) -> Any:
     except OSError as error:
         raise ModelNotFound(_not_found(config, error)) from error
     _require_one_quantization(config, hf_config)
+    if config.refuse_images:
+        _require_text(config, hf_config)
     if "attn_implementation" in config.model:  # a model over the engine's weights is built from the config alone
         hf_config._attn_implementation = config.model["attn_implementation"]
     return hf_config
@@ -42,13 +44,6 @@ def _require_directory(name: str) -> None:
     if place.is_dir():
         if (place / "config.json").is_file():
             return
-        adapter = place / "adapter_config.json"
-        if adapter.is_file():
-            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-            raise ModelNotFound(
-                f"model_name={name!r} is a PEFT adapter without a model; load its base model ({base!r}), then "
-                "PeftModel.from_pretrained(model, directory, is_trainable=True)"
-            )
         raise ModelNotFound(f"model_name={name!r}: expected a directory with config.json, found none in it")
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_like_a_path or place.is_file():
@@ -83,12 +78,27 @@ def _not_found(config: LoadConfig, error: OSError) -> str:
     return f"{where}: {error}"
 
 
+def _require_text(config: LoadConfig, hf_config: Any) -> None:
+    reads = [kind for kind in ("vision", "audio") if getattr(hf_config, f"{kind}_config", None) is not None]
+    if reads:
+        raise ConflictingArguments(
+            f"model_name={config.model_name!r} is a {' and '.join(reads)} model ({type(hf_config).__name__}): images "
+            "are not supported yet, and neither is sound; expected a model that reads text alone"
+        )
+
+
 def _require_one_quantization(config: LoadConfig, hf_config: Any) -> None:
     method = quantization_of(hf_config)
     if config.load_in_4bit and method not in (None, "bitsandbytes"):
         raise ConflictingArguments(
             f"model_name={config.model_name!r} is quantized already ({method}), and load_in_4bit=True (the default) "
             "would quantize it again; set load_in_4bit=False"
+        )
+    if method is not None and (config.full_finetuning or config.load_in_8bit):
+        flag = "full_finetuning" if config.full_finetuning else "load_in_8bit"
+        raise ConflictingArguments(
+            f"{flag}=True, but model_name={config.model_name!r} is quantized already ({method}); expected a "
+            "checkpoint in 16 or 32 bits"
         )
 
 
@@ -118,7 +128,7 @@ def sizes(config: LoadConfig, hf_config: Any, dtype: Any) -> tuple[int, int]:
             f"{type(hf_config).__name__}: {error}"
         ) from error
     bits = 4 if config.load_in_4bit or quantization_of(hf_config) == "bitsandbytes" else None
-    of_trainer = weight_bytes(shapes, dtype.itemsize, bits=bits)
+    of_trainer = weight_bytes(shapes, dtype.itemsize, bits=8 if config.load_in_8bit else bits)
     of_engine = weight_bytes(shapes, dtype.itemsize, bits=8 if config.load_in_fp8 else bits)
     return of_engine, of_trainer
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
+from trlpatch.loading.unsloth_arguments import FOLLOWED, NEUTRAL, take_unsloth_arguments, without_spread
 from trlpatch.options import LoraLayers
-from trlpatch.versions import installed_version
+from trlpatch.versions import installed_version, pip_install
 
 OWN = frozenset(
     {
@@ -28,6 +29,10 @@ OWN = frozenset(
         "token",
         "use_gradient_checkpointing",
         "load_in_fp8",
+        "load_in_8bit",
+        "load_in_16bit",
+        "full_finetuning",
+        "patch_trl",
         "revision",
         "trust_remote_code",
         "enable_sleep_mode",
@@ -40,7 +45,6 @@ INSTEAD = {
     "model": "model_name",
     "pretrained_model_name_or_path": "model_name",
     "max_model_len": "max_seq_length",
-    "torch_dtype": "dtype",
     "hf_token": "token",
     "use_auth_token": "token",
     "kv_cache_dtype": "float8_kv_cache",
@@ -76,6 +80,18 @@ OF_THE_MODEL = frozenset(
 )
 """Arguments of transformers' `from_pretrained`, which hides most of them in **kwargs."""
 
+SWITCHES = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "load_in_16bit",
+    "load_in_fp8",
+    "full_finetuning",
+    "fast_inference",
+    "float8_kv_cache",
+    "disable_log_stats",
+    "patch_trl",
+)
+
 TO_THE_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 
 
@@ -86,6 +102,8 @@ class LoadConfig:
     Attributes:
         engine: further arguments of `vllm.LLM`.
         model: further arguments of transformers' `from_pretrained`.
+        random_state: the seed of the engine, where it is not vLLM's default.
+        refuse_images: refuse a checkpoint that reads images or sound before anything is built.
         without_effect: engine arguments that were given although no engine is built.
     """
 
@@ -108,6 +126,14 @@ class LoadConfig:
     lora_layers: str
     engine: Mapping[str, Any]
     model: Mapping[str, Any]
+    load_in_8bit: bool = False
+    load_in_16bit: bool = False
+    full_finetuning: bool = False
+    random_state: int | None = None
+    resize_model_vocab: int | None = None
+    tokenizer_name: str | None = None
+    refuse_images: bool = False
+    patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
 
     @property
@@ -123,6 +149,10 @@ class LoadConfig:
     @property
     def why_separate(self) -> str | None:
         """Why the base weights cannot or shall not be shared, as far as the arguments say; None where they may be."""
+        if self.full_finetuning:
+            return "full_finetuning=True trains every weight, and shared ones cannot be trained"
+        if self.load_in_8bit:
+            return "the trainer's weights are in 8 bits, the engine's are not"
         if self.load_in_4bit:
             return "4-bit weights are quantized by vLLM and by transformers each in its own layout"
         if self.load_in_fp8:
@@ -136,12 +166,15 @@ class LoadConfig:
         return None
 
 
-def parse_arguments(values: Mapping[str, Any], further: Mapping[str, Any]) -> LoadConfig:
+def parse_arguments(
+    values: Mapping[str, Any], further: Mapping[str, Any], given: Collection[str] | None = None
+) -> LoadConfig:
     """Check the arguments of a `from_pretrained` call without importing torch, transformers or vLLM.
 
     Args:
         values: the named parameters.
         further: its **kwargs.
+        given: which of them the caller gave, where the others are at their defaults; None: all of them.
 
     Raises:
         UnknownArgument: nobody knows one of the names.
@@ -155,11 +188,14 @@ def parse_arguments(values: Mapping[str, Any], further: Mapping[str, Any]) -> Lo
     named["enable_sleep_mode"] = extra.pop("enable_sleep_mode", None)
     named["share_weights"] = extra.pop("share_weights", None)
     named["lora_layers"] = extra.pop("lora_layers", "auto")
+    take_unsloth_arguments(named, extra, named.keys() if given is None else given)
     check_values(named)
+    fast = bool(named["fast_inference"])
+    if without_spread(extra.get("device_map"), engine=fast):
+        extra.pop("device_map", None)
     of_model = {name: extra.pop(name) for name in OF_THE_MODEL & extra.keys()}
     known = engine_argument_names()
     _refuse_unknown(extra, known)
-    fast = bool(named["fast_inference"])
     made = LoadConfig(
         **{
             **named,
@@ -193,7 +229,7 @@ def check_values(named: Mapping[str, Any]) -> None:
             f"gpu_memory_utilization={share!r}: expected a number above 0 and up to 1, the share of the device's "
             "whole memory that vLLM may use: weights, activations and KV cache together"
         )
-    for key in ("load_in_4bit", "fast_inference", "float8_kv_cache", "load_in_fp8", "disable_log_stats"):
+    for key in SWITCHES:
         if not isinstance(named[key], bool):
             raise ConflictingArguments(f"{key}={named[key]!r}: expected True or False")
     for key in ("enable_sleep_mode", "share_weights"):
@@ -225,6 +261,12 @@ def check_combination(config: LoadConfig) -> None:
             "load_in_fp8=True and load_in_4bit=True (the default): the weights can have one of the two; set "
             "load_in_4bit=False"
         )
+    if config.load_in_8bit and (config.load_in_4bit or config.load_in_fp8):
+        flag = "load_in_4bit" if config.load_in_4bit else "load_in_fp8"
+        default = " (the default)" if config.load_in_4bit else ""
+        raise ConflictingArguments(
+            f"load_in_8bit=True and {flag}=True{default}: the weights can have one of the two; set {flag}=False"
+        )
     if config.load_in_fp8 and not config.fast_inference:
         raise Fp8NeedsEngine(
             "trlpatch: load_in_fp8=True quantizes the weights of the vLLM engine, and fast_inference=False builds "
@@ -236,10 +278,12 @@ def check_combination(config: LoadConfig) -> None:
             f"quantization={config.engine['quantization']!r} and {flag}=True both say how the engine's weights are "
             f"quantized; set {flag}=False"
         )
-    if config.model.get("quantization_config") is not None and config.load_in_4bit:
+    _check_quantized_once(config)
+    if config.resize_model_vocab is not None and config.fast_inference:
         raise ConflictingArguments(
-            "quantization_config=... and load_in_4bit=True (the default) both say how the weights are quantized; set "
-            "load_in_4bit=False"
+            f"resize_model_vocab={config.resize_model_vocab}: the engine has the checkpoint's vocabulary. Resize the "
+            "embeddings with transformers, save model and tokenizer, and load that directory; or set "
+            "fast_inference=False"
         )
     if config.share_weights:
         reason = config.why_separate or (None if config.fast_inference else "fast_inference=False builds no engine")
@@ -247,6 +291,22 @@ def check_combination(config: LoadConfig) -> None:
             raise ConflictingArguments(
                 f"share_weights=True, but {reason}; leave share_weights out, or load with fast_inference=True, "
                 "load_in_4bit=False and load_in_fp8=False"
+            )
+
+
+def _check_quantized_once(config: LoadConfig) -> None:
+    if config.model.get("quantization_config") is not None and (config.load_in_4bit or config.load_in_8bit):
+        flag = "load_in_4bit=True (the default)" if config.load_in_4bit else "load_in_8bit=True"
+        raise ConflictingArguments(
+            f"quantization_config=... and {flag} both say how the weights are quantized; set "
+            f"load_in_{'4' if config.load_in_4bit else '8'}bit=False"
+        )
+    quantized = {"quantization": config.engine, "quantization_config": config.model}
+    for name, arguments in quantized.items():
+        if config.full_finetuning and arguments.get(name) is not None:
+            raise ConflictingArguments(
+                f"full_finetuning=True and {name}={arguments[name]!r}: every weight is trained and pushed to the "
+                f"engine, and quantized ones cannot be; leave {name} out"
             )
 
 
@@ -262,10 +322,11 @@ def check_packages(config: LoadConfig) -> None:
             "trlpatch: fast_inference=True needs vLLM, which is not installed. Run: pip install vllm, or set "
             "fast_inference=False to generate with transformers"
         )
-    if config.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+    if (config.load_in_4bit or config.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
+        flag, default = ("load_in_4bit", " (the default)") if config.load_in_4bit else ("load_in_8bit", "")
         raise MissingPackage(
-            "trlpatch: load_in_4bit=True (the default) needs bitsandbytes, which is not installed. Run: "
-            'pip install "trlpatch[4bit]", or set load_in_4bit=False to load the weights in 16 bits'
+            f"trlpatch: {flag}=True{default} needs bitsandbytes, which is not installed. Run: "
+            f"{pip_install('4bit')}, or set {flag}=False to load the weights in 16 bits"
         )
 
 
@@ -274,9 +335,10 @@ def _refuse_unknown(extra: Mapping[str, Any], of_engine: frozenset[str]) -> None
         if name in INSTEAD:
             raise UnknownArgument(f"FastLanguageModel.from_pretrained: use {INSTEAD[name]}= instead of {name}=")
         if name not in of_engine:
+            known = OWN | OF_THE_MODEL | of_engine | NEUTRAL.keys() | FOLLOWED
             raise UnknownArgument(
                 f"FastLanguageModel.from_pretrained: {name}= is not an argument of it, of {_engine_in_words()}, or of "
-                f"transformers' from_pretrained{nearest(name, OWN | OF_THE_MODEL | of_engine)}"
+                f"transformers' from_pretrained{nearest(name, known)}"
             )
 
 

@@ -20,13 +20,14 @@ from trlpatch.engine.build import (
 )
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.state import state_of
-from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch
-from trlpatch.loading import platform_checks
-from trlpatch.loading.adapter import set_gradient_checkpointing
+from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch, ModelNotFound
+from trlpatch.loading import adapter_source, platform_checks
+from trlpatch.loading.adapter import check_engine_serves, mark_fully_trained, set_gradient_checkpointing
 from trlpatch.loading.checkpoint import quantization_of, read_hf_config, require_lora, sizes
 from trlpatch.loading.engine_errors import translate
 from trlpatch.loading.load_config import LoadConfig
 from trlpatch.loading.memory import DeviceMemory, MemoryRequirement, require_memory, require_memory_for_copy
+from trlpatch.loading.modes import remember_tokenizer
 from trlpatch.loading.progress import Progress, memory_in_use
 from trlpatch.loading.transformers_backend import without_engine
 from trlpatch.log import logger
@@ -63,7 +64,13 @@ def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]
     with show.stage("reading the configuration"):
         config = platform_checks.require_devices(config)
         platform_checks.require_one_rank(config)
-        hf_config = read_hf_config(config)
+        source = adapter_source.adapter_source(config)
+        if source is not None:
+            config = adapter_source.of_base(config, source)
+        try:
+            hf_config = read_hf_config(config)
+        except ModelNotFound as error:
+            raise error if source is None else adapter_source.base_not_found(source, error) from error
         dtype = platform_checks.engine_dtype(config, hf_config)
         made["tokenizer"] = load_tokenizer(config)
     if config.without_effect:
@@ -74,6 +81,11 @@ def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]
         facts = ["transformers generates (fast_inference=False)"]
     else:
         facts = _load_with_engine(config, hf_config, dtype, made, show)
+    if source is not None:
+        with show.stage("loading the adapter"):
+            made["model"] = adapter_source.load_adapter(made["model"], source)
+            check_engine_serves(made["model"], made.get("engine"))
+        facts.append(f"adapter of {source.name}")
     _finish(made["model"], made["tokenizer"], config)
     return [str(dtype).removeprefix("torch."), *facts]
 
@@ -85,7 +97,8 @@ def _load_with_engine(
         need, copy = _memory_requirement(config, hf_config, dtype)
         platform_checks.require_engine_platform()
         platform_checks.without_pdl()
-        require_lora(hf_config)
+        if not config.full_finetuning:
+            require_lora(hf_config)
         arguments = engine_arguments(config, dtype)
     device = _device_memory()
     if device is not None:
@@ -132,9 +145,10 @@ def _compare(config: LoadConfig, model: Any, engine: Any) -> None:
     try:
         sharing.compare_logits(model, engine)
     except EngineMismatch as mismatch:
-        if not (config.load_in_fp8 or config.float8_kv_cache or config.engine.get("quantization")):
+        rounded = config.load_in_fp8 or config.load_in_8bit or config.float8_kv_cache
+        if not (rounded or config.engine.get("quantization")):
             raise
-        logger.warning("the engine's quantization shows: %s", mismatch)
+        logger.warning("the quantization of engine or model shows: %s", mismatch)
 
 
 def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
@@ -143,6 +157,8 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
         lora = lora_arguments(config.max_lora_rank)
     except ValueError as error:
         raise ConflictingArguments(f"trlpatch: {error}; set a smaller max_lora_rank") from error
+    if config.full_finetuning:  # no request will name an adapter: no buffers, no LoRA kernels
+        lora = {name: value for name, value in lora.items() if "lora" not in name}
     arguments: dict[str, Any] = {
         "model": config.model_name,
         "max_model_len": config.max_seq_length,
@@ -154,7 +170,9 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
         **lora,
     }
     if config.revision is not None:
-        arguments |= {"revision": config.revision, "tokenizer_revision": config.revision}
+        arguments["revision"] = config.revision
+        if config.tokenizer_name is None:
+            arguments["tokenizer_revision"] = config.revision
     if config.token is not None:
         arguments["hf_token"] = config.token
     if "cache_dir" in config.model:
@@ -165,6 +183,10 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
         arguments["quantization"] = "fp8"
     if config.float8_kv_cache:
         arguments["kv_cache_dtype"] = "fp8"
+    if config.tokenizer_name is not None:
+        arguments["tokenizer"] = config.tokenizer_name
+    if config.random_state is not None:
+        arguments["seed"] = config.random_state
     arguments |= config.engine
     if graphs := compilation_config(arguments):
         arguments["compilation_config"] = graphs
@@ -185,7 +207,13 @@ def load_tokenizer(config: LoadConfig) -> Any:
     """The tokenizer as TRL's trainers want it: padding on the left, and a token to pad with."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.model_name, **config.of_tokenizer)
+    arguments = dict(config.of_tokenizer)
+    if config.tokenizer_name is not None:  # revision and subfolder are the model's
+        arguments = {**arguments, "revision": None}
+        arguments.pop("subfolder", None)
+    if arguments["revision"] is None:
+        del arguments["revision"]
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name or config.model_name, **arguments)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -209,7 +237,13 @@ def load_transformers_model(config: LoadConfig, hf_config: Any, dtype: Any) -> A
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
         )
+    if config.load_in_8bit and quantization_of(hf_config) is None:
+        arguments["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(config.model_name, **arguments)
+    if config.resize_model_vocab is not None:
+        model.resize_token_embeddings(config.resize_model_vocab)
+    if config.full_finetuning:
+        mark_fully_trained(model.requires_grad_(True))
     return model.eval()
 
 
@@ -217,6 +251,7 @@ def _finish(model: Any, tokenizer: Any, config: LoadConfig) -> None:
     for settings in (model.config, getattr(model, "generation_config", None)):
         if settings is not None and getattr(settings, "pad_token_id", None) is None:
             settings.pad_token_id = tokenizer.pad_token_id
+    remember_tokenizer(model, tokenizer)
     if config.use_gradient_checkpointing:
         set_gradient_checkpointing(model, on=True, auto=config.use_gradient_checkpointing == "auto")
 

@@ -53,6 +53,10 @@ def require_devices(config: LoadConfig) -> LoadConfig:
             "trlpatch: load_in_4bit=True (the default) needs a CUDA device, and torch finds none; set "
             "load_in_4bit=False"
         )
+    if config.load_in_8bit and not cuda:
+        raise CudaRequired(
+            "trlpatch: load_in_8bit=True needs a CUDA device, and torch finds none; set load_in_8bit=False"
+        )
     if config.load_in_fp8 and not cuda:
         raise CudaRequired(
             "trlpatch: load_in_fp8=True needs a CUDA device, and torch finds none; set load_in_fp8=False"

@@ -54,10 +54,12 @@ class _Session:
         stock: targets that `on_drift="stock"` left alone.
         journals: what was exchanged in modules that were imported before patching, oldest first.
         patched: by module name.
+        caller: who asked for `options`, in the words of a script.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, caller: str) -> None:
         self.options = options
+        self.caller = caller
         self.report = PatchReport()
         self.covered: frozenset[str] = frozenset()
         self.stock: frozenset[str] = frozenset()
@@ -135,15 +137,19 @@ def PatchFastRL(
 patch = PatchFastRL
 
 
-def apply(options: Options) -> PatchReport:
+def apply(options: Options, *, caller: str = "PatchFastRL") -> PatchReport:
     """Do what `PatchFastRL` says, with options already checked. Safe to call from several threads.
+
+    Args:
+        options: what is asked for.
+        caller: who asks, for messages.
 
     Raises:
         TrlpatchError: as `PatchFastRL` does.
     """
     pending: list[Warned] = []
     with _lock:
-        report = _apply(options, pending)
+        report = _apply(options, caller, pending)
     # After the state is complete: a filter may turn a warning into an exception.
     for category, text in pending:
         warnings.warn(text, category, stacklevel=3)
@@ -179,34 +185,53 @@ def revert() -> None:
 unpatch = revert
 
 
-def status() -> PatchReport | None:
-    """Return the report of what is in force, or None before the first `PatchFastRL`."""
+def status() -> PatchReport:
+    """Return the report of what is in force: one that is false and says "not patched" where nothing is.
+
+    Its engines are those of this process as of now, whether TRL is patched or not.
+    """
     with _lock:
-        return _disabled if _active is None else _active.report
+        report = _decided()
+        return PatchReport() if report is None else report
 
 
-def _apply(options: Options, pending: list[Warned]) -> PatchReport:
+def is_decided() -> bool:
+    """Tell whether `PatchFastRL` was called here, and has patched TRL or was told by TRLPATCH_DISABLE not to."""
+    with _lock:
+        return _decided() is not None
+
+
+def _decided() -> PatchReport | None:
+    return _disabled if _active is None else _active.report
+
+
+def _apply(options: Options, caller: str, pending: list[Warned]) -> PatchReport:
     global _active, _disabled
     if _active is None and read_switch(DISABLE):
-        _disabled = _disabled or PatchReport(disabled=True)
+        if _disabled is None:
+            _disabled = PatchReport(disabled=True)
         return _disabled
     _disabled = None
     wanted = target_names(options.algorithm)
     if options.algorithm is not None:
         require_algorithm(find_trl(), options.algorithm)
-    session = _active or _Session(options)
+    session = _active or _Session(options, caller)
     for name in ("skip", "logps", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
+            earlier, instead = f"{caller}({name}={runs!r})", ""
+            if session.caller != caller:
+                earlier = f"{session.caller}, which patched with {name}={runs!r}"
+                instead = f", or {caller} before {session.caller}"
             raise OptionsConflict(
-                f"PatchFastRL({name}={asked!r}) after PatchFastRL({name}={runs!r}): another set of "
-                "patches cannot replace the one that runs. Call trlpatch.unpatch() first."
+                f"{caller}({name}={asked!r}) after {earlier}: another set of patches cannot replace the one that "
+                f"runs. Call trlpatch.unpatch() first{instead}."
             )
     retried = session.stock if options.on_drift == "raise" else frozenset()
     new = (wanted - session.covered) | (wanted & retried)
     if _active is None or new:
         _extend(session, options, new, pending)
-    session.options = options
+    session.options, session.caller = options, caller
     activate(options)
     _active = session
     return session.report
@@ -296,10 +321,12 @@ def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
     from trlpatch.runtime.rebind import touched_classes
 
     return instances(
-        cls
-        for one in patched
-        if one.source.target.kind in ("trainer", "engine") and one.source.module in sys.modules
-        for cls, _ in touched_classes(sys.modules[one.source.module], one.touched)
+        {
+            cls
+            for one in patched
+            if one.source.target.kind in ("trainer", "engine") and one.source.module in sys.modules
+            for cls, _ in touched_classes(sys.modules[one.source.module], one.touched)
+        }
     )
 
 

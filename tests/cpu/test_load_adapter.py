@@ -1,0 +1,88 @@
+"""`from_pretrained` of a PEFT adapter on a real vLLM CPU engine: rollouts carry it from the first one on."""
+
+from __future__ import annotations
+
+from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from tests.cpu.fast import SMALL, rollout
+from trlpatch import FastLanguageModel
+from trlpatch.engine import probes
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-4  # float32 on both sides
+MOVED = 1e-2
+PUSHED_TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of rank 24, saved by PEFT, of a model that is saved beside it."""
+    root = tmp_path_factory.mktemp("models")
+    made = tiny.policy(tiny.checkpoint(root / "base"), r=24)
+    tiny.move(made, seed=1)
+    made.save_pretrained(root / "adapter")
+    return root / "adapter"
+
+
+def gap(policy: Any, output: Any) -> float:
+    theirs = tiny.trainer_logprobs(policy, output.prompt_token_ids, output.outputs[0].token_ids)
+    return float((tiny.engine_logprobs(output) - theirs).abs().max())
+
+
+def test_rollouts_carry_a_loaded_adapter_at_once(adapter: Path) -> None:
+    model, _ = FastLanguageModel.from_pretrained(adapter, max_lora_rank=8, random_state=3407, **SMALL)
+    assert probes.max_lora_rank(model.vllm_engine) == 32, "24 is no rank that vLLM allows, 8 too small"
+    assert model.vllm_engine.llm_engine.vllm_config.model_config.seed == 3407
+    assert gap(model, rollout(model)) < TOLERANCE
+    assert gap(model, rollout(model, lora_request=None)) > MOVED
+    tiny.move(model, seed=2)
+    assert gap(model, rollout(model)) < TOLERANCE, "it is trained on"
+
+
+@pytest.mark.release
+def test_grpo_goes_on_training_it(adapter: Path, tmp_path: Path) -> None:
+    report = _train("adapter", tmp_path, str(adapter))
+    assert report["engines_built"] == 1
+    assert report["uses_ours"]
+    assert [one["step"] for one in report["rollouts"]] == [0, 1]
+    assert len({one["adapter"] for one in report["rollouts"]} - {None}) == 2
+    assert max(one["gap"] for one in report["rollouts"]) < PUSHED_TOLERANCE
+    assert report["trained"] == ["lora_A", "lora_B"]
+    assert report["moved"] > 0
+
+
+@pytest.mark.release
+def test_grpo_trains_every_weight_and_pushes_them(adapter: Path, tmp_path: Path) -> None:
+    report = _train("full", tmp_path, str(adapter.parent / "base"))
+    assert report["engines_built"] == 1
+    assert report["uses_ours"]
+    assert not report["lora"], "no LoRA buffers that nobody fills"
+    assert [one["adapter"] for one in report["rollouts"]] == [None, None]
+    assert report["every_weight"]
+    assert report["moved"] > 0.9, "the share of parameters that the two steps moved"
+    assert [one["step"] for one in report["rollouts"]] == [0, 1]
+    assert max(one["gap"] for one in report["rollouts"]) < PUSHED_TOLERANCE, "the second rollout is of moved weights"
+
+
+def _train(case: str, directory: Path, model: str) -> dict[str, Any]:
+    out = directory / "report.json"
+    command = [sys.executable, "-m", "tests.cpu.loaded_training", case, model, str(out)]
+    environ = {**os.environ, "PYTHONWARNINGS": "default"}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    report: dict[str, Any] = json.loads(out.read_text())
+    return report

@@ -1,0 +1,102 @@
+"""Unsloth's `finetune_*` switches as PEFT's targets, on a model of names alone. Needs no torch."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trlpatch.errors import ConflictingArguments
+from trlpatch.loading.lora_targets import take_switches
+from trlpatch.loading.model import LINEARS
+
+
+class Linear:
+    in_features = 4
+
+
+class Norm:
+    pass
+
+
+HEAD = Linear()
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+class Model:
+    """Two layers; with `both`, a layer name that attention and MLP have in common."""
+
+    def __init__(self, both: bool = False) -> None:
+        self.config = SimpleNamespace(num_hidden_layers=2)
+        self._both = both
+
+    def get_output_embeddings(self) -> Linear:
+        return HEAD
+
+    def named_modules(self) -> list[tuple[str, object]]:
+        paths = [f"self_attn.{name}" for name in ATTENTION] + [f"mlp.{name}" for name in MLP]
+        if self._both:
+            paths += ["self_attn.dense", "mlp.dense"]
+        layers = [(f"model.layers.{index}.{path}", Linear()) for index in (0, 1) for path in paths]
+        return [*layers, ("model.layers.0.self_attn.q_norm", Norm()), ("lm_head", HEAD)]
+
+
+def taken(targets: Any = LINEARS, *, both: bool = False, **switches: Any) -> dict[str, Any]:
+    targets = list(targets) if isinstance(targets, tuple) else targets
+    return take_switches(Model(both), {"r": 8, "target_modules": targets, **switches})
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"finetune_vision_layers": False, "finetune_audio_layers": False},
+        {"finetune_vision_layers": True, "finetune_language_layers": True},
+        {"finetune_attention_modules": True, "finetune_mlp_modules": True, "finetune_last_n_layers": None},
+    ],
+)
+def test_what_asks_for_everything_leaves_the_targets(switches: dict[str, Any]) -> None:
+    assert taken(**switches) == {"r": 8, "target_modules": list(LINEARS)}
+    assert taken("all-linear", **switches)["target_modules"] == "all-linear"
+
+
+@pytest.mark.parametrize("targets", [LINEARS, "all-linear", None, r".*\.(q|k|v|o|gate|up|down)_proj"])
+def test_modules_of_one_kind_are_left_out(targets: Any) -> None:
+    assert taken(targets, finetune_mlp_modules=False)["target_modules"] == sorted(ATTENTION)
+    assert taken(targets, finetune_attention_modules=False)["target_modules"] == sorted(MLP)
+
+
+def test_targets_are_narrowed_not_widened() -> None:
+    assert taken(("q_proj", "up_proj"), finetune_mlp_modules=False)["target_modules"] == ["q_proj"]
+
+
+def test_a_name_of_both_kinds_is_given_by_its_paths() -> None:
+    targets = taken(("q_proj", "dense"), both=True, finetune_mlp_modules=False)["target_modules"]
+    assert targets == ["q_proj", "model.layers.0.self_attn.dense", "model.layers.1.self_attn.dense"]
+
+
+def test_the_last_layers() -> None:
+    assert taken(finetune_last_n_layers=1)["layers_to_transform"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("switches", "says"),
+    [
+        ({"finetune_attention_modules": False, "finetune_mlp_modules": False}, "leave nothing to adapt"),
+        ({"finetune_language_layers": False}, "a text model has language layers only"),
+        ({"finetune_language_layers": False, "finetune_vision_layers": True}, "set it to True"),
+        ({"finetune_mlp_modules": None}, "finetune_mlp_modules=None: expected True or False"),
+        ({"finetune_last_n_layers": 3}, "expected a whole number from 1 to 2"),
+        ({"finetune_last_n_layers": 1, "layers_to_transform": [0]}, "both say which layers"),
+    ],
+)
+def test_what_cannot_be_followed(switches: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConflictingArguments, match=says):
+        taken(**switches)
+
+
+def test_targets_of_which_nothing_is_left() -> None:
+    with pytest.raises(ConflictingArguments, match=r"finetune_mlp_modules=False leaves none of .*up_proj"):
+        taken(("up_proj",), finetune_mlp_modules=False)
