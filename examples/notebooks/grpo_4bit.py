@@ -29,17 +29,14 @@ ENGINE = {}  # further arguments of vllm.LLM
 # %% [markdown]
 # ## Model and engine
 #
-# `load_in_4bit=True` is the default.
-
-# %%
-from trlpatch import FastLanguageModel, PatchFastRL
-
-PatchFastRL("GRPO", FastLanguageModel)
+# `load_in_4bit=True` is the default. `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
 
 # %%
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+
+from trlpatch import FastLanguageModel
 
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=MODEL,

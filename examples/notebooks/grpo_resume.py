@@ -29,16 +29,15 @@ ENGINE = {}  # further arguments of vllm.LLM
 
 # %% [markdown]
 # ## Model, engine, adapter
-
-# %%
-from trlpatch import FastLanguageModel, PatchFastRL
-
-PatchFastRL("GRPO", FastLanguageModel)
+#
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
 
 # %%
 import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
+
+from trlpatch import FastLanguageModel
 
 base, tokenizer = FastLanguageModel.from_pretrained(
     model_name=MODEL,

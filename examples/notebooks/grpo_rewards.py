@@ -29,11 +29,11 @@ ENGINE = {}  # further arguments of vllm.LLM
 
 # %% [markdown]
 # ## Model and engine
+#
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
 
 # %%
-from trlpatch import FastLanguageModel, PatchFastRL
-
-PatchFastRL("GRPO", FastLanguageModel)
+from trlpatch import FastLanguageModel
 
 # %%
 model, tokenizer = FastLanguageModel.from_pretrained(

@@ -28,14 +28,8 @@ ENGINE = {}  # further arguments of vllm.LLM
 
 # %% [markdown]
 # ## Model and engine
-
-# %%
-from trlpatch import FastLanguageModel, PatchFastRL
-
-PatchFastRL("online_dpo", FastLanguageModel)
-
-# %% [markdown]
-# TRL moved the trainer in 0.26:
+#
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand. TRL moved the trainer in 0.26.
 
 # %%
 import inspect
@@ -48,7 +42,8 @@ try:
 except ImportError:
     from trl import OnlineDPOConfig, OnlineDPOTrainer
 
-# %%
+from trlpatch import FastLanguageModel
+
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=MODEL,
     max_seq_length=MAX_SEQ_LENGTH,

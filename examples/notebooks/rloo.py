@@ -28,18 +28,15 @@ ENGINE = {}  # further arguments of vllm.LLM
 
 # %% [markdown]
 # ## Model and engine
-
-# %%
-from trlpatch import FastLanguageModel, PatchFastRL
-
-PatchFastRL("RLOO", FastLanguageModel)
+#
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
 
 # %%
 import torch
 from datasets import Dataset
 from trl import RLOOConfig, RLOOTrainer
 
-from trlpatch import vLLMSamplingParams
+from trlpatch import FastLanguageModel, vLLMSamplingParams
 
 model, tokenizer = FastLanguageModel.from_pretrained(
     model_name=MODEL,

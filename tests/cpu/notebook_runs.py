@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tests.cpu.scenarios import ROOT
@@ -61,7 +62,7 @@ def main(name: str, out: Path) -> None:
     notebook = json.loads((ROOT / "examples" / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
     given = parameters(name, home)
     built = count_engines()
-    cells: dict[str, Any] = {"__name__": "__main__"}
+    cells = main_module()
     watch = Watch(cells)
     for number, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] != "code":
@@ -92,6 +93,12 @@ def main(name: str, out: Path) -> None:
         **NOTES.get(name, lambda _: {})(cells),
     }
     out.write_text(json.dumps(report, indent=1))
+
+
+def main_module() -> dict[str, Any]:
+    """Return the names of a new `__main__`, which is where a notebook's cells run."""
+    sys.modules["__main__"] = module = ModuleType("__main__")
+    return vars(module)
 
 
 def parameters(name: str, home: Path) -> dict[str, Any]:

@@ -113,19 +113,17 @@ def run_each(cases: list[tuple[str, str]], home: Path) -> None:
 
 def run_here(name: str, mode: str, home: Path) -> dict[str, Any]:
     """Execute the cells of a shape one after another until one breaks."""
-    from tests.cpu.notebook_runs import Watch, make_model
+    from tests.cpu.notebook_runs import Watch, main_module, make_model
     from trlpatch.source.locate import find_trl
 
     shape = SHAPES[name]
     if find_trl().release < shape.since:
         return {"absent": f"needs TRL {'.'.join(map(str, shape.since))}"}
     os.chdir(home)
-    cells: dict[str, Any] = {
-        "__name__": "__main__",
-        "MODEL": str(make_model(home, "shape")),
-        "CPU_ENGINE": {"enforce_eager": True, "max_num_seqs": 32},
-        "CPU_CONFIG": {"use_cpu": True, "bf16": False},
-    }
+    cells = main_module()
+    cells["MODEL"] = str(make_model(home, "shape"))
+    cells["CPU_ENGINE"] = {"enforce_eager": True, "max_num_seqs": 32}
+    cells["CPU_CONFIG"] = {"use_cpu": True, "bf16": False}
     watch = Watch(cells)
     if mode == "compat":
         import inspect
