@@ -25,6 +25,7 @@ RANK = 32
 STEPS = 250
 GENERATIONS = 8
 LEARNING_RATE = 5e-6
+GGUF = False  # True: for llama.cpp as well, with pip install "trlpatch[gguf]"
 ENGINE = {}  # further arguments of vllm.LLM
 
 # %% [markdown]
@@ -170,3 +171,16 @@ print(model.fast_generate([prompt], sampling_params=sampling)[0].outputs[0].text
 
 # %%
 model.save_lora(f"{OUT}/lora")
+
+# %% [markdown]
+# The whole model, with the adapter merged, for transformers, vLLM and others:
+
+# %%
+model.save_pretrained_merged(f"{OUT}/merged", tokenizer, save_method="merged_16bit")
+
+# %% [markdown]
+# One file for llama.cpp and Ollama:
+
+# %%
+if GGUF:
+    model.save_pretrained_gguf(f"{OUT}/gguf", tokenizer, quantization_method="q4_k_m")

@@ -81,6 +81,8 @@ def test_what_it_saves_is_there(name: str, report: dict[str, Any]) -> None:
         assert {"model/config.json", "model/model.safetensors", "model/tokenizer.json"} <= files
     else:
         assert {"lora/adapter_config.json", "lora/adapter_model.safetensors"} <= files
+    if name == "grpo_rewards":
+        assert {"merged/config.json", "merged/model.safetensors", "merged/tokenizer.json"} <= files
     if name == "grpo_resume":
         assert "checkpoint-2/adapter_model.safetensors" in files
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from trlpatch.cli import patches, running
+from trlpatch.cli import export, patches, running
 from trlpatch.cli.common import BAD_INPUT, DRIFT, INTERRUPTED
 from trlpatch.cli.doctor import doctor
 from trlpatch.errors import PatchError, TrlpatchError
@@ -43,6 +43,7 @@ for _command in (
     running.run,
     running.demo,
     doctor,
+    export.export,
 ):
     cli.add_command(_command)
 

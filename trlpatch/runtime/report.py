@@ -129,12 +129,21 @@ class PatchReport:
         described: list[str] = import_module("trlpatch.policy.checkpointing").describe()
         return tuple(described)
 
+    @property
+    def compat(self) -> tuple[str, ...]:
+        """What `compat="on"` does, and which arguments it has translated as of now, a line each."""
+        if "trlpatch.runtime.compat" not in sys.modules:
+            return ()
+        described: list[str] = import_module("trlpatch.runtime.compat").describe()
+        return tuple(described)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines, "old_logps": self.old_logps}
         plain["patched"] = self.patched
         plain["logps"] = self.logps
         plain["checkpointing"] = self.checkpointing
+        plain["compat"] = self.compat
         plain["entries"] = [entry.to_dict() for entry in self.entries]
         return {name: _plain(value) for name, value in plain.items()}
 
@@ -204,6 +213,7 @@ class PatchReport:
             ("logps", self.logps),
             ("old logps", self.old_logps),
             ("layers", self.checkpointing),
+            ("compat", self.compat),
         ):
             yield from ((name, item) for item in items)
         if not self.trl and not self.disabled and self.engines:
@@ -240,6 +250,7 @@ class PatchReport:
             ("log-probabilities", self.logps),
             ("old log-probabilities", self.old_logps),
             ("activation checkpointing", self.checkpointing),
+            ("compat", self.compat),
             ("not in this TRL", tuple(f"{target}: {reason}" for target, reason in self.absent.items())),
             ("notes", self.notes),
         ):

@@ -23,6 +23,7 @@ from trlpatch.options import (
     DUMP,
     Adapter,
     Colocate,
+    Compat,
     Logps,
     LoraLayers,
     OldLogps,
@@ -33,6 +34,7 @@ from trlpatch.options import (
     read_directory,
     read_switch,
 )
+from trlpatch.runtime import compat as removed_arguments
 from trlpatch.runtime.batch import Batch, Warned, batch_notes, batch_report, prepared_batch
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
 from trlpatch.runtime.prepare import PatchedTarget
@@ -84,6 +86,7 @@ def PatchFastRL(
     logps: Logps = "stock",
     old_logps: OldLogps = "stock",
     lora_layers: LoraLayers = "auto",
+    compat: Compat = "off",
     on_drift: OnDrift = "raise",
     skip: Collection[str] = (),
 ) -> PatchReport:
@@ -107,6 +110,8 @@ def PatchFastRL(
             other case the pass runs, and `status()` says why. "stock" always runs it.
         lora_layers: the LoRA layers of engines that TRL builds. "auto": those of trlpatch, for one adapter, where they
             fit, else vLLM's; "trlpatch": an error where they do not; "vllm": always vLLM's.
+        compat: "on" accepts arguments that this TRL and transformers took away (`warmup_ratio`, `max_prompt_length`,
+            `SFTTrainer(tokenizer=)`, ...: docs/compat.md) and does what they did; "off" explains upstream's error.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
             the targets concerned as TRL wrote them and warns. A trainer that has moved to another file does not fit;
             one that is gone from TRL is named in the report, nothing more.
@@ -131,7 +136,7 @@ def PatchFastRL(
         OptionsConflict: an earlier call used another `skip`, `logps` or `old_logps`.
     """
     named: Any = skip  # Options checks what it is, and keeps it as a tuple.
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps))
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps, compat))
 
 
 patch = PatchFastRL
@@ -170,7 +175,8 @@ def revert() -> None:
         session, alive = _active, {}
         if session is not None:
             alive = _built(session.patched.values())
-            _restore(session)
+            with removed_arguments.undone():
+                _restore(session)
             _active = None
             activate(None)
     if alive:
@@ -230,10 +236,12 @@ def _apply(options: Options, caller: str, pending: list[Warned]) -> PatchReport:
     retried = session.stock if options.on_drift == "raise" else frozenset()
     new = (wanted - session.covered) | (wanted & retried)
     if _active is None or new:
-        _extend(session, options, new, pending)
+        with removed_arguments.undone():
+            _extend(session, options, new, pending)
     session.options, session.caller = options, caller
     activate(options)
     _active = session
+    removed_arguments.install(options.compat)
     return session.report
 
 
