@@ -29,12 +29,12 @@ ENGINE = {}  # further arguments of vllm.LLM
 # %% [markdown]
 # ## Model and engine
 #
-# `load_in_4bit=True` is the default. `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
+# `load_in_4bit=True` is the default. `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand: TRL is
+# imported after it.
 
 # %%
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
 from trlpatch import FastLanguageModel
 
@@ -69,6 +69,8 @@ def short_reward(completions, **_):
 # Optimizer states in 8 bits, too.
 
 # %%
+from trl import GRPOConfig, GRPOTrainer
+
 trainer = GRPOTrainer(
     model=model,
     processing_class=tokenizer,

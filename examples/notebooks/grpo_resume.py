@@ -30,12 +30,11 @@ ENGINE = {}  # further arguments of vllm.LLM
 # %% [markdown]
 # ## Model, engine, adapter
 #
-# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand: TRL is imported after it.
 
 # %%
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
 from trlpatch import FastLanguageModel
 
@@ -62,6 +61,10 @@ dataset = Dataset.from_dict(
 
 def short_reward(completions, **_):
     return [-abs(len(message["content"]) - 40) / 40 for (message,) in completions]
+
+
+# %%
+from trl import GRPOConfig, GRPOTrainer
 
 
 def build_trainer(model, steps):

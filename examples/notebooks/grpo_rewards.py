@@ -31,7 +31,7 @@ ENGINE = {}  # further arguments of vllm.LLM
 # %% [markdown]
 # ## Model and engine
 #
-# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand: TRL is imported after it.
 
 # %%
 from trlpatch import FastLanguageModel

@@ -29,18 +29,11 @@ ENGINE = {}  # further arguments of vllm.LLM
 # %% [markdown]
 # ## Model and engine
 #
-# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand. TRL moved the trainer in 0.26.
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand: TRL is imported after it.
 
 # %%
-import inspect
-
 import torch
 from datasets import Dataset
-
-try:
-    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
-except ImportError:
-    from trl import OnlineDPOConfig, OnlineDPOTrainer
 
 from trlpatch import FastLanguageModel
 
@@ -70,9 +63,17 @@ def plain_words(completions, **_):
 
 
 # %% [markdown]
-# TRL takes reward functions here from 0.23 on; before, it asks a judge for the better one of each pair.
+# TRL moved the trainer in 0.26, and takes reward functions here from 0.23 on; before, it asks a judge for the better
+# one of each pair.
 
 # %%
+import inspect
+
+try:
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+except ImportError:
+    from trl import OnlineDPOConfig, OnlineDPOTrainer
+
 if "reward_funcs" in inspect.signature(OnlineDPOTrainer.__init__).parameters:
     preference = {"reward_funcs": plain_words}
 else:

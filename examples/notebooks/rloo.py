@@ -29,12 +29,11 @@ ENGINE = {}  # further arguments of vllm.LLM
 # %% [markdown]
 # ## Model and engine
 #
-# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand.
+# `from_pretrained` patches TRL, too, as `PatchFastRL()` does by hand: TRL is imported after it.
 
 # %%
 import torch
 from datasets import Dataset
-from trl import RLOOConfig, RLOOTrainer
 
 from trlpatch import FastLanguageModel, vLLMSamplingParams
 
@@ -74,6 +73,8 @@ def length_reward(completions, **_):
 # ## Train
 
 # %%
+from trl import RLOOConfig, RLOOTrainer
+
 trainer = RLOOTrainer(
     model=model,
     processing_class=tokenizer,
