@@ -256,6 +256,13 @@ SHAPES: dict[str, Shape] = {
         f"{OPTIONS['lengths']} {ONE_OF_FOUR}",
         after={"generate": FAST_GENERATE, "merged": MERGED},
     ),
+    "without-the-seed": Shape(
+        "the one above with `seed = 3407` taken out of SamplingParams",
+        before={"sft": SFT, "length filter": LENGTH_FILTER, "sampling": SAMPLED.replace("    seed = 3407,\n", "")},
+        config=f"vllm_sampling_params = vllm_sampling_params, temperature = 1.0, warmup_ratio = 0.1,\n    "
+        f"{OPTIONS['lengths']} {ONE_OF_FOUR}",
+        after={"generate": FAST_GENERATE, "merged": MERGED},
+    ),
     "llama-gsm8k": Shape(
         "Llama 3.1 (8B), Qwen2.5 (3B), Mistral v0.3 (7B) GRPO",
         config="adam_beta1 = 0.9, adam_beta2 = 0.99, warmup_ratio = 0.1, max_grad_norm = 0.1,\n    "
