@@ -177,7 +177,7 @@ class Watch:
                 "completions": sum(len(output.outputs) for output in outputs),
                 "logprob": float(tiny.engine_logprobs(outputs[0]).sum()),
             }
-            if training and getattr(sampling_params, "structured_outputs", None) is not None:
+            if training and _masked(sampling_params):
                 generate = functools.partial(type(engine).generate.__wrapped__, engine)
                 found["gap"] = rescored_gap(generate, trainer.model, outputs, outputs[0].lora_request)
             elif training:
@@ -186,6 +186,11 @@ class Watch:
             return outputs
 
         return functools.wraps(original)(noting)
+
+
+def _masked(params: Any) -> bool:
+    """Are the engine's log-probabilities those of some tokens only?"""
+    return getattr(params, "structured_outputs", None) is not None or params.min_p > 0 or params.top_p < 1
 
 
 def _gap(model: Any, output: Any, params: Any) -> float:
