@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.docs.pages import ROOT, Block, runnable
+from tests.docs.pages import ROOT, Block, path_of, runnable
 
 _HUB_NAME = re.compile(r"[\"' ]((?:Qwen|unsloth|meta-llama|HuggingFaceTB|google)/[\w.-]+)")
 _SECONDS = 600
@@ -31,12 +31,13 @@ def main(page: Path, directory: Path) -> None:
     work = directory / "work"
     work.mkdir()
     os.chdir(work)
-    _eager_engines()
-    _trainings_on_cpu()
+    if any(block.language == "python" for block in chosen):  # else nothing of vLLM and TRL need be imported
+        _eager_engines()
+        _trainings_on_cpu()
     namespace: dict[str, Any] = {"__name__": "__main__"}
     sys.path.insert(0, "")
     for block in chosen:
-        print(f"--- {page.name}:{block.line} {block.language}", flush=True)
+        print(f"--- {path_of(page)}:{block.line} {block.language}", flush=True)
         if block.language == "python":
             code = "\n" * (block.line - 1) + block.text  # tracebacks name the page's own lines
             exec(compile(code, str(page), "exec"), namespace)
