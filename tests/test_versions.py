@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
 
-from trlpatch.versions import installed_distribution, installed_release, installed_version
+from trlpatch import versions
+from trlpatch.versions import installed_distribution, installed_release, installed_version, pip_install
 
 
 @pytest.fixture
@@ -59,3 +61,33 @@ def test_a_build_of_someones_own_has_a_version_and_no_release(site: Path) -> Non
 def test_metadata_without_a_version_is_as_nothing(site: Path) -> None:
     (site / "vllm-0.1.dist-info").mkdir()
     assert installed_version("vllm") is None
+
+
+def test_an_extra_is_installed_from_the_checkout_it_is_in() -> None:
+    root = Path(__file__).resolve().parents[1]
+    assert pip_install("demo") == f'pip install -e "{root}[demo]"'
+
+
+@pytest.mark.parametrize(
+    ("origin", "wanted"),
+    [
+        (None, "trlpatch[demo]"),
+        ({"url": "file:///srv/trlpatch", "dir_info": {}}, "trlpatch[demo] @ file:///srv/trlpatch"),
+        (
+            {"url": "https://example.org/trlpatch.whl", "archive_info": {}},
+            "trlpatch[demo] @ https://example.org/trlpatch.whl",
+        ),
+        (
+            {"url": "https://example.org/trlpatch.git", "vcs_info": {"vcs": "git", "commit_id": "0a1b"}},
+            "trlpatch[demo] @ git+https://example.org/trlpatch.git@0a1b",
+        ),
+    ],
+)
+def test_an_extra_is_installed_from_where_pip_got_the_package(
+    site: Path, monkeypatch: pytest.MonkeyPatch, origin: dict[str, object] | None, wanted: str
+) -> None:
+    monkeypatch.setattr(versions, "__file__", str(site / "trlpatch" / "versions.py"))
+    install(site, "trlpatch", "0.1.0", "libcst")
+    if origin is not None:
+        (site / "trlpatch-0.1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin), encoding="utf-8")
+    assert pip_install("demo") == f'pip install "{wanted}"'

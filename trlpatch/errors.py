@@ -146,6 +146,10 @@ class ProtectedSamplingParam(TrlpatchError, ValueError):
     """`vllm_sampling_params` sets a value that TRL's own code relies on (`n`, `logprobs`, ...)."""
 
 
+class PromptTooLong(TrlpatchError, ValueError):
+    """With `compat="on"`: a prompt with images is longer than `max_prompt_length`, and cannot be cut."""
+
+
 class UnusableSamplingParam(TrlpatchError, ValueError):
     """`vllm_sampling_params` holds something that is not a mapping of JSON-able sampling values."""
 
@@ -187,7 +191,7 @@ class ConflictingArguments(TrlpatchError, ValueError):
 
 
 class MissingPackage(TrlpatchError, ImportError):
-    """`FastLanguageModel` needs a package that is not installed (vLLM, bitsandbytes, ...)."""
+    """`FastLanguageModel` or an export needs a package that is not installed (vLLM, bitsandbytes, ...)."""
 
 
 class CudaRequired(TrlpatchError, RuntimeError):
@@ -208,3 +212,11 @@ class VllmStyleArguments(TrlpatchError, TypeError):
 
 class RolloutFuncIgnored(EngineError, ValueError):
     """TRL 0.25 would not call this `rollout_func`: it does so in server mode only, and an engine is attached."""
+
+
+class CannotExport(TrlpatchError, ValueError):
+    """The model, checkpoint or adapter cannot be exported as asked, with the reason; nothing was written."""
+
+
+class ExportMismatch(TrlpatchError, RuntimeError):
+    """What was written is not what was to be written; it was removed again."""

@@ -19,6 +19,7 @@ OnDrift = Literal["raise", "stock"]
 Logps = Literal["stock", "chunked"]
 OldLogps = Literal["stock", "reuse"]
 LoraLayers = Literal["auto", "trlpatch", "vllm"]
+Compat = Literal["off", "on"]
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "colocate": get_args(Colocate),
@@ -28,6 +29,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "logps": get_args(Logps),
     "old_logps": get_args(OldLogps),
     "lora_layers": get_args(LoraLayers),
+    "compat": get_args(Compat),
 }
 """The options that are one of several words, and the words."""
 
@@ -36,7 +38,7 @@ class Options:
     """The checked arguments of one `PatchFastRL` call, whose documentation says what each means.
 
     Only `skip`, `logps` and `old_logps` change the patched text; `skip` is kept sorted and without repeats. The hooks
-    read `colocate`, `sleep`, `adapter` and `lora_layers` while training.
+    read `colocate`, `sleep`, `adapter`, `lora_layers` and `compat` while training.
 
     Raises:
         InvalidOption: a value is outside its list or has the wrong type.
@@ -54,6 +56,7 @@ class Options:
         old_logps: OldLogps = "stock",
         lora_layers: LoraLayers = "auto",
         logps: Logps = "stock",
+        compat: Compat = "off",
     ) -> None:
         self.algorithm = algorithm
         self.colocate = colocate
@@ -63,6 +66,7 @@ class Options:
         self.old_logps = old_logps
         self.lora_layers = lora_layers
         self.logps = logps
+        self.compat = compat
         self.skip = self._checked(skip)
 
     def __eq__(self, other: object) -> bool:
@@ -102,6 +106,7 @@ DISABLE = "TRLPATCH_DISABLE"
 SLEEP = "TRLPATCH_SLEEP"
 SLEEP_ALIAS = "UNSLOTH_VLLM_STANDBY"
 VLLM_ON_GB10 = "TRLPATCH_VLLM_ON_GB10"
+QUIET = "TRLPATCH_QUIET"
 CACHE_DIR = "TRLPATCH_CACHE_DIR"
 DUMP = "TRLPATCH_DUMP"
 
@@ -110,6 +115,7 @@ SWITCHES = {
     SLEEP: "whether an engine is built with sleep mode where enable_sleep_mode is not given",
     SLEEP_ALIAS: f"what {SLEEP} says, in Unsloth's words; {SLEEP} wins",
     VLLM_ON_GB10: "whether vLLM is used on DGX Spark (GB10)",
+    QUIET: "whether `trlpatch run` does not say on stderr what it patched",
 }
 """The environment variables that are on or off, and what each decides."""
 

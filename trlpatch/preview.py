@@ -129,7 +129,8 @@ def preview(
 
     Args:
         trl_path: a `trl` package directory, a directory holding one, or a wheel; None means the installed TRL.
-        targets: names of the target table; empty means every target of the release.
+        targets: names of the target table or of its classes, spelled as `PatchFastRL` takes them ("GRPO",
+            "grpo_trainer", "GRPOConfig"); empty means every target of the release.
         skip: names of patches to leave out.
         asked_for: names of optional patches to try as well.
 
@@ -144,6 +145,7 @@ def preview(
     with opened(trl_path) as trl:
         install = find_trl(trl.directory)
         found = [SourceFile(one.target, trl.shown(one.path), one.module, one.text) for one in sources(install)]
+        targets = [_spelled(name) for name in targets]
         _check_targets(targets, install, [source.target.name for source in found])
         wanted = frozenset(targets or TARGETS)
         found = [source for source in found if source.target.name in wanted]
@@ -198,8 +200,23 @@ def _outcome_dict(outcome: Outcome) -> dict[str, Any]:
     return entry
 
 
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".py").replace("-", "").replace("_", "")
+
+
+_SPELLINGS = {
+    _plain(spelling): name
+    for name, target in TARGETS.items()
+    for spelling in (name, *target.classes, *([f"{name}_trainer"] if target.kind == "trainer" else []))
+}
+
+
+def _spelled(name: str) -> str:
+    """Return the name of the target that is meant, as `PatchFastRL("GRPOTrainer")` is understood; else `name`."""
+    return _SPELLINGS.get(_plain(name), name)
+
+
 def _meant(name: str) -> str:
-    """`; did you mean 'grpo'?` for "GRPO", "GRPOTrainer" and "gpro"; a full stop when no target is like it."""
-    plain = name.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
-    close = difflib.get_close_matches(plain, TARGETS, n=1)
+    """`; did you mean 'grpo'?` for "gpro" and "GPROTrainer"; a full stop when no target is like it."""
+    close = difflib.get_close_matches(name.lower().replace("-", "_").removesuffix("trainer"), TARGETS, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."

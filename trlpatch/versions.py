@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Iterator
 from importlib.metadata import Distribution
+from pathlib import Path
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -34,6 +37,25 @@ def installed_release(name: str) -> Version | None:
         return Version(installed_version(name) or "")
     except InvalidVersion:
         return None
+
+
+def pip_install(extra: str) -> str:
+    """Return the command that installs the packages of an extra of ours, in the form that works for this trlpatch.
+
+    A checkout is installed from its directory, what pip got from a URL (PEP 610) from there, and only what came from
+    an index by its name.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if (root / "pyproject.toml").is_file():
+        return f'pip install -e "{root}[{extra}]"'
+    found = installed_distribution("trlpatch")
+    origin: dict[str, Any] = json.loads((found and found.read_text("direct_url.json")) or "{}")
+    url = origin.get("url", "")
+    if not url:
+        return f'pip install "trlpatch[{extra}]"'
+    if vcs := origin.get("vcs_info"):
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
+    return f'pip install "trlpatch[{extra}] @ {url}"'
 
 
 def _distributions(name: str) -> Iterator[Distribution]:

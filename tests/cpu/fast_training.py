@@ -1,4 +1,7 @@
-"""Train as the README's first example does, in a process of its own: `python -m tests.cpu.fast_training OUT.json`."""
+"""Train as the README's first example does, but for `PatchFastRL()`, which loading the model makes up for.
+
+In a process of its own: `python -m tests.cpu.fast_training OUT.json`.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.cpu.training import Recorder, count_engines, engine_of, logged, odd_tokens
-from trlpatch import FastLanguageModel, PatchFastRL, vLLMSamplingParams
+from trlpatch import FastLanguageModel, vLLMSamplingParams
 
 STEPS = 10
 MIN_P = 0.001  # small enough not to change what the witness measures
 
 
 def run(directory: Path) -> dict[str, Any]:
-    PatchFastRL()
-    from trl import GRPOConfig, GRPOTrainer
-
     built = count_engines()
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(tiny.checkpoint(directory / "model")),
@@ -31,6 +31,8 @@ def run(directory: Path) -> dict[str, Any]:
         max_lora_rank=64,
         enforce_eager=True,
     )
+    from trl import GRPOConfig, GRPOTrainer  # patched: the model was loaded with an engine
+
     model = FastLanguageModel.get_peft_model(
         model,
         r=8,

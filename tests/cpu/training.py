@@ -126,7 +126,7 @@ class Run:
         """LoRA on an attached engine, with a regular expression for completions and a limit on prompts."""
         import trlpatch
 
-        report = trlpatch.PatchFastRL(self.algorithm)
+        report = trlpatch.PatchFastRL(self.algorithm, compat="on")
         engine = tiny.engine(self.model)
         policy = trlpatch.attach_engine(tiny.policy(self.model), engine)
         regex = {"vllm_guided_decoding_regex": PATTERN, "vllm_structured_outputs_regex": PATTERN}

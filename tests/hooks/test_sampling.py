@@ -156,6 +156,40 @@ def test_below_0_24_eos_may_be_named_as_a_stop(given: dict[str, Any]) -> None:
     assert hooks.sampling_params(below_0_24(**given), dict)() == given
 
 
+def spelled(vocabulary: dict[str, int]) -> Any:
+    """A tokenizer with EOS "</s>" (2) that encodes a text as the longest pieces it knows, else as unknown (0)."""
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        ids = []
+        while text:
+            piece = max((one for one in vocabulary if text.startswith(one)), key=len, default=text[0])
+            ids.append(vocabulary.get(piece, 0))
+            text = text[len(piece) :]
+        return ids
+
+    return SimpleNamespace(eos_token="</s>", eos_token_id=2, encode=encode)
+
+
+@pytest.mark.parametrize("stop", ["</s>", ["</s>"], ["\n</s>"], ["<|end|>"], ["</s>", "<|end|>"]])
+@pytest.mark.parametrize("in_a_processor", [False, True])
+def test_below_0_24_a_stop_string_that_ends_in_an_eos_is_eos(stop: Any, in_a_processor: bool) -> None:
+    trainer = below_0_24(stop=stop, include_stop_str_in_output=True)
+    words = spelled({"</s>": 2, "<|end|>": 7, "x": 5})
+    trainer.processing_class = SimpleNamespace(tokenizer=words) if in_a_processor else words
+    trainer.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7]))
+    assert hooks.sampling_params(trainer, dict)()["stop"] == stop
+
+
+@pytest.mark.parametrize("stop", ["x", "</s>x", ["</s>", "x"], "<|end|>"])
+def test_below_0_24_a_stop_string_that_ends_otherwise_is_refused(stop: Any) -> None:
+    trainer = below_0_24(stop=stop)
+    trainer.processing_class = spelled({"</s>": 2, "<|end|>": 7, "x": 5})
+    trainer.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
+    with pytest.raises(ProtectedSamplingParam, match="would train on the padding"):
+        hooks.sampling_params(trainer, dict)
+
+
 def test_below_0_24_a_stop_among_trls_own_arguments_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert hooks.sampling_params(below_0_24(generation_kwargs={"stop_token_ids": [2]}), dict) is dict
     assert "padding" not in caplog.text

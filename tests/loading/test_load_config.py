@@ -65,6 +65,7 @@ def test_the_signature_is_the_documented_one() -> None:
         "load_in_8bit": False,
         "load_in_16bit": False,
         "full_finetuning": False,
+        "patch_trl": True,
     }
     by_position = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert by_position[:4] == ["model_name", "max_seq_length", "dtype", "load_in_4bit"], "as in Unsloth"
@@ -157,7 +158,7 @@ def test_fp8_needs_the_engine() -> None:
     ("absent", "given", "says"),
     [
         ("vllm", {"load_in_4bit": False}, "trlpatch: fast_inference=True needs vLLM.*pip install vllm"),
-        ("bitsandbytes", {}, r'pip install "trlpatch\[4bit\]", or set load_in_4bit=False'),
+        ("bitsandbytes", {}, r'pip install .*\[4bit\]", or set load_in_4bit=False'),
         ("peft", {}, "pip install peft"),
     ],
 )

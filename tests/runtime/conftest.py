@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import SKIP
+from tests.runtime import small_upstream
 from trlpatch.options import activate
-from trlpatch.runtime import index, session
+from trlpatch.runtime import compat, index, session
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOUR = 3600 * 10**9
@@ -216,3 +217,27 @@ def patch_grpo(fake_trl: FakeTrl) -> Callable[..., session.PatchReport]:
         return session.PatchFastRL("grpo", **{"skip": SKIP, **options})  # type: ignore[arg-type]
 
     return call
+
+
+@pytest.fixture
+def upstream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[small_upstream.Upstream]:
+    small_upstream.write(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in ("transformers", "trl")
+    }
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    compat.remove()
+    yield small_upstream.Upstream()
+    compat.remove()
+    for name in [name for name in sys.modules if name.split(".")[0] in ("transformers", "trl")]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.fixture(params=["imported before", "imported after"])
+def accepting(upstream: small_upstream.Upstream, request: pytest.FixtureRequest) -> small_upstream.Upstream:
+    if request.param == "imported before":
+        upstream.import_all()
+    compat.install("on")
+    return upstream

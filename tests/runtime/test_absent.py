@@ -16,8 +16,8 @@ def test_absent_targets_are_named(fake_trl):
     report = session.PatchFastRL(skip=SKIP)
     said = "no file of TRL 0.25.0 defines RLOOTrainer; trlpatch knows it at trl/trainer/rloo_trainer.py"
     assert report.absent["rloo"] == said
-    assert "not in this TRL:\n" in str(report)
-    assert f"  rloo: {said}\n" in str(report)
+    assert "not in this TRL:\n" in str(report.full())
+    assert f"  rloo: {said}\n" in str(report.full())
     assert report.to_dict()["absent"]["rloo"] == said
 
 

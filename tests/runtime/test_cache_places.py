@@ -64,7 +64,7 @@ def test_a_directory_in_no_ones_home_is_refused_before_anything_changes(
     monkeypatch.setenv(name, "~nosuchuser/x")
     with pytest.raises(errors.InvalidOption, match=rf"{name}='~nosuchuser/x'.*Write the directory out"):
         patch_grpo()
-    assert session.status() is None
+    assert not session.status()
 
 
 @pytest.mark.parametrize("name", ["a.py", MANIFEST])

@@ -31,8 +31,34 @@ def test_a_patched_trainer_is_not(fake_trl, code):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_after_unpatch_it_is(fake_trl):
-    assert SAID in fake_trl.python(PATCH + "trlpatch.unpatch()\n" + WATCH + IMPORT).stderr
+@pytest.mark.parametrize("code", [PATCH + "trlpatch.unpatch()\n" + WATCH, PATCH + WATCH + "trlpatch.unpatch()\n"])
+def test_after_unpatch_it_is(fake_trl, code):
+    assert SAID in fake_trl.python(code + IMPORT).stderr
+
+
+RLOO = "import trl.trainer.rloo_trainer\n"
+
+
+@pytest.mark.parametrize("code", [PATCH + WATCH + RLOO, WATCH + PATCH + RLOO, PATCH + RLOO + WATCH])
+def test_a_trainer_that_the_call_did_not_name_is_told_of(fake_trl, code):
+    fake_trl.write("trainer/rloo_trainer.py", "class RLOOTrainer:\n    pass\n")
+    done = fake_trl.python(code)
+    said = (
+        "trl.trainer.rloo_trainer is imported as TRL wrote it, and PatchFastRL() does not patch it here: a stock RLOO"
+    )
+    assert done.stderr.count(said) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code", [PATCH + WATCH, PATCH + "import trl.experimental.online_dpo.online_dpo_trainer\n" + WATCH]
+)
+def test_where_a_trainer_is_not_in_this_release_is_not(fake_trl, code):
+    """TRL keeps a file at the old place of a trainer that moved: 0.25 has OnlineDPOTrainer in trl/trainer."""
+    fake_trl.write("experimental/__init__.py", "")
+    fake_trl.write("experimental/online_dpo/__init__.py", "")
+    fake_trl.write("experimental/online_dpo/online_dpo_trainer.py", "")
+    done = fake_trl.python(code + IMPORT + "import trl.experimental.online_dpo.online_dpo_trainer\n")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_stock_on_purpose_is_not(fake_trl):

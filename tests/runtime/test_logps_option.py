@@ -60,5 +60,5 @@ def test_the_report_has_a_line_for_each_trainer(monkeypatch: pytest.MonkeyPatch)
         sys.modules, "trlpatch.hooks.logps", SimpleNamespace(describe=lambda: ["GRPOTrainer: 3 passes in chunks"])
     )
     report = PatchReport(trl="1.14.0")
-    assert "\nlog-probabilities:\n  GRPOTrainer: 3 passes in chunks" in str(report)
+    assert "\nlog-probabilities:\n  GRPOTrainer: 3 passes in chunks" in str(report.full())
     assert report.to_dict()["logps"] == ["GRPOTrainer: 3 passes in chunks"]

@@ -35,7 +35,7 @@ def test_raise_names_the_module_the_line_and_what_to_do(newpo):
     assert "line     return trainer.llm.generate('a')\n" in text
     assert "it names no `lora_request`\n" in text
     assert 'on_drift="stock" patches all targets and warns of these modules' in text
-    assert session.status() is None
+    assert not session.status()
 
 
 def test_stock_patches_every_target_and_warns(newpo):

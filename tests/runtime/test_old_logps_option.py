@@ -69,5 +69,5 @@ def test_the_report_has_a_line_for_each_trainer(monkeypatch: pytest.MonkeyPatch)
         sys.modules, "trlpatch.hooks.old_logps", SimpleNamespace(describe=lambda: ["GRPOTrainer: the pass runs, why"])
     )
     report = PatchReport(trl="1.16.0")
-    assert "old log-probabilities:\n  GRPOTrainer: the pass runs, why" in str(report)
+    assert "old log-probabilities:\n  GRPOTrainer: the pass runs, why" in str(report.full())
     assert report.to_dict()["old_logps"] == ["GRPOTrainer: the pass runs, why"]

@@ -232,7 +232,7 @@ def test_unpatch_refuses_where_trl_changed_since(fake_trl, indexed, patch_grpo):
     rewrite_in_place(trainer_of(fake_trl), BEFORE, SAME_SIZE)
     with pytest.raises(errors.PatchError, match=r"grpo_trainer\.py changed after PatchFastRL"):
         session.revert()
-    assert session.status() is not None
+    assert session.status()
     assert "_trlpatch.configure" in inspect.getsource(trainer)
 
 

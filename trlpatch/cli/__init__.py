@@ -1,7 +1,8 @@
 """The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
 Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given (a name that
-is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together.
+is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together,
+130 interrupted.
 
 rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
 random state of a script under `trlpatch run` is the script's own.
@@ -15,8 +16,8 @@ from typing import NoReturn
 
 import click
 
-from trlpatch.cli import patches, running
-from trlpatch.cli.common import BAD_INPUT, DRIFT
+from trlpatch.cli import export, patches, running
+from trlpatch.cli.common import BAD_INPUT, DRIFT, INTERRUPTED
 from trlpatch.cli.doctor import doctor
 from trlpatch.errors import PatchError, TrlpatchError
 
@@ -42,6 +43,7 @@ for _command in (
     running.run,
     running.demo,
     doctor,
+    export.export,
 ):
     cli.add_command(_command)
 
@@ -50,7 +52,9 @@ def main() -> NoReturn:
     """Run the command line and exit with its status."""
     try:
         status = cli.main(standalone_mode=False)
-    except (click.ClickException, click.Abort, TrlpatchError) as error:
+        if callable(status):  # `run`: what a script raises is the script's, and click does not see it
+            status = status()
+    except (click.Abort, click.ClickException, KeyboardInterrupt, TrlpatchError) as error:
         if _raised_by_script(error):
             raise
         status = _explain(error)
@@ -67,12 +71,15 @@ def _raised_by_script(error: BaseException) -> bool:
     return False
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """Print one message for `error` and return the exit status that goes with it."""
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):  # click makes the one of the other
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
     if isinstance(error, click.ClickException):
         error.show()
         return BAD_INPUT
     # click drops colours where stderr is no terminal; NO_COLOR (no-color.org) drops them there, too.
     label = "error:" if os.environ.get("NO_COLOR") else click.style("error:", fg="red")
-    click.echo(f"{label} {str(error) or 'aborted'}", err=True)
+    click.echo(f"{label} {error}", err=True)
     return DRIFT if isinstance(error, PatchError) else BAD_INPUT

@@ -10,6 +10,7 @@ import click
 DRIFT = 1
 BAD_INPUT = 2
 KNOWN_BAD = 3
+INTERRUPTED = 130
 
 GREY = "bright_black"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 _MARKS = {"applied": "green", "skipped": GREY, "failed": "red"}
 _STATES = {"tested": "green", "untested": "yellow", "incomplete": "yellow", "known-bad": "red"}
+
+_PAGE = 80
 
 _trl_path = click.option(
     "--trl-path",
@@ -64,7 +67,7 @@ def list_patches(as_json: bool) -> None:
 
     for row in rows:
         show(
-            Text.assemble((row["patch"], "bold"), f"  {row['summary']}"),
+            grid([(Text(row["patch"], "bold"), Text(row["summary"]))]),
             grid(((target, "  ".join(ranges)) for target, ranges in row["targets"].items()), indent=4),
         )
 
@@ -154,7 +157,7 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
     ]
     show(_heading(found), grid(rows, indent=2))
     _leave_on_drift(found)
-    show(Text(found.fit.verdict, "green"), *_facts([], versions))
+    show(*(Text(line, "green") for line in _folded(found.fit.verdict)), *_facts([], versions))
     sys.exit(bad)
 
 
@@ -243,9 +246,15 @@ def _facts(rows: Iterable[tuple[str, str]], verdict: Verdict) -> Iterator[Render
     width = len("installed")  # the longest name, in every command
     state, *lines = verdict.lines()
     suggestion = [lines.pop()] if verdict.suggestion else []
+    lines = [part for line in lines for part in _folded(line, _PAGE - width - 2)]
     verdict_rows = [("versions", Text(state, _STATES[verdict.state])), *(("", Text(line)) for line in lines)]
     yield grid([*((name, Text(text)) for name, text in rows), *verdict_rows], first_column=width)
     yield from (f"{'':{width}}  {line}" for line in suggestion)
+
+
+def _folded(sentence: str, width: int = _PAGE) -> list[str]:
+    """Fold what is a sentence, and no row for grep, at the width of a page; paths and URLs stay whole."""
+    return textwrap.wrap(sentence, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _environment_rows(now: EnvironmentReport) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from trlpatch.cli.common import json_option, print_json, skip_option
 from trlpatch.options import ALLOWED, Options
 
 
-def _patching(command: Callable[..., None]) -> Callable[..., None]:
+def _patching(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the arguments of PatchFastRL as options."""
     for name, words in reversed(ALLOWED.items()):
         option = click.option(
@@ -26,8 +27,9 @@ def _patching(command: Callable[..., None]) -> Callable[..., None]:
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
 )
 @_patching
+@click.option("-q", "--quiet", is_flag=True, help="Do not say on stderr what was patched; as TRLPATCH_QUIET=1.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[-m] SCRIPT|PROGRAM [ARGS]...")
-def run(words: Sequence[str], **chosen: Any) -> None:
+def run(words: Sequence[str], quiet: bool, **chosen: Any) -> Callable[[], None] | None:
     """Patch TRL, then run a script (or with -m a module) as python would, or a program: trl, accelerate, torchrun.
 
     For what should not be edited. Child processes are patched as well, unless python reads no PYTHONPATH there (-E,
@@ -35,10 +37,11 @@ def run(words: Sequence[str], **chosen: Any) -> None:
     """
     if words[:1] in (("-h",), ("--help",)):
         click.echo(click.get_current_context().get_help())
-        return
+        return None
     from trlpatch.runtime.run import run_script
 
-    run_script(list(words), Options(**{name: value for name, value in chosen.items() if value is not None}))
+    options = Options(**{name: value for name, value in chosen.items() if value is not None})
+    return functools.partial(run_script, list(words), options, quiet=quiet)
 
 
 @click.command()
@@ -48,7 +51,7 @@ def run(words: Sequence[str], **chosen: Any) -> None:
 def demo(steps: int, seed: int, as_json: bool) -> None:
     """Train a tiny model with GRPO and LoRA, and show what was patched and how the reward moves.
 
-    Needs `pip install "trlpatch[demo]"`, no GPU and no network. Rolls out on an attached engine where vLLM is
+    Needs the packages of the extra "demo", no GPU and no network. Rolls out on an attached engine where vLLM is
     installed, else on transformers.
     """
     from trlpatch.demo.show import as_dict, play

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.demo import tiny
 from trlpatch.errors import DemoNeedsPackages
-from trlpatch.versions import installed_version
+from trlpatch.versions import installed_version, pip_install
 
 if TYPE_CHECKING:
     from trlpatch.runtime.report import PatchReport
@@ -188,7 +188,7 @@ def _require_packages() -> None:
     if absent:
         raise DemoNeedsPackages(
             f"trlpatch demo needs {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not installed. "
-            'Run: pip install "trlpatch[demo]", or in a checkout: pip install -e ".[demo]"'
+            f"Run: {pip_install('demo')}"
         )
 
 

@@ -12,6 +12,7 @@ from trlpatch.engine.sharing import check_frozen
 from trlpatch.engine.state import state_of
 from trlpatch.errors import ArgsRequired, EngineMismatch, EngineWithoutSleep, ServerModeSamplingParams
 from trlpatch.hooks import ranks
+from trlpatch.hooks.prompt_length import bound_model_length
 from trlpatch.hooks.protocols import TrainerArguments, TrainerLike
 from trlpatch.hooks.sampling import normalize_sampling
 from trlpatch.hooks.sampling_checks import check_sampling
@@ -97,6 +98,8 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
             "(vllm_mode='server')",
             level=logging.WARNING,
         )
+    if engine is None:
+        bound_model_length(args)
     if args.use_vllm and getattr(args, "vllm_mode", "colocate") == "colocate":
         _sleep_mode(trainer, args, engine)
     _take_sampling_params(trainer, args)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from trlpatch.engine.sampling_params import GIVEN, explicit_values
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
+from trlpatch.hooks.prompt_length import with_limit
 from trlpatch.hooks.protocols import GenerationLike, TrainerArguments
 from trlpatch.hooks.trainers import args_of, binding
 from trlpatch.log import log_once, warn_once
@@ -146,7 +147,7 @@ def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
             as their end.
         UnusableSamplingParam: a value is not JSON-able.
     """
-    args = args_of(owner)
+    args, build = args_of(owner), with_limit(build)
     given = getattr(args, FIELD, None)
     if masks_at_eos(owner):
         _warn_of_stops(owner, getattr(args, "generation_kwargs", None) or {})
@@ -185,12 +186,24 @@ def end_tokens(given: int | Sequence[int] | None) -> list[int]:
 def unseen_stops(words: object, values: Mapping[str, object], ends: Collection[int] = ()) -> list[str]:
     """Return the names under which `values` end completions at something else than EOS.
 
-    `words` is the tokenizer, or a processor that has one, or None; `ends` are further ids that end a completion.
+    A stop string whose last token is an EOS ends nothing that EOS does not end. `words` is the tokenizer, or a
+    processor that has one, or None; `ends` are further ids that end a completion.
     """
     words = getattr(words, "tokenizer", words)
-    eos, text = getattr(words, "eos_token_id", None), getattr(words, "eos_token", None)
-    seen: dict[str, set[object]] = {"stop": {text}, "stop_token_ids": {eos, *ends}}
-    return [name for name in _STOPS if not seen[name].issuperset(_listed(values.get(name)))]
+    known = {*end_tokens(getattr(words, "eos_token_id", None)), *ends}
+
+    def is_end(name: str, stop: object) -> bool:
+        if name == "stop_token_ids":
+            return stop in known
+        return stop == getattr(words, "eos_token", None) or _last_token(words, stop) in known
+
+    return [name for name in _STOPS if not all(is_end(name, stop) for stop in _listed(values.get(name)))]
+
+
+def _last_token(words: object, text: object) -> int | None:
+    encode = getattr(words, "encode", None)
+    ids: list[int] = encode(text, add_special_tokens=False) if callable(encode) and isinstance(text, str) else []
+    return ids[-1] if ids else None
 
 
 def _listed(stops: object) -> list[object]:
@@ -199,8 +212,15 @@ def _listed(stops: object) -> list[object]:
     return [stops] if isinstance(stops, (str, int)) else list(cast("Iterable[object]", stops))
 
 
+def _known_ends(owner: object) -> list[int]:
+    # vLLM ends completions at every eos_token_id of the generation_config, whatever stops are asked for.
+    # `sampling_checks` tells where this TRL does not see one of them.
+    generation_config = getattr(getattr(owner, "model", None), "generation_config", None)
+    return end_tokens(getattr(generation_config, "eos_token_id", None))
+
+
 def _refuse_stops(owner: object, config_name: str, values: Mapping[str, object]) -> None:
-    for name in unseen_stops(getattr(owner, "processing_class", None), values):
+    for name in unseen_stops(getattr(owner, "processing_class", None), values, _known_ends(owner)):
         raise ProtectedSamplingParam(
             f"{config_name}.{FIELD} sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "
             "would train on the padding behind such a stop. Leave it out, or use TRL 0.24 or newer"
@@ -208,7 +228,7 @@ def _refuse_stops(owner: object, config_name: str, values: Mapping[str, object])
 
 
 def _warn_of_stops(owner: object, values: Mapping[str, object]) -> None:
-    for name in unseen_stops(getattr(owner, "processing_class", None), values):
+    for name in unseen_stops(getattr(owner, "processing_class", None), values, _known_ends(owner)):
         warn_once(
             owner,
             f"generation_kwargs sets {name}={values[name]!r}: TRL below 0.24 ends a completion at EOS only, and "

@@ -6,6 +6,7 @@ They come from three places, and the later wins: TRL's own fields (`top_p`, `min
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,5 +199,6 @@ def _tokenizer(engine: RolloutEngine | None) -> Any:
 
 def _knows_all_ends(trainer: type) -> bool:
     # GRPO and RLOO take generation_config's ids as well since 1.14.2, and keep them under this name.
-    code = (getattr(vars(cls).get("__init__"), "__code__", None) for cls in trainer.__mro__)
+    inits = (vars(cls)["__init__"] for cls in trainer.__mro__ if "__init__" in vars(cls))
+    code = (getattr(inspect.unwrap(one), "__code__", None) for one in inits)
     return any("eos_token_ids" in one.co_names for one in code if one is not None)

@@ -13,7 +13,7 @@ from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
 from trlpatch.loading.unsloth_arguments import FOLLOWED, NEUTRAL, take_unsloth_arguments, without_spread
 from trlpatch.options import LoraLayers
-from trlpatch.versions import installed_version
+from trlpatch.versions import installed_version, pip_install
 
 OWN = frozenset(
     {
@@ -32,6 +32,7 @@ OWN = frozenset(
         "load_in_8bit",
         "load_in_16bit",
         "full_finetuning",
+        "patch_trl",
         "revision",
         "trust_remote_code",
         "enable_sleep_mode",
@@ -88,6 +89,7 @@ SWITCHES = (
     "fast_inference",
     "float8_kv_cache",
     "disable_log_stats",
+    "patch_trl",
 )
 
 TO_THE_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
@@ -131,6 +133,7 @@ class LoadConfig:
     resize_model_vocab: int | None = None
     tokenizer_name: str | None = None
     refuse_images: bool = False
+    patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
 
     @property
@@ -323,7 +326,7 @@ def check_packages(config: LoadConfig) -> None:
         flag, default = ("load_in_4bit", " (the default)") if config.load_in_4bit else ("load_in_8bit", "")
         raise MissingPackage(
             f"trlpatch: {flag}=True{default} needs bitsandbytes, which is not installed. Run: "
-            f'pip install "trlpatch[4bit]", or set {flag}=False to load the weights in 16 bits'
+            f"{pip_install('4bit')}, or set {flag}=False to load the weights in 16 bits"
         )
 
 

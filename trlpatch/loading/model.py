@@ -47,10 +47,9 @@ def _refusing_images(load: Callable[P, T]) -> Callable[P, T]:
 class FastLanguageModel:
     """Loads a causal language model with a vLLM engine in this process, ready for TRL's trainers.
 
-    from trlpatch import FastLanguageModel, PatchFastRL
-    PatchFastRL()
-    from trl import GRPOConfig, GRPOTrainer
+    from trlpatch import FastLanguageModel
     model, tokenizer = FastLanguageModel.from_pretrained("Qwen/Qwen2.5-7B-Instruct", load_in_4bit=False)
+    from trl import GRPOConfig, GRPOTrainer
     model = FastLanguageModel.get_peft_model(model, r=16)
     GRPOTrainer(model=model, processing_class=tokenizer, ...).train()
     """
@@ -74,6 +73,7 @@ class FastLanguageModel:
         load_in_8bit: bool = False,
         load_in_16bit: bool = False,
         full_finetuning: bool = False,
+        patch_trl: bool = True,
         **kwargs: Any,
     ) -> tuple[LoadedModel, PreTrainedTokenizerBase]:
         """Return (model, tokenizer): a transformers model that carries its engine, and a tokenizer that pads left.
@@ -106,6 +106,8 @@ class FastLanguageModel:
             load_in_16bit: neither is quantized: load_in_4bit=False in another word.
             full_finetuning: train every weight. The engine has no LoRA, and weights of its own that TRL pushes anew
                 at every rollout; load_in_4bit is off.
+            patch_trl: patch TRL before an engine is built, as `PatchFastRL()` would, unless it is patched or not
+                installed. It stays patched also if loading fails after that.
             **kwargs: `revision`; `trust_remote_code`; `enable_sleep_mode` (None: TRLPATCH_SLEEP, else on where it can
                 be); `share_weights` (None: where it can be; True: or an error; False: never); `lora_layers` ("auto":
                 trlpatch's for one adapter where they fit; "trlpatch": or an error; "vllm": vLLM's own); any argument
@@ -120,6 +122,7 @@ class FastLanguageModel:
             CannotShare: share_weights=True, and they cannot be.
             EngineMismatch: engine and model do not compute the same.
             AdapterNotExpressible: the engine shares its weights and cannot serve the adapter of `model_name`.
+            PatchError and others of `PatchFastRL`: TRL is installed and cannot be patched; nothing was loaded.
         """
         from trlpatch.loading.load_config import parse_arguments
 
@@ -142,10 +145,15 @@ class FastLanguageModel:
                 "load_in_16bit": load_in_16bit,
                 "full_finetuning": full_finetuning,
                 "refuse_images": refuse_images,
+                "patch_trl": patch_trl,
             },
             kwargs,
             given,
         )
+        if config.patch_trl and config.fast_inference:
+            from trlpatch.runtime.automatic import patch_for_engine
+
+            patch_for_engine()
         from trlpatch.engine.build import random_state_kept
 
         with random_state_kept():  # around the import, too: rich draws a random number when it is imported

@@ -32,8 +32,8 @@ def child_environment() -> dict[str, str]:
     `os.environ.update(trlpatch.child_environment())`. Before any `PatchFastRL()` it is that of the default options.
     """
     report = session.status()
-    options = Options() if report is None else active()
-    if report is not None and report.modules.keys() - target_names(options.algorithm):
+    options = active()  # before any PatchFastRL() the default ones
+    if report.modules.keys() - target_names(options.algorithm):
         options = Options(
             **{**vars(options), "algorithm": None}
         )  # an earlier call patched more than the last one named
@@ -69,7 +69,7 @@ def patch_child() -> None:
         InvalidOption: TRLPATCH_CHILDREN is not what `environment_for` wrote.
         TrlpatchError: as `PatchFastRL` does.
     """
-    if session.status() is None:
+    if not session.is_decided():
         session.apply(inherited_options(os.environ))
 
 

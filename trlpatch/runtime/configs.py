@@ -38,7 +38,7 @@ def field_assignments(live: type, scratch: type) -> list[Assignment]:
     added = [name for name in after if name not in before]
     removed = [name for name in before if name not in after]
     return [
-        *_transplant(live, scratch),
+        *generated_assignments(live, scratch),
         Assignment(live, "__annotations__", after),
         Assignment(live, "__doc__", scratch.__doc__),
         *(Assignment(live, name, vars(scratch)[name]) for name in added if name in vars(scratch)),
@@ -57,9 +57,9 @@ def inheriting_assignments(scratches: Mapping[type, type]) -> Iterator[Assignmen
         for cls in subclasses(base):
             if cls in rebuilt or not is_upstream(cls):
                 continue
-            rebuilt[cls] = _rebuild(cls, tuple(rebuilt.get(parent, parent) for parent in cls.__bases__))
+            rebuilt[cls] = rebuild_on(cls, tuple(rebuilt.get(parent, parent) for parent in cls.__bases__))
             if _is_dataclass_itself(cls):
-                yield from _transplant(cls, rebuilt[cls])
+                yield from generated_assignments(cls, rebuilt[cls])
 
 
 def out_of_reach(cls: type, names: set[str]) -> list[str]:
@@ -90,7 +90,8 @@ def _own_annotations(cls: type) -> dict[str, Any]:
     return dict(inspect.get_annotations(cls))
 
 
-def _transplant(live: type, scratch: type) -> Iterator[Assignment]:
+def generated_assignments(live: type, scratch: type) -> Iterator[Assignment]:
+    """Yield what gives `live` the members that `@dataclass` generated for `scratch`, and its fields."""
     for name in _GENERATED:
         if name in vars(scratch) and name in vars(live) and _is_generated(vars(live)[name]):
             yield Assignment(live, name, vars(scratch)[name])
@@ -105,7 +106,8 @@ def _is_generated(member: Any) -> bool:
     return isinstance(member, tuple)  # __match_args__
 
 
-def _rebuild(cls: type, bases: tuple[type, ...]) -> type:
+def rebuild_on(cls: type, bases: tuple[type, ...]) -> type:
+    """Return the dataclass that `cls` would be with these bases."""
     fields: dict[str, dataclasses.Field[Any]] = vars(cls).get(_FIELDS, {})
     own = _own_annotations(cls)
     namespace = {

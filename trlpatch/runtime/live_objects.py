@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -21,20 +21,25 @@ _WRAPPERS = (
 )
 
 
-def instances(classes: Iterable[type]) -> dict[str, int]:
-    """Count the live instances of `classes` and their subclasses, by class name, after a garbage collection."""
-    wanted = tuple(classes)
-    if not wanted:
-        return {}
-    gc.collect()
-    matches: dict[type, bool] = {}
+def instances(classes: Collection[type]) -> dict[str, int]:
+    """Count the live instances of `classes` and their subclasses, by class name; what is garbage does not count."""
+    counts = _referring_instances(classes)
+    if counts:
+        # A trainer is full of cycles, so a deleted one may lie here uncollected. A full collection takes a second once
+        # torch and transformers are imported, and nearly no process has built a trainer before it patches.
+        gc.collect()
+        counts = _referring_instances(classes)
+    return counts
+
+
+def _referring_instances(classes: Collection[type]) -> dict[str, int]:
+    # An instance of a class refers to it (CPython 3.9 and newer), so the collector finds them in one pass in C.
+    wanted = {found for cls in classes for found in (cls, *subclasses(cls))}
     counts: dict[str, int] = {}
-    for candidate in gc.get_objects():
+    for candidate in gc.get_referrers(*wanted) if wanted else ():
         # type(), not isinstance(): a proxy's __class__ may run arbitrary code.
         kind = type(candidate)
-        if kind not in matches:
-            matches[kind] = any(base in wanted for base in kind.__mro__)
-        if matches[kind]:
+        if kind in wanted:
             counts[kind.__qualname__] = counts.get(kind.__qualname__, 0) + 1
     return counts
 

@@ -12,18 +12,21 @@ from trlpatch.outcomes import Outcome
 from trlpatch.runtime.loader import running_file
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
+    from rich.console import Group
+
+    from trlpatch.runtime.report_view import FullReport, Summary
 
 CacheState = Literal["hit", "miss", "memory", "off"]
 
-_STYLES = {"applied": "green", "skipped": "bright_black", "failed": "red"}
-
 
 class PatchReport:
-    """The state of this process after `PatchFastRL`.
+    """The state of this process: what `PatchFastRL` did, and what engines and trainers do as of now.
+
+    True where TRL is patched: `if trlpatch.status(): ...`. False before `PatchFastRL`, after `unpatch()`, where
+    `TRLPATCH_DISABLE` is set, and where no patch was applied.
 
     Attributes:
-        trl: the TRL version; empty when trlpatch is disabled.
+        trl: the TRL version; empty where nothing was patched or trlpatch is disabled.
         entries: one per target and patch, in the order of the target table.
         files: the file that runs, per target; upstream's own where nothing was applied.
         modules: the module name, per target.
@@ -68,6 +71,14 @@ class PatchReport:
 
     def __repr__(self) -> str:
         return f"PatchReport({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def __bool__(self) -> bool:
+        return self.patched
+
+    @property
+    def patched(self) -> bool:
+        """Whether patches of TRL are in force."""
+        return bool(self.applied)
 
     @property
     def applied(self) -> tuple[Outcome, ...]:
@@ -118,11 +129,21 @@ class PatchReport:
         described: list[str] = import_module("trlpatch.policy.checkpointing").describe()
         return tuple(described)
 
+    @property
+    def compat(self) -> tuple[str, ...]:
+        """What `compat="on"` does, and which arguments it has translated as of now, a line each."""
+        if "trlpatch.runtime.compat" not in sys.modules:
+            return ()
+        described: list[str] = import_module("trlpatch.runtime.compat").describe()
+        return tuple(described)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         plain = {**vars(self), "bypassed": self.bypassed, "engines": self.engines, "old_logps": self.old_logps}
+        plain["patched"] = self.patched
         plain["logps"] = self.logps
         plain["checkpointing"] = self.checkpointing
+        plain["compat"] = self.compat
         plain["entries"] = [entry.to_dict() for entry in self.entries]
         return {name: _plain(value) for name, value in plain.items()}
 
@@ -143,47 +164,69 @@ class PatchReport:
         )
 
     def __str__(self) -> str:
-        """Return the report as plain text: a line per patch and per file, however wide, so that grep finds it."""
-        lines = [self._headline()]
-        for rows in self._tables():
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            padded = (zip(row, widths, strict=True) for row in rows)
-            lines += ["", *("  ".join(cell.ljust(width) for cell, width in row).rstrip() for row in padded)]
-        for title, items in self._lists():
-            lines += ["", f"{title}:", *(f"  {item}" for item in items)]
-        return "\n".join(lines)
+        """Return a summary: about ten lines of 80 columns. `full()` has everything."""
+        return str(self._summary())
 
     def __rich__(self) -> Group:
-        """Return the report for a rich console: the same, with cells that fold at the width of the terminal.
+        """Return the summary for a rich console."""
+        return self._summary().__rich__()
 
-        rich is imported here alone. It draws a random number when it is imported, and `print(PatchFastRL())` leaves
-        the caller's random state as it is.
-        """
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.table import Table
-        from rich.text import Text
+    def _repr_html_(self) -> str:
+        """Return the summary as a notebook shows it: a small table."""
+        return self._summary().html()
 
-        parts: list[RenderableType] = [Text(self._headline())]
-        for head, *rows in self._tables():
-            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-            for title in head:
-                table.add_column(title, overflow="fold")
-            for row in rows:
-                table.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in row))
-            parts += [Text(), table]
-        for title, items in self._lists():
-            parts += [Text(f"\n{title}:"), *(Padding(Text(item), (0, 0, 0, 2)) for item in items)]
-        return Group(*parts)
+    def full(self) -> FullReport:
+        """Return everything, to print: a line per patch and per file, why each was skipped, what runs from where."""
+        from trlpatch.runtime.report_view import FullReport
+
+        return FullReport(self._headline(), list(self._tables()), list(self._lists()))
+
+    def _summary(self) -> Summary:
+        from trlpatch.runtime.report_view import Summary
+
+        return Summary(self._headline(), list(self._rows()), self.full() if self.entries else None)
 
     def _headline(self) -> str:
         if self.disabled:
             return "trlpatch: disabled by TRLPATCH_DISABLE, TRL is stock"
+        if not self.trl:
+            count = len(self.engines)
+            return f"trlpatch: not patched; {count or 'no'} {'engines' if count > 1 else 'engine'}"
         return f"trlpatch: TRL {self.trl}, {len(self.applied)} patches applied, {self.milliseconds:.0f} ms"
 
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """Yield what a summary says: a name and a text, about ten of them."""
+        from trlpatch.runtime.report_view import failure_lines, patched_lines, skip_lines
+
+        patched = list(dict.fromkeys(entry.target for entry in self.applied))
+        yield from patched_lines(patched)
+        for status, lines in (("failed", failure_lines), ("skipped", skip_lines)):
+            yield from ((status, line) for line in lines([entry for entry in self.entries if entry.status == status]))
+        if stock := [target for target in self.files if target not in patched]:
+            yield "stock", ", ".join(stock)
+        if self.rebound:
+            yield "in place", f"imported before PatchFastRL: {', '.join(self.rebound)}"
+        for name, items in (
+            ("no reach", [f"out of reach: {one}" for one in self.unfixable]),
+            ("bypassed", [f"{one} runs from another file: another import hook came first" for one in self.bypassed]),
+            ("engine", self.engines),
+            ("logps", self.logps),
+            ("old logps", self.old_logps),
+            ("layers", self.checkpointing),
+            ("compat", self.compat),
+        ):
+            yield from ((name, item) for item in items)
+        if not self.trl and not self.disabled and self.engines:
+            yield "to do", "a stock trainer does not use an engine: call trlpatch.PatchFastRL()"
+        if self.absent:
+            yield "absent", f"not in this TRL: {', '.join(self.absent)}"
+        yield from (("note", note) for note in self.notes)
+        if self.entries:
+            yield "all of it", "print(trlpatch.status().full())"
+
     def _tables(self) -> Iterator[list[tuple[str, ...]]]:
-        """Yield the patches and the files, each with its head; nothing where trlpatch is disabled."""
-        if self.disabled:
+        """Yield the patches and the files, each with its head; nothing where nothing was patched."""
+        if not self.trl:
             return
         yield [
             ("TARGET", "PATCH", "STATUS", "DETAIL"),
@@ -198,9 +241,7 @@ class PatchReport:
         ]
 
     def _lists(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield what else there is to say: a title and its items; nothing where trlpatch is disabled."""
-        if self.disabled:
-            return
+        """Yield what else there is to say: a title and its items."""
         for title, items in (
             ("patched in place (imported before PatchFastRL)", self.rebound),
             ("out of reach", self.unfixable),
@@ -209,6 +250,7 @@ class PatchReport:
             ("log-probabilities", self.logps),
             ("old log-probabilities", self.old_logps),
             ("activation checkpointing", self.checkpointing),
+            ("compat", self.compat),
             ("not in this TRL", tuple(f"{target}: {reason}" for target, reason in self.absent.items())),
             ("notes", self.notes),
         ):

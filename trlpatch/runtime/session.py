@@ -23,6 +23,7 @@ from trlpatch.options import (
     DUMP,
     Adapter,
     Colocate,
+    Compat,
     Logps,
     LoraLayers,
     OldLogps,
@@ -33,6 +34,7 @@ from trlpatch.options import (
     read_directory,
     read_switch,
 )
+from trlpatch.runtime import compat as removed_arguments
 from trlpatch.runtime.batch import Batch, Warned, batch_notes, batch_report, prepared_batch
 from trlpatch.runtime.loader import PatchedFinder, finish_import, running_file
 from trlpatch.runtime.prepare import PatchedTarget
@@ -54,10 +56,12 @@ class _Session:
         stock: targets that `on_drift="stock"` left alone.
         journals: what was exchanged in modules that were imported before patching, oldest first.
         patched: by module name.
+        caller: who asked for `options`, in the words of a script.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, caller: str) -> None:
         self.options = options
+        self.caller = caller
         self.report = PatchReport()
         self.covered: frozenset[str] = frozenset()
         self.stock: frozenset[str] = frozenset()
@@ -82,6 +86,7 @@ def PatchFastRL(
     logps: Logps = "stock",
     old_logps: OldLogps = "stock",
     lora_layers: LoraLayers = "auto",
+    compat: Compat = "off",
     on_drift: OnDrift = "raise",
     skip: Collection[str] = (),
 ) -> PatchReport:
@@ -105,6 +110,8 @@ def PatchFastRL(
             other case the pass runs, and `status()` says why. "stock" always runs it.
         lora_layers: the LoRA layers of engines that TRL builds. "auto": those of trlpatch, for one adapter, where they
             fit, else vLLM's; "trlpatch": an error where they do not; "vllm": always vLLM's.
+        compat: "on" accepts arguments that this TRL and transformers took away (`warmup_ratio`, `max_prompt_length`,
+            `SFTTrainer(tokenizer=)`, ...: docs/compat.md) and does what they did; "off" explains upstream's error.
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
             the targets concerned as TRL wrote them and warns. A trainer that has moved to another file does not fit;
             one that is gone from TRL is named in the report, nothing more.
@@ -129,21 +136,25 @@ def PatchFastRL(
         OptionsConflict: an earlier call used another `skip`, `logps` or `old_logps`.
     """
     named: Any = skip  # Options checks what it is, and keeps it as a tuple.
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps))
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps, compat))
 
 
 patch = PatchFastRL
 
 
-def apply(options: Options) -> PatchReport:
+def apply(options: Options, *, caller: str = "PatchFastRL") -> PatchReport:
     """Do what `PatchFastRL` says, with options already checked. Safe to call from several threads.
+
+    Args:
+        options: what is asked for.
+        caller: who asks, for messages.
 
     Raises:
         TrlpatchError: as `PatchFastRL` does.
     """
     pending: list[Warned] = []
     with _lock:
-        report = _apply(options, pending)
+        report = _apply(options, caller, pending)
     # After the state is complete: a filter may turn a warning into an exception.
     for category, text in pending:
         warnings.warn(text, category, stacklevel=3)
@@ -164,7 +175,8 @@ def revert() -> None:
         session, alive = _active, {}
         if session is not None:
             alive = _built(session.patched.values())
-            _restore(session)
+            with removed_arguments.undone():
+                _restore(session)
             _active = None
             activate(None)
     if alive:
@@ -179,36 +191,57 @@ def revert() -> None:
 unpatch = revert
 
 
-def status() -> PatchReport | None:
-    """Return the report of what is in force, or None before the first `PatchFastRL`."""
+def status() -> PatchReport:
+    """Return the report of what is in force: one that is false and says "not patched" where nothing is.
+
+    Its engines are those of this process as of now, whether TRL is patched or not.
+    """
     with _lock:
-        return _disabled if _active is None else _active.report
+        report = _decided()
+        return PatchReport() if report is None else report
 
 
-def _apply(options: Options, pending: list[Warned]) -> PatchReport:
+def is_decided() -> bool:
+    """Tell whether `PatchFastRL` was called here, and has patched TRL or was told by TRLPATCH_DISABLE not to."""
+    with _lock:
+        return _decided() is not None
+
+
+def _decided() -> PatchReport | None:
+    return _disabled if _active is None else _active.report
+
+
+def _apply(options: Options, caller: str, pending: list[Warned]) -> PatchReport:
     global _active, _disabled
     if _active is None and read_switch(DISABLE):
-        _disabled = _disabled or PatchReport(disabled=True)
+        if _disabled is None:
+            _disabled = PatchReport(disabled=True)
         return _disabled
     _disabled = None
     wanted = target_names(options.algorithm)
     if options.algorithm is not None:
         require_algorithm(find_trl(), options.algorithm)
-    session = _active or _Session(options)
+    session = _active or _Session(options, caller)
     for name in ("skip", "logps", "old_logps") if _active is not None else ():
         asked, runs = getattr(options, name), getattr(session.options, name)
         if asked != runs:
+            earlier, instead = f"{caller}({name}={runs!r})", ""
+            if session.caller != caller:
+                earlier = f"{session.caller}, which patched with {name}={runs!r}"
+                instead = f", or {caller} before {session.caller}"
             raise OptionsConflict(
-                f"PatchFastRL({name}={asked!r}) after PatchFastRL({name}={runs!r}): another set of "
-                "patches cannot replace the one that runs. Call trlpatch.unpatch() first."
+                f"{caller}({name}={asked!r}) after {earlier}: another set of patches cannot replace the one that "
+                f"runs. Call trlpatch.unpatch() first{instead}."
             )
     retried = session.stock if options.on_drift == "raise" else frozenset()
     new = (wanted - session.covered) | (wanted & retried)
     if _active is None or new:
-        _extend(session, options, new, pending)
-    session.options = options
+        with removed_arguments.undone():
+            _extend(session, options, new, pending)
+    session.options, session.caller = options, caller
     activate(options)
     _active = session
+    removed_arguments.install(options.compat)
     return session.report
 
 
@@ -296,10 +329,12 @@ def _built(patched: Iterable[PatchedTarget]) -> dict[str, int]:
     from trlpatch.runtime.rebind import touched_classes
 
     return instances(
-        cls
-        for one in patched
-        if one.source.target.kind in ("trainer", "engine") and one.source.module in sys.modules
-        for cls, _ in touched_classes(sys.modules[one.source.module], one.touched)
+        {
+            cls
+            for one in patched
+            if one.source.target.kind in ("trainer", "engine") and one.source.module in sys.modules
+            for cls, _ in touched_classes(sys.modules[one.source.module], one.touched)
+        }
     )
 
 

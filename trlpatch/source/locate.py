@@ -83,7 +83,7 @@ def find_trl(path: Path | None = None) -> TrlInstall:
         UnparsableVersion: its version is not PEP 440.
         UnsupportedTrl: it is older than 0.18.0.
     """
-    root = _installed_root() if path is None else _root_at(path)
+    root = installed_root() if path is None else _root_at(path)
     version = _version_of(root)
     release = parse_release(version)
     if release < OLDEST_SUPPORTED:
@@ -95,7 +95,12 @@ def find_trl(path: Path | None = None) -> TrlInstall:
     return TrlInstall(root, version, release)
 
 
-def _installed_root() -> Path:
+def installed_root() -> Path:
+    """Return the package directory of the TRL that `import trl` would load.
+
+    Raises:
+        TrlNotFound: it would load none, or something else of that name.
+    """
     # find_spec of a top-level name runs no code of that package.
     try:
         spec = importlib.util.find_spec("trl")
