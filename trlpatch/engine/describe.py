@@ -40,10 +40,16 @@ def _name(engine: RolloutEngine) -> str:
 def _weights(state: EngineState) -> str:
     if state.shared_weights:
         return "shared with the trainer"
+    if state.torn:
+        return "half-written: no request is answered until they are written anew"
+    if state.policy_location == "weights" and state.weights_writer is not None:
+        return state.weights_writer.description
     return "separate" + (f" ({state.why_separate})" if state.why_separate else "")
 
 
 def _adapter(engine: RolloutEngine, state: EngineState) -> str:
+    if state.policy_location == "weights":
+        return "none (the policy is in the weights)"
     if not probes.lora_enabled(engine):
         return "none (built without enable_lora=True)"
     if state.adapter_sync is None:

@@ -185,7 +185,7 @@ def check_engine_serves(adapted: Any, engine: Any) -> None:
             "linear layers, or load the model with share_weights=False"
         )
     logger.warning(
-        "FastLanguageModel.get_peft_model: vLLM cannot serve this adapter as a LoRA request: %s; TRL will push all "
-        "weights instead, which is slower",
+        "FastLanguageModel.get_peft_model: vLLM cannot serve this adapter as a LoRA request: %s; every weight "
+        "is written instead, which is slower",
         reason,
     )
