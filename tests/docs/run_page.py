@@ -20,6 +20,8 @@ from typing import Any
 from tests.docs.pages import ROOT, Block, path_of, runnable
 
 _HUB_NAME = re.compile(r"[\"' ]((?:Qwen|unsloth|meta-llama|HuggingFaceTB|google)/[\w.-]+)")
+_ENGINE = re.compile(r"\bLLM\(|from_pretrained\(|Trainer\(")
+_CONFIG = re.compile(r"Config\(")
 _SECONDS = 600
 
 
@@ -31,8 +33,10 @@ def main(page: Path, directory: Path) -> None:
     work = directory / "work"
     work.mkdir()
     os.chdir(work)
-    if any(block.language == "python" for block in chosen):  # else nothing of vLLM and TRL need be imported
+    python = "".join(block.text for block in chosen if block.language == "python")
+    if _ENGINE.search(python):  # importing vLLM takes longer than most pages
         _eager_engines()
+    if _CONFIG.search(python):
         _trainings_on_cpu()
     namespace: dict[str, Any] = {"__name__": "__main__"}
     sys.path.insert(0, "")
