@@ -17,6 +17,9 @@ engine.KEY=VALUE for vLLM, config.KEY=VALUE for GRPOConfig, env.NAME=VALUE, and 
 call of a part to see that the table moves. `--options "A=1 B=2"` adds the way trlpatch+A=1+B=2. The first way is what
 the ratios refer to.
 
+Weights in place: `--ways stock,drop-in,drop-in+adapter=merge`, and `--rank 0 --ways stock,drop-in+adapter=off,drop-in`
+for full fine-tuning.
+
 How it is timed. A timer that waits for the device changes what it measures, so there are two sets of steps in one
 process. Whole steps come first, with no method wrapped: after `--warmup` steps, `--steps` are timed, each from the end
 of the one before to its own end, and the device is waited for at these ends only (TRL waits there anyway, to log its
@@ -89,7 +92,7 @@ def main() -> int:
     parser.add_argument("--completions", type=int, default=64, help="a step")
     parser.add_argument("--per-device", type=int, default=16, help="completions of one micro-batch")
     parser.add_argument("--generations", type=int, default=8, help="completions of one prompt")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter; 0: full fine-tuning, stock and drop-in")
     parser.add_argument("--sleep", choices=("on", "off"), default="off")
     parser.add_argument("--utilization", type=float, default=0.45, help="the engine's share of the device")
     parser.add_argument("--learning-rate", type=float, default=1e-3)

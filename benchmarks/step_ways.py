@@ -152,6 +152,8 @@ def _plain_policy(way: Way, order: Order) -> tuple[Any, Any]:
     torch.manual_seed(0)
     dtype = torch.bfloat16 if order.cuda else torch.float32
     base = AutoModelForCausalLM.from_pretrained(order.model, dtype=dtype)
+    if not order.rank:
+        return base, AutoTokenizer.from_pretrained(order.model)
     lora = LoraConfig(r=order.rank, lora_alpha=order.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(base, lora), AutoTokenizer.from_pretrained(order.model)
 

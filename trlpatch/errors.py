@@ -115,7 +115,7 @@ class ArgsRequired(EngineError, ValueError):
 
 
 class AdapterNotExpressible(EngineError, ValueError):
-    """vLLM cannot serve this adapter as a LoRA request, and `adapter="request"` forbids TRL's own full-weight sync."""
+    """The engine cannot get this adapter in the way that `adapter="request"` or `"merge"` asks for."""
 
 
 class StaleAdapter(EngineError, RuntimeError):
@@ -191,7 +191,7 @@ class ConflictingArguments(TrlpatchError, ValueError):
 
 
 class MissingPackage(TrlpatchError, ImportError):
-    """`FastLanguageModel` needs a package that is not installed (vLLM, bitsandbytes, ...)."""
+    """`FastLanguageModel`, an export or a server needs a package that is not installed (vLLM, bitsandbytes, ...)."""
 
 
 class CudaRequired(TrlpatchError, RuntimeError):
@@ -212,3 +212,23 @@ class VllmStyleArguments(TrlpatchError, TypeError):
 
 class RolloutFuncIgnored(EngineError, ValueError):
     """TRL 0.25 would not call this `rollout_func`: it does so in server mode only, and an engine is attached."""
+
+
+class CannotExport(TrlpatchError, ValueError):
+    """The model, checkpoint or adapter cannot be exported as asked, with the reason; nothing was written."""
+
+
+class ExportMismatch(TrlpatchError, RuntimeError):
+    """What was written is not what was to be written; it was removed again."""
+
+
+class NotServable(TrlpatchError, ValueError):
+    """What `trlpatch serve` was given is nothing, or several things, or nothing that a server here can load."""
+
+
+class PortTaken(TrlpatchError, OSError):
+    """The server was to listen on a port that it cannot have."""
+
+
+class ServerFailed(TrlpatchError, RuntimeError):
+    """A server ended, did not answer in time, or answered with an error."""

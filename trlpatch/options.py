@@ -14,7 +14,7 @@ from trlpatch.errors import InvalidOption
 
 Colocate = Literal["auto", "always", "never"]
 Sleep = Literal["auto", "on", "off", "kv"]
-Adapter = Literal["auto", "request", "off"]
+Adapter = Literal["auto", "request", "merge", "off"]
 OnDrift = Literal["raise", "stock"]
 Logps = Literal["stock", "chunked"]
 OldLogps = Literal["stock", "reuse"]
@@ -109,12 +109,14 @@ VLLM_ON_GB10 = "TRLPATCH_VLLM_ON_GB10"
 QUIET = "TRLPATCH_QUIET"
 CACHE_DIR = "TRLPATCH_CACHE_DIR"
 DUMP = "TRLPATCH_DUMP"
+MERGE_KERNEL = "TRLPATCH_MERGE_KERNEL"
 
 SWITCHES = {
     DISABLE: "whether PatchFastRL() does nothing and TRL stays stock",
     SLEEP: "whether an engine is built with sleep mode where enable_sleep_mode is not given",
     SLEEP_ALIAS: f"what {SLEEP} says, in Unsloth's words; {SLEEP} wins",
     VLLM_ON_GB10: "whether vLLM is used on DGX Spark (GB10)",
+    MERGE_KERNEL: "whether adapters are merged into an engine by a Triton kernel instead of torch's own operations",
     QUIET: "whether `trlpatch run` does not say on stderr what it patched",
 }
 """The environment variables that are on or off, and what each decides."""

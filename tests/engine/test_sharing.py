@@ -150,11 +150,12 @@ def test_settings_of_older_engines_are_understood(tmp_path: Path) -> None:
     assert "in another process" in str(unsupported_reason(RecordingEngineStub(tells_tags=False)))
 
 
-def test_base_parameters_are_named_as_without_peft() -> None:
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}], ids=str)
+def test_base_parameters_are_named_as_without_peft(beside: dict[str, Any]) -> None:
     base = base_model()
     names = [path for path, _, _ in base_parameters(base)]
     assert set(names) == set(dict(base.named_parameters(remove_duplicate=False)))
-    policy = lora_model(base, modules_to_save=["lm_head"])
+    policy = lora_model(base, **beside)
     assert [path for path, _, _ in base_parameters(policy)] == names
     assert not any("lora" in path for path, _, _ in base_parameters(torch.nn.DataParallel(policy)))
 

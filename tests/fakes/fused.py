@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from trlpatch.engine.sharing.names import EngineNames
+from trlpatch.engine.weights_in_place import merge
+from trlpatch.policy.policy_weights import policy_weights
+
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
@@ -51,6 +55,20 @@ class FusedModelStub(torch.nn.Module):
         owner.register_parameter(leaf, VLLMParameterStub(whole))
 
 
+class LoadingStub(FusedModelStub):
+    """With vLLM's loader: rows of packed layers, the first rows of padded vocabularies."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.loaded: list[str] = []
+
+    def load_weights(self, weights: Any) -> None:
+        names = EngineNames(self)
+        for name, tensor in weights:
+            self.loaded.append(name)
+            names.view(name, tensor.shape).copy_(tensor)
+
+
 class EngineStub:
     """A `vllm.LLM` that is only looked at."""
 
@@ -68,3 +86,12 @@ def engine_over(module: Any, directory: str = "", **settings: Any) -> Any:
     config = SimpleNamespace(model_config=model_config, parallel_config=SimpleNamespace(tensor_parallel_size=1))
     executor = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
     return EngineStub(SimpleNamespace(vllm_config=config, model_executor=executor))
+
+
+def assert_holds(module: Any, model: Any, **options: Any) -> None:
+    """Are these the weights that the model computes with, with its adapters or (`adapters=False`) without?"""
+    names = EngineNames(module)
+    for one in policy_weights(model, **options):
+        right = merge.merged(one, slice(None), torch.device("cpu"))
+        target = names.view(one.path, one.base.shape)
+        torch.testing.assert_close(target, right.to(target.dtype), msg=one.path)

@@ -1,8 +1,8 @@
 """The command line: parses and prints. What it shows is computed in preview, environment, runtime and demo.
 
-Exit status: 0 all is well, 1 patches do not fit this TRL, 2 the command cannot be carried out as given (a name that
-is not known, no TRL there, a file of it that cannot be read), 3 the installed versions are known not to work together,
-130 interrupted.
+Exit status: 0 all is well, 1 patches do not fit this TRL or `serve --check` finds a difference, 2 the command cannot
+be carried out as given (a name that is not known, no TRL there, a file of it that cannot be read), 3 the installed
+versions are known not to work together, 130 interrupted.
 
 rich is imported by the commands that print tables, not here: it draws a random number when it is imported, and the
 random state of a script under `trlpatch run` is the script's own.
@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from trlpatch.cli import patches, running
+from trlpatch.cli import export, patches, running, serving
 from trlpatch.cli.common import BAD_INPUT, DRIFT, INTERRUPTED
 from trlpatch.cli.doctor import doctor
 from trlpatch.errors import PatchError, TrlpatchError
@@ -42,7 +42,9 @@ for _command in (
     patches.cache,
     running.run,
     running.demo,
+    serving.serve,
     doctor,
+    export.export,
 ):
     cli.add_command(_command)
 

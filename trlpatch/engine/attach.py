@@ -17,6 +17,7 @@ from trlpatch.engine.saved_adapter import is_adapter, saved_request
 from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.sleep import awake
 from trlpatch.engine.state import EngineState, forget, state_of
+from trlpatch.engine.weights_publisher import give_back_base, write_base
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
 from trlpatch.policy.adapter import base_of, lora_view, unwrap
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
@@ -104,7 +105,7 @@ def detach_engine(model: object) -> RolloutEngine | None:
     """Undo `attach_engine`; returns the engine that was attached (still running), or None.
 
     Shared weights stay shared, but nothing guards them any more. Another model that the engine is attached to keeps
-    it, with its guards.
+    it, with its guards. Weights that were a merged policy are the base model's again, if the engine is awake.
     """
     base = base_of(model)
     unprotect(base)
@@ -123,6 +124,7 @@ def detach_engine(model: object) -> RolloutEngine | None:
                 if state.adapter_sync is not None:
                     state.adapter_sync.invalidate()
             return llm
+        give_back_base(model, llm)
         with contextlib.suppress(AttributeError):
             delattr(llm, "__deepcopy__")
         forget(llm)
@@ -279,16 +281,22 @@ def _require_pushed_weights(base: Module, state: EngineState) -> None:
 def _fast_generate(self: Module, *args: Any, lora_request: LoraRequest | None = _LIVE, **kwargs: Any) -> Any:
     """`llm.generate(...)` with the live adapter; `lora_request=None` rolls out with the base model.
 
+    An engine whose weights are the merged policy gets the base model's for that, and the policy's at the next rollout.
+
     An engine that sleeps is woken for it, and sleeps again afterwards.
     """
     llm = _require_attached(self)
     state = state_of(llm)
     occupied = state.occupancy.handing_over(llm.llm_engine, "model.fast_generate", abort=True, wait=True)
     with occupied, awake(llm, state, self):
-        live_request.refuse_lost_weights(state)
+        in_weights = state.policy_location == "weights" or state.torn
+        if lora_request is None and in_weights:
+            write_base(self, llm)
+        if lora_request is not _LIVE or not in_weights:
+            live_request.refuse_lost_weights(state)
         if lora_request is _LIVE:
             lora_request = None
-            if lora_view(self) is None:
+            if lora_view(self) is None and not in_weights:
                 _require_same_weights(self, llm)
             else:
                 lora_request = live_request.require_request(self, llm)

@@ -16,9 +16,8 @@ def describe_engines() -> list[str]:
 
 def describe(engine: RolloutEngine, state: EngineState) -> str:
     """One engine in one line."""
-    name = Path(str(getattr(probes.model_config(engine), "model", None) or "engine")).name
     parts = [
-        f"{name}, {'attached' if state.attached else 'built by TRL'}",
+        f"{_name(engine)}, {'attached' if state.attached else 'built by TRL'}",
         *filter(None, [state.backend.location]),
         f"weights {_weights(state)}",
         f"adapter {_adapter(engine, state)}",
@@ -29,13 +28,28 @@ def describe(engine: RolloutEngine, state: EngineState) -> str:
     return "; ".join(parts)
 
 
+def _name(engine: RolloutEngine) -> str:
+    """The last part of the model's path; its id where the path is a snapshot in the hub's cache."""
+    path = Path(str(getattr(probes.model_config(engine), "model", None) or "engine"))
+    repository = path.parent.parent.name  # huggingface_hub: models--ORG--NAME/snapshots/REVISION
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
 def _weights(state: EngineState) -> str:
     if state.shared_weights:
         return "shared with the trainer"
+    if state.torn:
+        return "half-written: no request is answered until they are written anew"
+    if state.policy_location == "weights" and state.weights_writer is not None:
+        return state.weights_writer.description
     return "separate" + (f" ({state.why_separate})" if state.why_separate else "")
 
 
 def _adapter(engine: RolloutEngine, state: EngineState) -> str:
+    if state.policy_location == "weights":
+        return "none (the policy is in the weights)"
     if not probes.lora_enabled(engine):
         return "none (built without enable_lora=True)"
     if state.adapter_sync is None:

@@ -3,6 +3,7 @@
 - a request without an adapter while a trainer runs, from its `rollout_func` or from whatever else it calls: it would
   come from the base model. It gets the adapter being trained, looked up once per call.
 - a request for a version of the live adapter that has been replaced: its slot holds another one.
+- any request while weights are half-written, and one for an adapter while they are a merged policy.
 - a request for a saved adapter whose directory was rewritten before vLLM has read it.
 - a call that fails or is interrupted: the requests that it leaves would be answered to the next caller.
 - a request added to an engine that sleeps: the scheduler waits for ever, or a kernel reads unmapped memory.
@@ -45,6 +46,7 @@ def slept(state: EngineState, level: int) -> None:
     if level >= 2:
         state.weights_lost = True
         state.published = None
+        state.written = None
         if state.adapter_sync is not None:
             state.adapter_sync.invalidate()
         if state.policy_location == "adapter":
@@ -109,7 +111,9 @@ class Guards:
         given = getattr(prompt, "lora_request", None)
         if given is None:
             given = args[_LORA_REQUEST] if len(args) > _LORA_REQUEST else kwargs.get("lora_request")
+        self._refuse_torn()
         if given is not None:
+            self._refuse_beside_merged(given)
             self._refuse_replaced(given)
             refuse_rewritten(given, self._inner, self._state)
         elif not self._state.on_purpose:
@@ -151,6 +155,22 @@ class Guards:
         if published is None or not name.startswith(LIVE_NAME) or name == published.request.lora_name:
             return None
         return published.request
+
+    def _refuse_torn(self) -> None:
+        if self._state.torn:
+            raise StaleAdapter(
+                "a request for an engine whose weights are half-written: writing them in place was interrupted, and "
+                "its answers would be of no policy; roll out from the trainer or with model.fast_generate(...), which "
+                "write all of them anew"
+            )
+
+    def _refuse_beside_merged(self, given: LoraRequest) -> None:
+        if self._state.policy_location == "weights":
+            raise StaleAdapter(
+                f"a request for the adapter {given.lora_name!r}, while the engine's weights are a policy that was "
+                "written in place: it would be added to what is merged already; expected no lora_request. For the "
+                'base model and adapters on it use PatchFastRL(adapter="request")'
+            )
 
     def _refuse_replaced(self, given: LoraRequest) -> None:
         held = self._successor(given)

@@ -38,6 +38,10 @@ def unsupported_reason(view: LoraView, engine: RolloutEngine) -> str | None:
     state = state_of(engine)
     if state.policy_location == "policy":
         return "the engine's base weights were replaced by a full-weight sync"
+    if state.policy_location == "weights":
+        return "the engine's base weights are a policy that was written in place"
+    if state.torn:
+        return "the engine's base weights are half-written"
     if state.shared_weights and (not state.sharers or view.base in state.sharers):
         return "it is merged into the base weights, which the engine shares" if view.merged else None
     return _refused(view, state) or _base_verdict(view, engine, state)

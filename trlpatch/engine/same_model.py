@@ -98,7 +98,7 @@ def vocabulary_of(base: Module) -> int | None:
 
 
 def _why_not_compared(base: Module, state: EngineState) -> str | None:
-    if state.policy_location == "policy" or state.weights_lost:
+    if state.policy_location in ("policy", "weights") or state.weights_lost or state.torn:
         return "the engine's weights are those that a trainer pushes"
     if any(_elsewhere(parameter) for parameter in base.parameters()):
         return "the model's weights are sharded, offloaded or not loaded yet"

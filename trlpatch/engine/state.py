@@ -17,12 +17,15 @@ from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 
 if TYPE_CHECKING:
     from trlpatch.engine.adapter_sync.protocol import AdapterSync
+    from trlpatch.engine.weights_in_place.writer import WeightsWriter
     from trlpatch.policy.adapter import PeftLayers
     from trlpatch.policy.base_weights import Weight
+    from trlpatch.policy.policy_weights import ContentMark
 
-PolicyLocation = Literal["checkpoint", "adapter", "policy"]
+PolicyLocation = Literal["checkpoint", "adapter", "policy", "weights"]
 """Where the policy is inside the engine: nowhere yet (the weights it was built from), in the adapter that was
-handed over, or in the base weights (TRL's own full-weight sync; for a PEFT model the merged ones).
+handed over, or in the base weights: "policy" by TRL's own full-weight sync (for a PEFT model the merged ones), of
+which nothing is known, "weights" by `weights_in_place`, which can be asked whether they are current.
 """
 
 
@@ -41,6 +44,15 @@ class Published:
     fingerprint: tuple[object, ...] | None
     """What the adapter was; None where the way of adapter sync compares by itself."""
     model: weakref.ref[object]
+
+
+@dataclass(frozen=True)
+class WrittenPolicy:
+    """The weights that were written into the engine's parameters."""
+
+    mark: ContentMark
+    model: weakref.ref[object]
+    """The base model that they were of."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,12 @@ class EngineState:
     """Its guarded methods, see `trlpatch.engine.guards`."""
     weights_lost: bool = False
     """A level-2 sleep discarded the weights, and nothing has pushed them since."""
+    torn: bool = False
+    """Its weights are being written in place, or an interrupt left them half-written: no request may be answered."""
+    weights_writer: WeightsWriter | None = None
+    """Writes policies into its weights; made when that is tried first."""
+    written: WrittenPolicy | None = None
+    """What was written in place last; None when it is gone."""
     syncing: bool = False
     """The owner's own sync is running on our behalf."""
     policy_location: PolicyLocation = "checkpoint"
@@ -141,9 +159,10 @@ class EngineState:
     def policy_pushed(self) -> None:
         """TRL's own full-weight sync follows: the base weights are the policy from now on."""
         self.policy_location = "policy"
-        self.weights_lost = False
+        self.weights_lost = self.torn = False
         self.weights_pushed = None
         self.published = None
+        self.written = None
 
 
 _states: weakref.WeakKeyDictionary[RolloutEngine, EngineState] = weakref.WeakKeyDictionary()

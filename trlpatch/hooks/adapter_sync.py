@@ -1,4 +1,7 @@
-"""Weight sync hook, where TRL synchronises weights: hand the adapter over, or let TRL push every weight."""
+"""Weight sync hook, where TRL synchronises weights.
+
+Hand the adapter over; or write the policy's weights into the engine's; or let TRL push every weight.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, state_of
+from trlpatch.engine.weights_publisher import write_policy
 from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
 from trlpatch.hooks.protocols import Owner
 from trlpatch.hooks.trainers import engine_of, model_of, own_sync, serves_remotely
@@ -44,20 +48,23 @@ def adapter_path(owner: Owner, engine: RolloutEngine) -> AdapterPath:
         return AdapterPath(None, "the model has no PEFT adapter (full fine-tuning)")
     if active().adapter == "off":
         return AdapterPath(view, 'adapter="off"')
+    if active().adapter == "merge":
+        return AdapterPath(view, 'adapter="merge"')
     view = view.snapshot(underway)
     return AdapterPath(view, lora_limits.unsupported_reason(view, engine))
 
 
 def hand_over(owner: Owner) -> bool:
-    """Replace TRL's weight sync: True when the adapter was handed to the engine, False when TRL must push
-    weights.
+    """Replace TRL's weight sync: True when the engine has the policy, False when TRL must push weights.
 
-    False in server mode, for full fine-tuning, for adapters that vLLM cannot serve and with adapter="off";
-    the reason is logged once per owner. A sleeping engine's weights are woken first: TRL 0.28.0 syncs before it wakes,
-    into unmapped memory. The adapter is handed over whether or not it seems to have changed.
+    The policy is handed over as an adapter, or for full fine-tuning, for adapters that vLLM cannot serve and with
+    adapter="merge" written into the engine's weights. False in server mode, with adapter="off" and where these cannot
+    be written; the reasons are logged once per owner. A sleeping engine's weights are woken first: TRL 0.28.0 syncs
+    before it wakes, into unmapped memory. The adapter is handed over whether or not it seems to have changed.
 
     Raises:
-        AdapterNotExpressible: with adapter="request", for each of those reasons but server mode.
+        AdapterNotExpressible: with adapter="request", for whatever no request can carry; with adapter="merge", where
+            weights cannot be written.
         SharedWeights: instead of False, when the engine computes with the trainer's own weights: merged ones must not
             be pushed there.
         EngineBusy: another thread generates on the engine.
@@ -85,24 +92,32 @@ def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
     if active().adapter == "request":
         raise AdapterNotExpressible(
             f'synchronising {type(owner).__name__} with adapter="request": {reason}; expected a LoRA adapter '
-            'that vLLM can serve; use PatchFastRL(adapter="auto") to let TRL push full weights instead'
+            'that vLLM can serve; use PatchFastRL(adapter="auto") to let full weights be written instead'
+        )
+    if active().adapter in ("auto", "merge"):
+        refused = write_policy(model_of(owner), engine)
+        if refused is None:
+            _say(owner, path, f"every weight is written into the engine in place: {reason}")
+            return True
+        reason = f"{reason}; weights cannot be written in place: {refused}"
+    if active().adapter == "merge" and not state.shared_weights:
+        raise AdapterNotExpressible(
+            f"synchronising {type(owner).__name__} with {reason}; expected an engine of dense weights in this "
+            'process; use PatchFastRL(adapter="auto")'
         )
     _refuse_to_push(owner, state, str(reason))
-    if path.view is None:
-        log_once(owner, f"{type(owner).__name__}: TRL's own weight sync runs, {reason}")
-    else:
-        level = logging.INFO if active().adapter == "off" else logging.WARNING
-        log_once(
-            owner,
-            f"{type(owner).__name__}: TRL's own full-weight sync runs instead of LoRA requests: {reason}",
-            level=level,
-        )
+    _say(owner, path, f"TRL's own full-weight sync runs instead of LoRA requests: {reason}")
     state.backend.before_weight_push()
     state.policy_pushed()
     base = base_of(model_of(owner))
     if path.view is None and base in state.attached_to:  # it has `fast_generate`, which asks for them
         state.weights_pushed = weakref.ref(base), contents(base)
     return False
+
+
+def _say(owner: Owner, path: AdapterPath, what: str) -> None:
+    expected = path.view is None or active().adapter in ("off", "merge")
+    log_once(owner, f"{type(owner).__name__}: {what}", level=logging.INFO if expected else logging.WARNING)
 
 
 def _refuse_to_push(owner: Owner, state: EngineState, why: str) -> None:

@@ -106,7 +106,7 @@ def _watch(engine: RolloutEngine) -> None:
 def _lora_arguments(owner: Owner, model: Model, given: Mapping[str, object]) -> dict[str, object]:
     """The keyword arguments to add to TRL's; none for a model without an adapter that vLLM can serve."""
     view = lora_view(model)
-    if view is None or active().adapter == "off" or given.get("enable_lora") is not None:
+    if view is None or active().adapter in ("off", "merge") or given.get("enable_lora") is not None:
         return {}
     reason = lora_support.unsupported_reason(view)
     rank = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trlpatch.engine import publisher
+from trlpatch.engine import weights_publisher as in_place
 from trlpatch.engine.attach import attached_engine, current_request
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
 from trlpatch.engine.state import state_of
@@ -10,7 +11,7 @@ from trlpatch.errors import AdapterNotExpressible, StaleAdapter
 from trlpatch.hooks.adapter_sync import AdapterPath, adapter_path, hand_over, resync
 from trlpatch.hooks.protocols import Owner
 from trlpatch.hooks.sleep import awake_with_live_weights
-from trlpatch.hooks.trainers import serves_remotely
+from trlpatch.hooks.trainers import model_of, serves_remotely
 
 
 def lora_request(owner: Owner, engine: RolloutEngine | None, given: LoraRequest | None = None) -> LoraRequest | None:
@@ -55,8 +56,13 @@ def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None) -> 
         if request is not None:
             return request
         path = adapter_path(owner, engine)
-    if state.policy_location != "policy" and path.view is not None:
-        # The adapter has become one that vLLM cannot serve, or never was: TRL's sync has to push merged weights.
+    if state.policy_location == "weights" or state.torn:
+        model = model_of(owner)
+        if in_place.holds_policy(model, engine) or in_place.write_policy(model, engine) is None:
+            return None
+        resync(owner, engine, state, "its weights cannot be written in place any more")
+    elif state.policy_location != "policy" and path.view is not None:
+        # The adapter has become one that vLLM cannot serve, or never was: the sync has to bring merged weights.
         resync(owner, engine, state, f"the adapter cannot be sent as a request ({path.reason})")
     return None
 

@@ -14,6 +14,7 @@ from trlpatch.engine.build import random_state_kept
 from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, RankAboveEngine, UnknownArgument
+from trlpatch.export.api import attach_export
 from trlpatch.loading.load_config import check_gradient_checkpointing, nearest
 from trlpatch.loading.lora_targets import CALL, take_switches
 from trlpatch.loading.unsloth_arguments import Neutral
@@ -63,6 +64,7 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
     if checkpointing == "unsloth" and auto_checkpointing(base_of(adapted)) is not None:
         checkpointing = "auto"  # as the model was loaded
     set_gradient_checkpointing(adapted, on=bool(checkpointing), auto=checkpointing == "auto")
+    attach_export(base_of(adapted))  # also of a model that from_pretrained did not load
     return adapted
 
 
@@ -183,7 +185,7 @@ def check_engine_serves(adapted: Any, engine: Any) -> None:
             "linear layers, or load the model with share_weights=False"
         )
     logger.warning(
-        "FastLanguageModel.get_peft_model: vLLM cannot serve this adapter as a LoRA request: %s; TRL will push all "
-        "weights instead, which is slower",
+        "FastLanguageModel.get_peft_model: vLLM cannot serve this adapter as a LoRA request: %s; every weight "
+        "is written instead, which is slower",
         reason,
     )

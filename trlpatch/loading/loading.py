@@ -21,6 +21,7 @@ from trlpatch.engine.build import (
 from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.state import state_of
 from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch, ModelNotFound
+from trlpatch.export.api import attach_export
 from trlpatch.loading import adapter_source, platform_checks
 from trlpatch.loading.adapter import check_engine_serves, mark_fully_trained, set_gradient_checkpointing
 from trlpatch.loading.checkpoint import quantization_of, read_hf_config, require_lora, sizes
@@ -87,6 +88,7 @@ def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]
             check_engine_serves(made["model"], made.get("engine"))
         facts.append(f"adapter of {source.name}")
     _finish(made["model"], made["tokenizer"], config)
+    attach_export(made["model"])
     return [str(dtype).removeprefix("torch."), *facts]
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
-_WRAPPED = ("base_layer", "original_module")
-"""What PEFT calls the layer inside its own: of tuners, and of `modules_to_save` and trainable tokens."""
+_WRAPPED = ("base_layer", "original_module", "token_adapter")
+"""What PEFT calls the layer inside its own: of tuners, of `modules_to_save`, and of trainable tokens, whose
+`original_module` is a property."""
 
 
 def base_parameters(model: Module) -> Iterator[tuple[str, Module, Parameter]]:

@@ -18,6 +18,11 @@ _DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 
 def unsupported_reason(llm: RolloutEngine) -> str | None:
     """Why nobody can share this engine's weights, as a sentence; None when there is no such reason."""
+    return layout_reason(llm) or _asleep_reason(llm)
+
+
+def layout_reason(llm: RolloutEngine) -> str | None:
+    """As `unsupported_reason`, of an engine that may be asleep."""
     try:
         module = backend_of(llm).worker_model()
     except CannotShare as refusal:
@@ -45,6 +50,10 @@ def _settings_reason(llm: RolloutEngine) -> str | None:
     )
     if any(offloaded):
         return "the engine keeps a part of its weights in host memory (cpu_offload_gb, offload_group_size)"
+    return None
+
+
+def _asleep_reason(llm: RolloutEngine) -> str | None:
     asleep = backend_of(llm).asleep()
     if asleep:
         return f"the engine sleeps ({', '.join(sorted(asleep))}); call llm.wake_up() first"

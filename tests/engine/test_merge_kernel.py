@@ -1,0 +1,95 @@
+"""The Triton kernel that merges LoRA into an engine's weights, under Triton's interpreter; it has not run on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from trlpatch.engine.weights_in_place import fused_merge, merge  # noqa: E402
+from trlpatch.options import MERGE_KERNEL  # noqa: E402
+from trlpatch.policy.policy_weights import PolicyWeight, Term  # noqa: E402
+
+pytestmark = pytest.mark.cpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+@pytest.mark.skipif(INTERPRETED, reason="would be possible")
+def test_it_is_off_unless_asked_for_and_never_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(MERGE_KERNEL, raising=False)
+    monkeypatch.setattr(fused_merge, "kernel_module", lambda: object())
+    assert not fused_merge.wanted(torch.device("cuda"))
+    monkeypatch.setenv(MERGE_KERNEL, "1")
+    assert fused_merge.wanted(torch.device("cuda"))
+    assert not fused_merge.wanted(CPU)
+
+
+def weight(shape: tuple[int, int], rank: int, *, base: Any, factor: Any, seed: int = 0) -> PolicyWeight:
+    """Integers and halves: every sum is exact, and what is left to round is known."""
+    generator = torch.Generator().manual_seed(seed)
+    one, left, right = (
+        torch.randint(-8, 9, size, generator=generator) / 2 for size in (shape, (shape[0], rank), (rank, shape[1]))
+    )
+    return PolicyWeight(f"w{seed}", one.to(base), (Term(left.to(factor), right.to(factor), 0.5),))
+
+
+@inside
+@pytest.mark.parametrize("rank", [1, 8, 16, 33, 64])
+@pytest.mark.parametrize(("base", "factor"), [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
+def test_it_computes_what_torch_does(rank: int, base: Any, factor: Any) -> None:
+    """Into float32: the interpreter cuts off where a device rounds to bfloat16."""
+    shapes = [(64, 128), (70, 130), (1, 1), (130, 40)]
+    weights = [weight(shape, rank, base=base, factor=factor, seed=seed) for seed, shape in enumerate(shapes)]
+    fused = [torch.full(one.base.shape, float("nan")) for one in weights]
+    plain = [torch.empty(one.base.shape) for one in weights]
+    pairs = list(zip(weights, fused, strict=True))
+    assert all(fused_merge.mergeable(*pair) for pair in pairs)
+    fused_merge.write(pairs)
+    for one, right in zip(weights, plain, strict=True):
+        merge.write(one, right)
+    assert all(torch.equal(found, right) for found, right in zip(fused, plain, strict=True))
+
+
+@inside
+def test_it_writes_rows_of_a_fused_parameter_and_nothing_beside_them() -> None:
+    weights = [weight((40, 50), 16, base=torch.bfloat16, factor=torch.float32, seed=seed) for seed in range(2)]
+    whole = torch.full((120, 50), -1.0, dtype=torch.float16)
+    fused_merge.write([(weights[0], whole[:40]), (weights[1], whole[40:80])])
+    for one, found in zip(weights, whole.split(40), strict=False):
+        assert torch.equal(found, merge.merged(one, slice(None), CPU).half())
+    assert (whole[80:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "rank"),
+    [
+        (lambda one: one, fused_merge.LARGEST_RANK + 1),
+        (lambda one: PolicyWeight("w", one.base, one.terms * 2), 8),
+        (lambda one: PolicyWeight("w", one.base, one.terms, torch.ones(16)), 8),
+        (lambda one: PolicyWeight("w", one.base, (Term(one.terms[0].left.half(), one.terms[0].right, 1.0),)), 8),
+        (lambda one: PolicyWeight("w", one.base.T.contiguous().T, one.terms), 8),
+        (lambda one: PolicyWeight("w", one.base), 8),
+    ],
+    ids=["rank", "two adapters", "DoRA", "dtypes", "strides", "no adapter"],
+)
+def test_what_it_does_not_do_is_left_to_torch(change: Any, rank: int) -> None:
+    one = change(weight((16, 24), rank, base=torch.float32, factor=torch.float32))
+    assert not fused_merge.mergeable(one, torch.empty(16, 24))

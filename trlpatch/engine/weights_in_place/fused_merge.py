@@ -1,0 +1,120 @@
+"""One Triton launch per dtype and rank for the LoRA merge of all layers: base read once, target written once.
+
+Off unless TRLPATCH_MERGE_KERNEL=1: it was tested in Triton's interpreter, and has not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from trlpatch.options import MERGE_KERNEL, read_switch
+from trlpatch.policy.policy_weights import PolicyWeight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LARGEST_RANK = 64
+"""A program holds tiles of both factors as wide as the rank; above this torch's products are as good."""
+
+
+@cache
+def kernel_module() -> Any:
+    """The module of the kernel, or None where there is no Triton.
+
+    vLLM puts a module of that name without a compiler into the process where Triton is missing.
+    """
+    try:
+        from trlpatch.engine.weights_in_place import merge_kernel
+    except Exception:  # an incomplete Triton fails in ways of its own
+        return None
+    return merge_kernel if callable(getattr(merge_kernel.merge, "run", None)) else None
+
+
+def wanted(device: torch.device) -> bool:
+    """Is the kernel asked for, and can it run on this device?"""
+    if not read_switch(MERGE_KERNEL) or kernel_module() is None:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def mergeable(weight: PolicyWeight, target: Tensor) -> bool:
+    """One product on top of a matrix, all of it dense and on the target's device."""
+    if weight.magnitude is not None or len(weight.terms) != 1 or target.dim() != 2:
+        return False
+    term = weight.terms[0]
+    tensors = [weight.base, term.left, term.right, target]
+    return (
+        term.left.dtype == term.right.dtype
+        and term.left.shape[1] <= LARGEST_RANK
+        and all(tensor.device == target.device and tensor.is_contiguous() for tensor in tensors)
+    )
+
+
+def write(pairs: list[tuple[PolicyWeight, Tensor]]) -> None:
+    """Merge every pair, each `mergeable`, on the current stream; all on one device."""
+    import torch
+
+    device = pairs[0][1].device
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            _write(pairs)
+    else:
+        _write(pairs)
+
+
+def _write(pairs: list[tuple[PolicyWeight, Tensor]]) -> None:
+    groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype, int], list[tuple[PolicyWeight, Tensor]]] = {}
+    for weight, target in pairs:
+        left = weight.terms[0].left
+        groups.setdefault((weight.base.dtype, left.dtype, target.dtype, left.shape[1]), []).append((weight, target))
+    for (base, factor, to, rank), group in groups.items():
+        _launch(group, base, factor, to, rank)
+
+
+def _launch(
+    group: list[tuple[PolicyWeight, Tensor]], base: torch.dtype, factor: torch.dtype, to: torch.dtype, rank: int
+) -> None:
+    import torch
+
+    module = kernel_module()
+    device = group[0][1].device
+    rows, where = [], []
+    for number, (weight, target) in enumerate(group):
+        term = weight.terms[0]
+        tensors = (weight.base, term.left, term.right, target)
+        rows.append([*(tensor.data_ptr() for tensor in tensors), *target.shape])
+        starts = torch.cartesian_prod(
+            torch.tensor([number]),
+            torch.arange(0, target.shape[0], module.BLOCK_N),
+            torch.arange(0, target.shape[1], module.BLOCK_K),
+        )
+        where.append(starts.to(torch.int32))
+    with torch.inference_mode(False):
+        tiles = torch.cat(where).contiguous().to(device)
+        table = torch.tensor(rows, dtype=torch.int64).to(device)
+        scales = torch.tensor([weight.terms[0].scale for weight, _ in group], dtype=torch.float32).to(device)
+    module.merge[(tiles.shape[0],)](
+        table,
+        scales,
+        tiles,
+        BASE=_language(base),
+        FACTOR=_language(factor),
+        TARGET=_language(to),
+        RANK=rank,
+        PADDED=max(16, 1 << (rank - 1).bit_length()),
+        BLOCK_N=module.BLOCK_N,
+        BLOCK_K=module.BLOCK_K,
+        COLUMNS=module.COLUMNS,
+        num_warps=4,
+    )
+
+
+@cache
+def _language(dtype: torch.dtype) -> Any:
+    import torch
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

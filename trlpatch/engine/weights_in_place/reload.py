@@ -1,0 +1,62 @@
+"""vLLM's own layerwise reload, for weights that its CPU backend has repacked: each layer is loaded and packed anew.
+
+What `LLM.start_weight_update`, `update_weights` and `finish_weight_update` run in a worker. On other devices it would
+gain nothing over TRL's push but for quantized layers, which nobody has tried here: these go through TRL's push.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from trlpatch.engine.weights_in_place import merge
+from trlpatch.policy.policy_weights import PolicyWeight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+
+def unsupported_reason(module: Module) -> str | None:
+    """Why this model's weights cannot be loaded anew; None when they can."""
+    import torch
+
+    devices = {parameter.device.type for parameter in module.parameters()}
+    if devices != {"cpu"}:
+        return "only vLLM's CPU backend is reloaded layer by layer"
+    try:
+        from vllm.model_executor.model_loader import reload
+    except ImportError:
+        return "this vLLM has no layerwise reload"
+    if not all(callable(getattr(reload, f"{step}_layerwise_reload", None)) for step in ("initialize", "finalize")):
+        return "this vLLM has no layerwise reload"
+    mapper = getattr(module, "hf_to_vllm_mapper", None)
+    wrapped = any(isinstance(part._modules.get("base_layer"), torch.nn.Module) for part in module.modules())
+    if wrapped and not (hasattr(mapper, "get_rename_mapper") or hasattr(mapper, "get_unstacked_mapper")):
+        return "loaders of vLLM below 0.25 do not know layers that LoRA has wrapped"
+    return None
+
+
+def load(weights: list[PolicyWeight], module: Any, model_config: Any) -> None:
+    """Load the whole policy. What fails in between leaves a model of two policies."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    initialize_layerwise_reload(module)
+    try:
+        module.load_weights(_values(weights))
+    except BaseException:
+        with contextlib.suppress(Exception):
+            finalize_layerwise_reload(module, model_config)
+        raise
+    finalize_layerwise_reload(module, model_config)
+
+
+def _values(weights: list[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
+    """(path, merged parameter), tied ones once, as checkpoints have them."""
+    seen: set[int] = set()
+    for weight in weights:
+        if id(weight.base) not in seen:
+            seen.add(id(weight.base))
+            whole = weight.base.detach()
+            yield weight.path, whole if weight.plain else merge.merged(weight, slice(None), whole.device)

@@ -1,0 +1,138 @@
+"""Put a model's policy into an engine's weights, and tell whether it is there."""
+
+from __future__ import annotations
+
+import weakref
+
+from trlpatch.engine import guards, probes
+from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.sharing.eligibility import layout_reason
+from trlpatch.engine.state import EngineState, WrittenPolicy, state_of
+from trlpatch.engine.weights_in_place.plan import NotInPlace
+from trlpatch.engine.weights_in_place.writer import WeightsWriter
+from trlpatch.errors import EngineBusy, StaleAdapter
+from trlpatch.log import logger
+from trlpatch.policy.adapter import base_of, lora_view
+from trlpatch.policy.policy_weights import ContentMark, NotMergeable, policy_weights
+
+
+def holds_policy(model: object, engine: RolloutEngine) -> bool:
+    """Are the engine's weights those that the model computes with now? By content; waits for the device."""
+    state = state_of(engine)
+    written = state.written
+    if state.policy_location != "weights" or state.torn or state.weights_lost or written is None:
+        return False
+    if written.model() is not base_of(model):
+        return False
+    try:
+        return written.mark == ContentMark(policy_weights(model))
+    except NotMergeable:
+        return False
+
+
+def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True) -> str | None:
+    """Write every weight of the model into the engine, whose weights must be awake; why not, when that cannot be.
+
+    `adapters=False` writes the model without its adapters. After an interrupt the engine answers no request until a
+    write is complete.
+
+    Raises:
+        EngineBusy: requests are unfinished; nothing was written. Or prefixes of the version before are in use.
+    """
+    state = state_of(engine)
+    if state.shared_weights:
+        return "the engine's weights are the trainer's own"
+    reason = layout_reason(engine)
+    if reason is not None:
+        return reason
+    base = base_of(model)
+    try:
+        weights = policy_weights(model, adapters=adapters)
+    except NotMergeable as refusal:
+        return str(refusal)
+    if state.weights_writer is None:
+        state.weights_writer = WeightsWriter(state.backend)
+    writer = state.weights_writer
+    try:
+        plan, unproven = writer.plan(base, weights)
+    except NotInPlace as refusal:
+        return str(refusal)
+    _require_idle(state)
+    guards.install(engine, state)
+    mark = ContentMark(weights)  # before the copies: a later change must not look written
+    before, state.torn = state.torn, True
+    state.written = state.published = None
+    try:
+        if plan is None:
+            writer.reload(weights, probes.model_config(engine))
+        else:
+            writer.write(base, weights, plan, unproven=unproven)
+    except NotInPlace as refusal:
+        state.torn = before
+        return str(refusal)
+    if not state.backend.reset_prefix_cache():
+        raise EngineBusy(
+            "writing weights in place: vLLM could not reset its prefix cache, because blocks of it are in use; "
+            "rollouts would continue prefixes of other weights. Finish or abort the requests first"
+        )
+    state.policy_location = "weights"
+    state.written = WrittenPolicy(mark, weakref.ref(base))
+    state.weights_pushed = None
+    state.weights_lost = state.torn = False
+    return None
+
+
+def refresh(model: object, engine: RolloutEngine) -> None:
+    """Write the model's policy unless the engine has it.
+
+    Raises:
+        StaleAdapter: it cannot be written any more.
+        EngineBusy: as `write_policy`.
+    """
+    if holds_policy(model, engine):
+        return
+    reason = write_policy(model, engine)
+    if reason is not None:
+        raise StaleAdapter(
+            f"the engine's weights are a policy that was written in place, and that of this {type(model).__name__} "
+            f"cannot be: {reason}; roll out from a trainer, whose own sync pushes every weight"
+        )
+
+
+def write_base(model: object, engine: RolloutEngine) -> None:
+    """Write the model without its adapters; nothing without PEFT, where there is no other than the policy.
+
+    Raises:
+        StaleAdapter: as `refresh`.
+        EngineBusy: as `write_policy`.
+    """
+    if lora_view(model) is None:
+        return
+    reason = write_policy(model, engine, adapters=False)
+    if reason is not None:
+        raise StaleAdapter(
+            f"the base model was asked for, but the engine's weights are a merged policy, and those of the base "
+            f"cannot be written back: {reason}"
+        )
+
+
+def give_back_base(model: object, engine: RolloutEngine) -> None:
+    """As `write_base` where the engine's weights are a merged policy; a warning where they cannot be written."""
+    state = state_of(engine)
+    if state.policy_location != "weights" or lora_view(model) is None:
+        return
+    try:
+        if state.backend.asleep():
+            raise StaleAdapter("the engine sleeps")
+        write_base(model, engine)
+    except (EngineBusy, StaleAdapter) as error:
+        logger.warning("detach_engine: the engine keeps the weights of a merged policy: %s", error)
+
+
+def _require_idle(state: EngineState) -> None:
+    state.backend.before_weight_push()
+    if state.backend.unfinished():
+        raise EngineBusy(
+            "writing weights in place: requests are unfinished, and their completions would be of two policies; "
+            "nothing was changed; let generate() return, or abort them with llm.llm_engine.abort_request(...)"
+        )
