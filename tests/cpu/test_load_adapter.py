@@ -5,7 +5,9 @@ from __future__ import annotations
 from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +53,28 @@ def test_rollouts_carry_a_loaded_adapter_at_once(adapter: Path) -> None:
     assert gap(model, rollout(model, lora_request=None)) > MOVED
     tiny.move(model, seed=2)
     assert gap(model, rollout(model)) < TOLERANCE, "it is trained on"
+
+
+def test_the_engine_reads_the_tokenizer_beside_an_adapter_without_an_error(adapter: Path, tmp_path: Path) -> None:
+    """vLLM looks for config.json beside a tokenizer; in the directory of an adapter there is none."""
+    from transformers import AutoTokenizer
+
+    place = shutil.copytree(adapter, tmp_path / "adapter")
+    words = AutoTokenizer.from_pretrained(adapter.parent / "base")
+    words.chat_template = "{{ 'the cat' }}"
+    words.save_pretrained(place)
+    errors: list[str] = []
+    listener = logging.Handler(logging.ERROR)
+    listener.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("vllm").addHandler(listener)
+    try:
+        model, tokenizer = FastLanguageModel.from_pretrained(place, **SMALL)
+    finally:
+        logging.getLogger("vllm").removeHandler(listener)
+    assert errors == []
+    engines = model.vllm_engine.get_tokenizer()
+    assert engines.chat_template == tokenizer.chat_template == words.chat_template
+    assert engines.get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.release

@@ -30,6 +30,7 @@ from trlpatch.loading.load_config import LoadConfig
 from trlpatch.loading.memory import DeviceMemory, MemoryRequirement, require_memory, require_memory_for_copy
 from trlpatch.loading.modes import remember_tokenizer
 from trlpatch.loading.progress import Progress, memory_in_use
+from trlpatch.loading.tokenizer import engine_tokenizer, keep, load_tokenizer
 from trlpatch.loading.transformers_backend import without_engine
 from trlpatch.log import logger
 from trlpatch.versions import installed_version
@@ -102,6 +103,7 @@ def _load_with_engine(
         if not config.full_finetuning:
             require_lora(hf_config)
         arguments = engine_arguments(config, dtype)
+        arguments |= engine_tokenizer(config, hf_config, made["tokenizer"])
     device = _device_memory()
     if device is not None:
         require_memory(config.model_name, device, need)
@@ -110,6 +112,7 @@ def _load_with_engine(
             made["engine"] = build_engine(arguments, layers=config.lora_layers)
         except Exception as error:
             raise translate(error, config) from error
+    keep(made["tokenizer"], made["engine"])
     reason = config.why_separate
     if reason is None:
         with show.stage("sharing the weights"):
@@ -203,23 +206,6 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
 def _in_process(arguments: dict[str, Any]) -> bool:
     """Will the engine's workers live in this process?"""
     return arguments.get("tensor_parallel_size", 1) == 1 and os.environ.get(MULTIPROCESSING, "0") == "0"
-
-
-def load_tokenizer(config: LoadConfig) -> Any:
-    """The tokenizer as TRL's trainers want it: padding on the left, and a token to pad with."""
-    from transformers import AutoTokenizer
-
-    arguments = dict(config.of_tokenizer)
-    if config.tokenizer_name is not None:  # revision and subfolder are the model's
-        arguments = {**arguments, "revision": None}
-        arguments.pop("subfolder", None)
-    if arguments["revision"] is None:
-        del arguments["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name or config.model_name, **arguments)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_transformers_model(config: LoadConfig, hf_config: Any, dtype: Any) -> Any:
