@@ -37,8 +37,8 @@ def test_what_is_lost_is_the_error_of_rounding_over_the_change(
 
 def test_float16_is_suggested_where_it_keeps_more() -> None:
     coarse, fine = survival(1e-5, "bfloat16"), survival(1e-5, "float16")
-    assert "--dtype float16" in coarse.sentence()  # type: ignore[attr-defined]
-    assert "--dtype float16" not in fine.sentence()  # type: ignore[attr-defined]
+    assert "(dtype float16)" in coarse.sentence()  # type: ignore[attr-defined]
+    assert "dtype float16" not in fine.sentence()  # type: ignore[attr-defined]
     assert coarse.unmoved() > 0.5 > fine.unmoved()  # type: ignore[attr-defined]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -153,7 +154,7 @@ def gguf(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    click.echo(str(done))
+    click.echo(str(replace(done, notes=())))  # the notes have been logged, before the work began
 
 
 @contextlib.contextmanager
