@@ -15,6 +15,7 @@ from trlpatch.doctor.checks import Result
 from trlpatch.doctor.diagnosis import Diagnosis, diagnose
 from trlpatch.doctor.known_errors import KNOWN_ERRORS, as_markdown, look_up
 from trlpatch.doctor.machine import Machine
+from trlpatch.errors import TrlNotFound
 from trlpatch.runtime.compat.removed import EVERY, Removed
 
 REPOSITORY = Path(__file__).parents[2]
@@ -49,6 +50,18 @@ def test_an_old_python_and_old_packages_are_named() -> None:
     machine = Machine(python=(3, 10), packages={"peft": "0.9.0", "torch": "2.11.0+cpu", "ray": "nightly"})
     found = {one.check: one.level for one in package_checks.package_checks(machine)}
     assert (found["Python"], found["peft"], "torch" in found, "ray" in found) == ("fail", "warn", False, False)
+
+
+def test_without_trl_the_other_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise TrlNotFound("TRL is not installed")
+
+    monkeypatch.setattr(package_checks, "find_trl", none)
+    found = {one.check: one for one in package_checks.package_checks(Machine(packages={"torch": "2.11.0"}))}
+    assert [found[name].level for name in ("TRL", "vllm, transformers", "peft")] == ["fail", "fail", "warn"]
+    assert "pip install vllm transformers" in found["vllm, transformers"].advice
+    every = dict.fromkeys(("torch", "vllm", "transformers", "peft"), "99")
+    assert [one.check for one in package_checks.package_checks(Machine(packages=every))] == ["Python", "TRL"]
 
 
 @pytest.mark.parametrize(

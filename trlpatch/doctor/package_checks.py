@@ -34,9 +34,11 @@ def package_checks(machine: Machine) -> Iterator[Result]:
         install = find_trl()
     except TrlpatchError as error:
         yield Result("TRL", "fail", str(error))
+        yield from _missing(machine, "torch", "vllm", "transformers")
     else:
         yield _trl(install)
         yield from _versions(judge(install, installed()))
+    yield from _missing(machine, "peft", level="warn", needed_by="LoRA, and FastLanguageModel, need it: ")
     yield from _old(machine)
 
 
@@ -73,6 +75,13 @@ def _versions(verdict: Verdict) -> Iterator[Result]:
         )
     advice = " ".join(part for part in (*lines, f"Try: {verdict.suggestion}." if verdict.suggestion else "") if part)
     yield Result("versions", level, state, advice)
+
+
+def _missing(machine: Machine, *names: str, level: Level = "fail", needed_by: str = "") -> Iterator[Result]:
+    missing = [name for name in names if machine.packages.get(name) is None]
+    if missing:
+        said = ", ".join(missing)
+        yield Result(said, level, "not installed", f"{needed_by}pip install {' '.join(missing)}, or docs/quickstart.md")
 
 
 def _old(machine: Machine) -> Iterator[Result]:
