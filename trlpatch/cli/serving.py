@@ -120,7 +120,9 @@ class _Progress:
         self._shown = False
 
     def show(self, startup: Startup) -> None:
-        text = f"starting, {startup.seconds:.0f} s of {startup.timeout:.0f}" + (f": {startup.line}" if startup.line else "")
+        text = f"starting, {startup.seconds:.0f} s of {startup.timeout:.0f}"
+        if startup.line:
+            text += f": {startup.line}"
         if self._terminal:
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
             click.echo("\r\x1b[2K" + text[: columns - 1], err=True, nl=False)

@@ -80,8 +80,8 @@ def _versions(verdict: Verdict) -> Iterator[Result]:
 def _missing(machine: Machine, *names: str, level: Level = "fail", needed_by: str = "") -> Iterator[Result]:
     missing = [name for name in names if machine.packages.get(name) is None]
     if missing:
-        said = ", ".join(missing)
-        yield Result(said, level, "not installed", f"{needed_by}pip install {' '.join(missing)}, or docs/quickstart.md")
+        advice = f"{needed_by}pip install {' '.join(missing)}, or docs/quickstart.md"
+        yield Result(", ".join(missing), level, "not installed", advice)
 
 
 def _old(machine: Machine) -> Iterator[Result]:
