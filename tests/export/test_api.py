@@ -44,6 +44,8 @@ def test_the_methods_are_seen_through_peft_and_write(model: Any, tmp_path: Path)
     ).endswith("16")
     model.save_pretrained_merged(tmp_path / "lora", words, save_method="lora")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {one.name for one in (tmp_path / "lora").iterdir()}
+    again = model.save_pretrained_merged(tmp_path / "lora", words, "LoRA")
+    assert (again.dtype, "survival" in repr(done), "log-probabilities" in str(done)) == ("float32", False, True)
     assert model.save_pretrained_merged(tmp_path / "no", is_main_process=False) is None
     assert not (tmp_path / "no").exists()
 
@@ -54,6 +56,8 @@ def test_what_cannot_be_followed_is_refused(model: Any, tmp_path: Path, monkeypa
     for options, error, what in (
         ({"save_method": "merged_4bit"}, CannotExport, "bitsandbytes"),
         ({"save_method": "merged"}, CannotExport, "save_method="),
+        ({"save_method": None}, CannotExport, "save_method=None"),
+        ({"save_method": ["lora"]}, CannotExport, "save_method="),
         ({"safe_serialization": False}, CannotExport, "safetensors"),
         ({"state_dict": {}}, CannotExport, "state_dict"),
         ({"max_shrd_size": 1}, UnknownArgument, "max_shrd_size"),

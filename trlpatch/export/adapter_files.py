@@ -59,7 +59,7 @@ def write_adapter(
         config.base_model_name_or_path = os.fspath(base)
     tokenizer = tokenizer if tokenizer is not None else places.tokenizer(near)
     size = sum(one.numel() * one.element_size() for one in tensors.values())
-    target = Path(directory)
+    target = Path(directory).expanduser()
     with new_directory(target, overwrite=overwrite, size=size) as place:
         config.save_pretrained(str(place))
         file = place / places.ADAPTER_WEIGHTS[0]

@@ -51,7 +51,7 @@ def write_four_bit(
     import transformers
 
     started = time.monotonic()
-    target = Path(directory)
+    target = Path(directory).expanduser()
     size = source.size(default_dtype(source))
     with new_directory(target, overwrite=overwrite, size=size + size // 2) as place:
         done = write_merged(

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +36,23 @@ class Exported:
     """Of the weights."""
     seconds: float
     files: tuple[str, ...]
-    survival: Survival | None
+    survival: Survival | None = field(repr=False)
     """None for a model without an adapter."""
     verified: str
     """What was compared, as a sentence."""
     notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.directory}: {size_of(self.bytes)} ({self.dtype}) in {self.seconds:.1f} s"]
+        return "\n".join([*lines, f"compared: {self.verified}", *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "directory": str(self.directory), "dtype": self.dtype, "bytes": self.bytes,
+            "seconds": round(self.seconds, 3), "files": list(self.files), "verified": self.verified,
+            "lost": None if self.survival is None else self.survival.lost(), "notes": list(self.notes),
+        }  # fmt: skip
 
     @property
     def lossy(self) -> bool:
@@ -58,6 +70,11 @@ class Estimate:
     working: int
     """Bytes of memory beside what the process has: float32 copies of a tensor, and blocks."""
     shards: int
+
+
+def size_of(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
 
 
 def default_dtype(source: ExportSource) -> torch.dtype:
@@ -145,7 +162,7 @@ def write_merged(
     total = source.size(stored)
     _require_memory(source)
     survival = Survival(stored) if source.adapter is not None else None
-    target = Path(directory)
+    target = Path(directory).expanduser()
     tell = progress or (lambda what, done, of: None)
     done = 0
 
@@ -199,10 +216,3 @@ def _require_memory(source: ExportSource) -> None:
             f"exporting {source.where}: its largest tensor takes {source.largest():,} bytes of memory in float32 with "
             f"what it is computed from, and {free:,} are available; close other processes, or use another machine"
         )
-
-
-def survival_as_dict(survival: Survival) -> dict[str, Any]:
-    """For JSON."""
-    found = asdict(survival)
-    found["stored"] = str(survival.stored).removeprefix("torch.")
-    return {**found, "lost": survival.lost(), "unmoved": survival.unmoved(), "kept": survival.kept}

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ class GgufExport:
         lines = [f"{one.path}: {gib(one.bytes)}, {one.verdict}" for one in self.files]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), f"in {self.seconds:.1f} s"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        files = [
+            {"path": str(one.path), "type": one.type, "bytes": one.bytes, **asdict(one.verdict)} for one in self.files
+        ]
+        return {
+            "files": files, "verified": self.verified, "seconds": round(self.seconds, 3), "notes": list(self.notes)
+        }  # fmt: skip
+
     @property
     def paths(self) -> list[Path]:
         """Where the files are."""
@@ -81,7 +90,7 @@ class GgufExport:
 def export_gguf(
     source: Any,
     out: str | os.PathLike[str],
-    quantization_method: str | Sequence[str] = "q8_0",
+    quantization_method: str | Sequence[str] | None = "q8_0",
     *,
     tokenizer: Any = None,
     base: Any = None,
@@ -120,7 +129,7 @@ def export_gguf(
         raise CannotExport("export_gguf got an ExportSource; give tokenizer= and base= to open_source")
     types = file_types(quantization_method, dtype=str(opened.dtype).removeprefix("torch."))
     named = name or Path(opened.base_name).name or "model"
-    targets = _targets(Path(out), types, named)
+    targets = _targets(Path(out).expanduser(), types, named)
     weights = Weights(opened)
     report = progress or (lambda what, done, of: None)
     with _folder(targets) as folder, scratch_folder(folder) as scratch:
