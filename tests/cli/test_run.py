@@ -158,6 +158,6 @@ def test_every_command_explains_itself() -> None:
     for name in cli.commands:
         assert cli.commands[name].help, name
     assert set(cli.commands) == {
-        "list", "plan", "diff", "dump", "check", "status", "cache", "run", "demo", "doctor", "export",
+        "list", "plan", "diff", "dump", "check", "status", "cache", "run", "demo", "doctor", "export", "serve",
     }  # fmt: skip
     assert CliRunner().invoke(cli, ["run", "--help"]).exit_code == 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,7 +29,8 @@ _checkpoint = click.argument("checkpoint", metavar="CHECKPOINT")
 
 
 @click.group()
-def export() -> None:
+@click.pass_context
+def export(context: click.Context) -> None:
     """Write what a training run made, for others to load: merged weights, the adapter, GGUF.
 
     CHECKPOINT is a trainer's checkpoint (outputs/checkpoint-500), a directory with an adapter or a whole model, or a
@@ -37,6 +41,9 @@ def export() -> None:
         raise MissingPackage(
             f"trlpatch export: {', '.join(missing)} not installed here; pip install torch transformers peft"
         )
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half-written goes
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            context.call_on_close(functools.partial(signal.signal, number, signal.signal(number, _end)))
 
 
 @export.command()
@@ -164,6 +171,10 @@ def gguf(
             trust_remote_code=trust_remote_code,
         )
     _say(done, as_json)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

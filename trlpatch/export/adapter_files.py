@@ -53,6 +53,7 @@ def write_adapter(
     if dtype is not None:
         wanted = dtype_named(dtype)
         tensors = {name: one.to(wanted) if one.is_floating_point() else one for name, one in tensors.items()}
+    inputs = [*near, *map(Path, filter(None, [config.base_model_name_or_path]))]
     config = copy.copy(config)
     config.inference_mode = True
     if base is not None:
@@ -60,7 +61,7 @@ def write_adapter(
     tokenizer = tokenizer if tokenizer is not None else places.tokenizer(near)
     size = sum(one.numel() * one.element_size() for one in tensors.values())
     target = Path(directory).expanduser()
-    with new_directory(target, overwrite=overwrite, size=size) as place:
+    with new_directory(target, overwrite=overwrite, size=size, inputs=inputs) as place:
         config.save_pretrained(str(place))
         file = place / places.ADAPTER_WEIGHTS[0]
         save_file({name: one.contiguous() for name, one in tensors.items()}, file, metadata={"format": "pt"})

@@ -53,7 +53,7 @@ def write_four_bit(
     started = time.monotonic()
     target = Path(directory).expanduser()
     size = source.size(default_dtype(source))
-    with new_directory(target, overwrite=overwrite, size=size + size // 2) as place:
+    with new_directory(target, overwrite=overwrite, size=size + size // 2, inputs=source.inputs) as place:
         done = write_merged(
             source, place / "merged", dtype=dtype, max_shard_size=max_shard_size, verify=verify, progress=progress
         )

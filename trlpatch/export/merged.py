@@ -171,7 +171,7 @@ def write_merged(
         done += count
         tell("writing", done, total)
 
-    with new_directory(target, overwrite=overwrite, size=total) as place:
+    with new_directory(target, overwrite=overwrite, size=total, inputs=source.inputs) as place:
         files = source.save_settings(place, dtype=stored)
         tell("writing", 0, total)
         size = write_shards(shards, place, stored, watch=_watch(survival, stored), progress=wrote)

@@ -183,6 +183,8 @@ class Opening:
             base_directory=base,
             base=assembly.base,
             trust_remote_code=self.trust_remote_code,
+            # A whole model in training may be saved to where it was loaded from: nothing else belongs to that.
+            inputs=() if live is not None and adapter is None else tuple(tokenizers),
         )
 
 
