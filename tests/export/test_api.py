@@ -165,6 +165,12 @@ def test_a_base_that_is_quantized_or_absent_is_refused(model: Any, tmp_path: Pat
     from trlpatch.export.opening import open_source
 
     model.save_pretrained(tmp_path / "adapter")
+    named = tmp_path / "adapter" / "adapter_config.json"
+    kept = named.read_text()
+    named.write_text(json.dumps({**json.loads(kept), "base_model_name_or_path": "../base"}))
+    with pytest.raises(CannotExport, match=r"'\.\./base', which its adapter_config\.json names.*counts from .*base="):
+        open_source(tmp_path / "adapter")
+    named.write_text(kept)
     config = tmp_path / "base" / "config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "quantization_config": {"quant_method": "bitsandbytes"}}))

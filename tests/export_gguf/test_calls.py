@@ -27,12 +27,19 @@ def model(qwen: Path) -> Any:
     return get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
 
 
-def test_the_method_on_a_model_writes_each_type_and_runs_it(model: Any, tmp_path: Path) -> None:
+def test_the_method_on_a_model_writes_each_type_and_runs_it(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trlpatch.export.gguf import export
+
+    room: list[Path] = []
+    monkeypatch.setattr(export, "need_disk", lambda folder, *rest: room.append(folder))
     done = model.save_pretrained_gguf(
         tmp_path / "out", None, quantization_method=["q4_k_m", "Q8_0"], maximum_memory_usage=0.5, tokenizer_pre="qwen2"
     )
     assert [path.name for path in done.paths] == ["tiny-qwen-q4_k_m.gguf", "tiny-qwen-q8_0.gguf"]
     assert done.verified, done
+    assert room == [tmp_path / "out"]  # what the message names
     with pytest.raises(UnknownArgument, match=r"save_pretrained_gguf: dtype= .*tokenizer_pre"):
         model.save_pretrained_gguf(tmp_path / "out", None, dtype="float16")
     assert model.save_pretrained_gguf(tmp_path / "no", is_main_process=False) is None

@@ -54,7 +54,15 @@ class Opening:
             raise CannotExport(
                 f"exporting the adapter in {where}: its adapter_config.json names no base model; name it with base="
             )
-        base = self._place(name, revision=self.revision or getattr(config, "revision", None))
+        try:
+            base = self._place(name, revision=self.revision or getattr(config, "revision", None))
+        except CannotExport as error:
+            if self.base is not None:
+                raise
+            raise CannotExport(
+                f"exporting the adapter in {where}: {str(name)!r}, which its adapter_config.json names as base model "
+                f"(a relative path counts from {str(Path.cwd())!r}): {error}"
+            ) from error
         return self._files(base, config, tensors, where=where, tokenizers=[directory, base])
 
     def _files(

@@ -246,7 +246,7 @@ def _convert(
             }
         )
         plan = child.until("plan", weights)
-        need_disk(settings, sum(plan["sizes"].values()), ", ".join(files))
+        need_disk(settings.parent.parent, sum(plan["sizes"].values()), ", ".join(files))
         child.tell({"write": True})
         written: dict[str, Any] = child.until(
             "written", weights, lambda done, of: report(f"writing {', '.join(files)}", done, of)
