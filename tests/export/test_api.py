@@ -58,6 +58,7 @@ def test_what_cannot_be_followed_is_refused(model: Any, tmp_path: Path, monkeypa
         ({"save_method": "merged"}, CannotExport, "save_method="),
         ({"save_method": None}, CannotExport, "save_method=None"),
         ({"save_method": ["lora"]}, CannotExport, "save_method="),
+        ({"save_method": "lora", "revision": "v2"}, CannotExport, "revision="),
         ({"safe_serialization": False}, CannotExport, "safetensors"),
         ({"state_dict": {}}, CannotExport, "state_dict"),
         ({"max_shrd_size": 1}, UnknownArgument, "max_shrd_size"),
@@ -156,6 +157,10 @@ def test_the_command_line_exports_a_checkpoint(model: Any, tmp_path: Path) -> No
     shown = CliRunner().invoke(cli, ["export", "adapter", where, "--out", str(tmp_path / "adapter")])
     assert shown.exit_code == 0, shown.output
     assert "optimizer.pt" not in {one.name for one in (tmp_path / "adapter").iterdir()}
+    model.add_adapter("second", model.peft_config["default"])
+    model.save_pretrained(tmp_path / "named", selected_adapters=["second"])
+    refused = CliRunner().invoke(cli, ["export", "merged", str(tmp_path / "named"), "--out", out])
+    assert "named/second', for one" in str(refused.exception)
     refused = CliRunner().invoke(cli, ["export", "merged", str(tmp_path / "run"), "--out", out])
     assert isinstance(refused.exception, CannotExport)
     assert "checkpoint-3" in str(refused.exception)

@@ -225,6 +225,11 @@ def _write(
 ) -> Exported:
     options, token = dict(options), _token(token)
     if method == "lora":
+        if options.get("revision") is not None:
+            raise CannotExport(
+                'save_method="lora": revision= is of a base model, and none is read; leave it out, or download the '
+                "adapter of that revision and give its directory"
+            )
         kept = {name: options[name] for name in ("base", "adapter", "dtype", "overwrite") if name in options}
         return write_adapter(model, directory, tokenizer=tokenizer, token=token, **kept)
     opening = {name: options.pop(name) for name in _OPENING if name in options}

@@ -96,7 +96,9 @@ def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 def nothing_in(directory: Path) -> str:
     """The message for a directory that holds nothing to export."""
     steps = sorted(directory.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
-    hint = f"; it holds {len(steps)} checkpoints: give {str(steps[-1])!r}, for one" if steps else ""
+    adapters = sorted(path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}"))  # PEFT saves named ones so
+    what, found = ("checkpoints", steps) if steps else ("adapters", adapters)
+    hint = f"; it holds {len(found)} {what}: give {str(found[-1])!r}, for one" if found else ""
     return (
         f"exporting {str(directory)!r}: expected {ADAPTER_CONFIG} with an adapter, or {CONFIG} with weights, found "
         f"neither{hint}"

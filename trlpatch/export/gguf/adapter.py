@@ -60,7 +60,7 @@ def export_adapter_gguf(
         ExportMismatch: with `base_gguf`, llama.cpp computes something else; the file was not kept.
     """
     started = time.monotonic()
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.suffix != ".gguf" or target.is_dir():
         raise CannotExport(f"writing {str(target)!r}: expected a file ending in .gguf")
     if outtype not in TYPES:
