@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.errors import CannotExport, ExportMismatch
 from trlpatch.export import places
 from trlpatch.export.merged import Exported, dtype_named
-from trlpatch.export.writer import REPORT, new_directory
+from trlpatch.export.writer import new_directory, write_report
 from trlpatch.policy.adapter import base_of, lora_view
 
 if TYPE_CHECKING:
@@ -71,8 +70,7 @@ def write_adapter(
         kinds = sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()})
         verified = f"{len(tensors)} tensors, read back"
         report = {"what": "adapter", "of": where, "base": config.base_model_name_or_path, "bytes": size}
-        (place / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        files = tuple(sorted(one.name for one in place.iterdir()))
+        files = write_report(place, report)
     seconds = time.monotonic() - started
     return Exported(target, ", ".join(kinds), size, seconds, files, None, verified, ())
 

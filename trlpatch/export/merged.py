@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from trlpatch.errors import CannotExport
 from trlpatch.export.source import ExportSource, ExportTensor
 from trlpatch.export.survival import Survival, require_finite, sample
 from trlpatch.export.verify import verify_export
-from trlpatch.export.writer import REPORT, new_directory, plan_shards, write_shards
+from trlpatch.export.writer import new_directory, plan_shards, write_report, write_shards
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +171,7 @@ def write_merged(
         tell("writing", done, total)
 
     with new_directory(target, overwrite=overwrite, size=total, inputs=source.inputs) as place:
-        files = source.save_settings(place, dtype=stored)
+        source.save_settings(place, dtype=stored)
         tell("writing", 0, total)
         size = write_shards(shards, place, stored, watch=_watch(survival, stored), progress=wrote)
         verified = "not compared"
@@ -186,9 +185,8 @@ def write_merged(
             "notes": list(notes), "lost": None if survival is None else survival.lost(),
             "unmoved": None if survival is None else survival.unmoved(),
         }  # fmt: skip
-        (place / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        files = sorted({*files, *(one.name for one in place.iterdir())})
-    return Exported(target, report["dtype"], size, seconds, tuple(files), survival, verified, notes)
+        files = write_report(place, report)
+    return Exported(target, report["dtype"], size, seconds, files, survival, verified, notes)
 
 
 def _watch(survival: Survival | None, stored: torch.dtype) -> Callable[[ExportTensor, Tensor | None], None]:

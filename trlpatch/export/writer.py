@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPORT = "trlpatch_export.json"
-"""What an export was made from; also what tells that a directory is an earlier export."""
+"""What an export was made from; also what tells that files are those of an earlier export."""
 _SLACK = 64 << 20
 """Bytes for configs, a tokenizer and file system blocks."""
 _KINDS = {
@@ -39,7 +39,7 @@ def new_directory(target: Path, *, overwrite: bool, size: int, inputs: Collectio
 
     Args:
         target: the directory that is to be there at the end; a link to one stays a link.
-        overwrite: replace a directory whatever is in it. An earlier export, which has a file REPORT, needs none.
+        overwrite: replace a directory whatever is in it. One that holds nothing but an earlier export needs none.
         size: bytes that will be written.
         inputs: directories that the export is made from, or that an adapter belongs to; they are never replaced.
 
@@ -68,6 +68,22 @@ def new_directory(target: Path, *, overwrite: bool, size: int, inputs: Collectio
             raise
 
 
+def write_report(place: Path, report: dict[str, Any]) -> tuple[str, ...]:
+    """Write what the export was made from and which files are its own; the names of these."""
+    files = tuple(sorted({REPORT, *(one.name for one in place.iterdir())}))
+    (place / REPORT).write_text(json.dumps({**report, "files": files}, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _others(target: Path) -> list[str]:
+    """What of a directory is not of an earlier export."""
+    try:
+        own = json.loads((target / REPORT).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        own = ()
+    return sorted(one.name for one in target.iterdir() if one.name not in own)
+
+
 def _require_replaceable(target: Path, *, overwrite: bool, inputs: Collection[Path]) -> None:
     if not target.exists():
         return
@@ -80,10 +96,11 @@ def _require_replaceable(target: Path, *, overwrite: bool, inputs: Collection[Pa
                 f"writing {str(target)!r}: the export is made from {str(one)!r}, which would be removed, and adapters "
                 "that belong to it would be lost; nothing was written; choose another directory"
             )
-    if not overwrite and any(target.iterdir()) and not (target / REPORT).is_file():
+    others = [] if overwrite else _others(target)
+    if others:
         raise CannotExport(
-            f"writing {str(target)!r}: the directory is not empty and holds no earlier export ({REPORT}); nothing was "
-            "written; choose another, or pass overwrite=True (--overwrite), which removes all that is in it"
+            f"writing {str(target)!r}: it holds {others[0]!r}, which is not of an earlier export; nothing was "
+            "written; choose another directory, or pass overwrite=True (--overwrite), which removes all that is in it"
         )
 
 
