@@ -56,6 +56,8 @@ def test_what_cannot_be_followed_is_refused(model: Any, tmp_path: Path, monkeypa
     for options, error, what in (
         ({"save_method": "merged_4bit"}, CannotExport, "bitsandbytes"),
         ({"save_method": "merged"}, CannotExport, "save_method="),
+        ({"tokenizer": "words"}, CannotExport, "tokenizer='words'"),
+        ({"tokenizer": "words", "save_method": "lora"}, CannotExport, "tokenizer='words'"),
         ({"save_method": None}, CannotExport, "save_method=None"),
         ({"save_method": ["lora"]}, CannotExport, "save_method="),
         ({"save_method": "lora", "revision": "v2"}, CannotExport, "revision="),

@@ -64,6 +64,19 @@ def test_what_an_export_is_made_from_is_never_replaced(model: Any, tmp_path: Pat
     assert save_pretrained_merged(whole, tmp_path / "base")
 
 
+@pytest.mark.parametrize("out", ["", ".", "..", "/"])
+def test_the_current_directory_is_never_replaced(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    from trlpatch.export import save_pretrained_merged
+
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(CannotExport, match="the current directory is in it"):
+        save_pretrained_merged(model, out, save_method="lora", overwrite=True)
+    assert (tmp_path / "a" / "b").is_dir()
+
+
 def test_a_link_to_another_disk_stays_one(model: Any, tmp_path: Path) -> None:
     from trlpatch.export import save_pretrained_merged
 

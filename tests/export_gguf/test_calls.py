@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from trlpatch.cli import cli
-from trlpatch.errors import UnknownArgument
+from trlpatch.errors import MissingPackage, UnknownArgument
 
 pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("converter"), pytest.mark.filterwarnings("ignore")]
 
@@ -60,3 +61,17 @@ def test_the_command_says_sizes_seconds_and_whether_the_files_ran(model: Any, tm
     assert shown.exit_code == 0, shown.output
     for text in ("tiny-qwen-f16.gguf: ", " MiB, NOT VERIFIED: verify=False", " s\n"):
         assert text in shown.stdout
+
+
+def test_what_a_child_is_missing_is_told_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multiprocessing.connection import Connection, Pipe
+
+    from trlpatch.export.gguf.pipe import receive, run_child
+
+    def work(pipe: Connection) -> None:
+        raise MissingPackage("quantizing to Q4_K: pip install it")
+
+    ours, theirs = Pipe()
+    monkeypatch.setattr("sys.argv", ["child", str(os.dup(theirs.fileno()))])
+    run_child(work)
+    assert receive(ours) == {"refused": "quantizing to Q4_K: pip install it"}

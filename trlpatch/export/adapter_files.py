@@ -57,7 +57,7 @@ def write_adapter(
     config.inference_mode = True
     if base is not None:
         config.base_model_name_or_path = os.fspath(base)
-    tokenizer = tokenizer if tokenizer is not None else places.tokenizer(near)
+    tokenizer = places.tokenizer(tokenizer, near)
     size = sum(one.numel() * one.element_size() for one in tensors.values())
     target = Path(directory).expanduser()
     with new_directory(target, overwrite=overwrite, size=size, inputs=inputs) as place:

@@ -182,7 +182,7 @@ class Opening:
             tensors=assembly.tensors,
             config=found,
             generation_config=settings.sanitised_generation_config(generation),
-            tokenizer=self.tokenizer if self.tokenizer is not None else places.tokenizer(tokenizers),
+            tokenizer=places.tokenizer(self.tokenizer, tokenizers),
             adapter=adapter,
             kinds=kinds,
             base_name=str(getattr(config, "_name_or_path", "") or base or ""),

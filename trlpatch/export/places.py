@@ -159,10 +159,17 @@ def generation_config(directory: Path | None) -> Any:
     return GenerationConfig.from_pretrained(directory)
 
 
-def tokenizer(directories: list[Path]) -> Any:
-    """The tokenizer of the first directory that has one, or None."""
+def tokenizer(given: Any, directories: list[Path]) -> Any:
+    """The tokenizer that was given, else that of the first directory that has one, or None."""
     from transformers import AutoTokenizer
 
+    if given is not None:
+        if not callable(getattr(given, "save_pretrained", None)):
+            raise CannotExport(
+                f"tokenizer={given!r}: expected a tokenizer or processor of transformers, or None for the one beside "
+                "the model's files"
+            )
+        return given
     for directory in directories:
         if directory.is_dir() and has_tokenizer(directory):
             return AutoTokenizer.from_pretrained(directory)

@@ -89,6 +89,12 @@ def _require_replaceable(target: Path, *, overwrite: bool, inputs: Collection[Pa
         return
     if not target.is_dir():
         raise CannotExport(f"writing {str(target)!r}: expected a directory or nothing there, found a file")
+    here = Path.cwd()
+    if target in (here, *here.parents):
+        raise CannotExport(
+            f"writing {str(target)!r}: the current directory is in it, and would be replaced; nothing was written; "
+            "choose a directory in it"
+        )
     for one in inputs:
         place = one.expanduser().resolve()
         if place.is_dir() and target in (place, *place.parents):
