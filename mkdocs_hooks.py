@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
-    """Point links such as ../SECURITY.md at the repository."""
-    return re.sub(r"\]\(\.\./([^)]+)\)", rf"]({config.repo_url}/blob/main/\1)", markdown)
+    """Point links that lead out of docs/, such as ../SECURITY.md, at the repository."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def pointed(link: re.Match[str]) -> str:
+        path = posixpath.normpath(posixpath.join("docs", folder, link[1]))
+        if path.startswith("docs/"):
+            return link[0]
+        return f"]({config.repo_url}/blob/main/{path})"
+
+    return re.sub(r"\]\((\.\./[^)]+)\)", pointed, markdown)
 
 
 def _linked(readme: str, repository: str) -> str:

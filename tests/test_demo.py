@@ -47,6 +47,7 @@ def test_milestones_hold_first_and_last(count: int) -> None:
 def test_what_is_shown_is_plain_lines_where_stdout_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(PatchReport, "engines", ())  # those of other tests may be alive in this process
     report = PatchReport(trl="1.16.0", files={"grpo": f"/{'cache' * 30}/grpo_trainer.py"})
     setting = train.Setting(report, "transformers, because [vLLM] is not installed", {"trl": "1.16.0"}, 12345)
 

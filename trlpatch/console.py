@@ -65,11 +65,22 @@ def grid(rows: Iterable[Sequence[RenderableType]], *, indent: int = 0, first_col
 
 
 def show_diff(diff: str) -> None:
-    """Print a unified diff: byte for byte where it is not coloured, so that `patch` and `git apply` read it."""
+    """Print a unified diff: byte for byte where it is not coloured, so that `patch` and `git apply` read it.
+
+    On a terminal through a pager, as git does: PAGER names it, LESS its options, which are git's where nobody says.
+    """
     out = stdout_console()
-    if out.color_system is None:
-        out.file.write(diff)
+    text = diff
+    if out.color_system is not None:
+        # The terminal's own colours, on its own background.
+        lines = Syntax("", "diff", theme="ansi_dark", background_color="default").highlight(diff)
+        with out.capture() as captured:
+            out.print(lines, end="", soft_wrap=True)
+        text = captured.get()
+    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+        out.file.write(text)
         return
-    # The terminal's own colours, on its own background.
-    lines = Syntax("", "diff", theme="ansi_dark", background_color="default").highlight(diff)
-    out.print(lines, end="", soft_wrap=True)
+    from click import echo_via_pager
+
+    os.environ.setdefault("LESS", "FRX")
+    echo_via_pager(text, color=out.color_system is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -127,3 +128,37 @@ def test_cache_path_and_clear(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
     trlpatch("run", "nothing.py")
     assert trlpatch("cache", "clear").stdout == f"deleted 5 entries of {tmp_path / 'cache'}\n"
     assert trlpatch("cache", "clear").stdout == f"deleted 0 entries of {tmp_path / 'cache'}\n"
+
+
+def test_a_plan_can_be_written_as_a_page(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
+    done = trlpatch("plan", "grpo", "--trl-path", trl, "--html", "plan.html")
+    assert (done.returncode, done.stdout) == (0, "plan.html\n")
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "<h1>What trlpatch changes in TRL 0.18.2</h1>" in page
+    assert "<td class=applied>applied</td><td><code>engine_reuse</code></td>" in page
+    assert "_trlpatch.engine(self, model, LLM)" in page
+    removed = re.findall(r'<td class="code old">(.*?)</td>', page)
+    assert removed
+    assert {html.unescape(line) for line in removed} <= set(GRPO.splitlines())
+    refused = trlpatch("plan", "grpo", "--trl-path", trl, "--html", "missing/plan.html")
+    fails(refused, 2, "Cannot write missing/plan.html: No such file or directory. Name another file with --html.")
+
+
+def test_a_page_names_what_does_not_fit(trl: Path, trlpatch: Run, tmp_path: Path) -> None:
+    grpo = trl / "trl" / "trainer" / "grpo_trainer.py"
+    grpo.write_text(grpo.read_text(encoding="utf-8").replace("self.llm = LLM(", "self.llm = make(LLM, "), "utf-8")
+    assert trlpatch("plan", "grpo", "--trl-path", trl, "--html", "plan.html").returncode == 0
+    page = (tmp_path / "plan.html").read_text(encoding="utf-8")
+    assert "<td class=failed>failed</td><td><code>engine_reuse</code></td>" in page
+    assert "<p class=failed>" in page
+
+
+def test_a_diff_is_paged_on_a_terminal(trl: Path, tmp_path: Path) -> None:
+    pager = tmp_path / "pager"
+    pager.write_text(f'#!/bin/sh\necho "LESS=$LESS"\ncat > "{tmp_path}/paged"\n', encoding="utf-8")
+    pager.chmod(0o755)
+    environment = {**os.environ, "PYTHONPATH": f"{trl}{os.pathsep}{ROOT}", "TERM": "xterm", "PAGER": str(pager)}
+    environment.pop("LESS", None)
+    shown = in_terminal(["diff", "grpo"], environment, columns=80)
+    assert "LESS=FRX" in shown
+    assert "--- a/trl/trainer/grpo_trainer.py" in (tmp_path / "paged").read_text(encoding="utf-8")

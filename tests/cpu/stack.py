@@ -138,9 +138,9 @@ def installed(stack: Stack) -> Path:
 
 
 def overlay(stack: Stack) -> Path:
-    """Return a folder with what GGUF export and the server of GGUF files need beside a stack, installing it if it is absent or its pins changed.
+    """Return a folder with what GGUF export and the server of GGUF files need beside a stack; install it if need be.
 
-    It is beside the stacks and not in their pins, which would install 3 GB anew for three wheels, whose dependencies a stack has.
+    It is not among the pins of a stack: that would install 3 GB anew for three wheels, whose dependencies a stack has.
     """
     python = installed(stack)
     pins = OVERLAY.read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,28 +129,34 @@ class Turns:
         return outputs
 
     def _gap(self, outputs: list[Any], request: Any) -> float:
-        """Largest difference of a token's log-probability between the engine with `request` and the training model."""
-        import torch
-        from vllm import SamplingParams
-
-        whole = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-        prompts = [{"prompt_token_ids": ids} for ids in whole]
         guard, self._state.bare_request = self._state.bare_request, None  # it would give the control the adapter
         try:
-            scored = self._generate(prompts, params, lora_request=request, use_tqdm=False)
+            return rescored_gap(self._generate, self._trainer.model, outputs, request)
         finally:
             self._state.bare_request = guard
-        gaps = []
-        for output, again in zip(outputs, scored, strict=True):
-            start = len(output.prompt_token_ids)
-            tokens = output.outputs[0].token_ids
-            theirs = torch.tensor(
-                [step[token].logprob for step, token in zip(again.prompt_logprobs[start:], tokens, strict=True)]
-            )
-            ours = tiny.trainer_logprobs(self._trainer.model, output.prompt_token_ids, tokens)
-            gaps.append(float((theirs - ours).abs().max()))
-        return max(gaps)
+
+
+def rescored_gap(generate: Callable[..., Any], model: Any, outputs: list[Any], request: Any) -> float:
+    """Largest difference of a token's log-probability between the engine with `request` and the training model.
+
+    The engine scores the tokens anew, as a prompt, without the mask that they were sampled under.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    whole = [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    scored = generate([{"prompt_token_ids": ids} for ids in whole], params, lora_request=request, use_tqdm=False)
+    gaps = []
+    for output, again in zip(outputs, scored, strict=True):
+        start = len(output.prompt_token_ids)
+        tokens = output.outputs[0].token_ids
+        theirs = torch.tensor(
+            [step[token].logprob for step, token in zip(again.prompt_logprobs[start:], tokens, strict=True)]
+        )
+        ours = tiny.trainer_logprobs(model, output.prompt_token_ids, tokens)
+        gaps.append(float((theirs - ours).abs().max()))
+    return max(gaps)
 
 
 if __name__ == "__main__":

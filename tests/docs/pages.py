@@ -2,6 +2,8 @@
 
 A block in `python` or `bash` is run as it stands, all of a page in order, in one directory. One that cannot be has a
 comment before it that Markdown does not show: `<!-- not run: REASON -->`. Other languages are output and files.
+
+    python -m tests.docs.pages    # how many run, and the reason of each that does not
 """
 
 from __future__ import annotations
@@ -33,8 +35,13 @@ class Block(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """Return the pages, README.md first."""
-    return [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """Return the pages, README.md first; those of folders in docs/ as well."""
+    return [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def path_of(page: Path) -> str:
+    """Return a page's path as messages and test ids have it: from the root, with slashes."""
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path) -> list[Block]:
@@ -53,3 +60,15 @@ def blocks(page: Path) -> list[Block]:
 def runnable(page: Path) -> list[Block]:
     """Return the blocks of a page that are run."""
     return [block for block in blocks(page) if block.language in LANGUAGES and not block.why_not]
+
+
+def summary() -> list[str]:
+    """Return how many blocks there are and how many run, then a line for each that does not, with its reason."""
+    code = [(page, block) for page in pages() for block in blocks(page) if block.language in LANGUAGES]
+    kept = [(page, block) for page, block in code if block.why_not]
+    head = f"{len(code)} code blocks, {len(code) - len(kept)} run in CI, {len(kept)} not run with reasons"
+    return [head, *(f"{path_of(page)}:{block.line}: {' '.join(block.why_not.split())}" for page, block in kept)]
+
+
+if __name__ == "__main__":
+    print("\n".join(summary()))

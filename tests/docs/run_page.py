@@ -17,9 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.docs.pages import ROOT, Block, runnable
+from tests.docs.pages import ROOT, Block, path_of, runnable
 
 _HUB_NAME = re.compile(r"[\"' ]((?:Qwen|unsloth|meta-llama|HuggingFaceTB|google)/[\w.-]+)")
+_ENGINE = re.compile(r"\bLLM\(|from_pretrained\(|Trainer\(")
+_CONFIG = re.compile(r"Config\(")
 _SECONDS = 600
 
 
@@ -31,12 +33,15 @@ def main(page: Path, directory: Path) -> None:
     work = directory / "work"
     work.mkdir()
     os.chdir(work)
-    _eager_engines()
-    _trainings_on_cpu()
+    python = "".join(block.text for block in chosen if block.language == "python")
+    if _ENGINE.search(python):  # importing vLLM takes longer than most pages
+        _eager_engines()
+    if _CONFIG.search(python):
+        _trainings_on_cpu()
     namespace: dict[str, Any] = {"__name__": "__main__"}
     sys.path.insert(0, "")
     for block in chosen:
-        print(f"--- {page.name}:{block.line} {block.language}", flush=True)
+        print(f"--- {path_of(page)}:{block.line} {block.language}", flush=True)
         if block.language == "python":
             code = "\n" * (block.line - 1) + block.text  # tracebacks name the page's own lines
             exec(compile(code, str(page), "exec"), namespace)

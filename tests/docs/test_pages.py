@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, pages, runnable
+from tests.docs.pages import ROOT, pages, path_of, runnable
 from tests.golden.sources import wheel_cache
 from trlpatch.source.locate import find_trl
 
@@ -24,11 +24,11 @@ PAGES = [page for page in pages() if runnable(page)]
 
 
 @pytest.mark.skipif(find_trl().release < (1, 16), reason="pages are written for the newest tested TRL")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=path_of)
 def test_a_page_runs_as_pasted(page: Path, tmp_path: Path) -> None:
     environ = {**os.environ, "COLUMNS": "100"}
     if "trlpatch export gguf" in page.read_text(encoding="utf-8"):
         environ["TRLPATCH_CACHE_DIR"] = str(CONVERTER)
-    words = [sys.executable, "-m", "tests.docs.run_page", str(page.relative_to(ROOT)), str(tmp_path)]
+    words = [sys.executable, "-m", "tests.docs.run_page", path_of(page), str(tmp_path)]
     done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

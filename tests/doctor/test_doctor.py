@@ -15,6 +15,7 @@ from trlpatch.doctor.checks import Result
 from trlpatch.doctor.diagnosis import Diagnosis, diagnose
 from trlpatch.doctor.known_errors import KNOWN_ERRORS, as_markdown, look_up
 from trlpatch.doctor.machine import Machine
+from trlpatch.runtime.compat.removed import EVERY, Removed
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -85,6 +86,25 @@ def test_every_message_finds_itself_and_an_unknown_one_nothing() -> None:
     assert not list(look_up("KeyError: 'input_ids'"))
     done = CliRunner().invoke(cli, ["doctor", "--error", "KeyError: 'input_ids'"])
     assert (done.exit_code, "docs/troubleshooting.md" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Free memory on device (78.1/79.2 GiB) on startup. Desired GPU memory utilization is (0.5, 39.6 GiB).",
+        "INFO VLLM_USE_V1=1",
+        "adapter with LoRA rank 16",
+        "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True",
+    ],
+)
+def test_what_healthy_logs_and_other_errors_say_is_no_error(line: str) -> None:
+    assert not list(look_up(line))
+
+
+@pytest.mark.parametrize("one", EVERY, ids=lambda one: one.name)
+def test_every_argument_that_is_gone_is_known(one: Removed) -> None:
+    found = list(look_up(f"TypeError: X.__init__() got an unexpected keyword argument '{one.name}'"))
+    assert ["docs/compat.md" in known.solution for known in found] == [True]
 
 
 def test_a_log_is_read_from_a_file_or_stdin(tmp_path: Path) -> None:

@@ -248,6 +248,19 @@ def test_an_engine_in_one_line(rig: Rig) -> None:
     assert describe(rig.engine, rig.state) in describe_engines()
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("/cache/hub/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/7ae557604adf", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("/runs/snapshots/7ae557604adf", "7ae557604adf"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen2.5-0.5B-Instruct"),
+    ],
+)
+def test_an_engine_of_a_cached_model_has_its_name(rig: Rig, model: str, name: str) -> None:
+    rig.engine.llm_engine.vllm_config.model_config.model = model
+    assert describe(rig.engine, rig.state).startswith(f"{name}, ")
+
+
 def test_an_engine_that_can_neither_sleep_nor_take_adapters() -> None:
     gc.collect()  # engines of earlier tests
     engine = RecordingEngineStub(lora_rank=None)

@@ -15,6 +15,7 @@ vllm = pytest.importorskip("vllm")
 import trlpatch  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam  # noqa: E402
+from trlpatch.options import Options, activate  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
@@ -97,6 +98,16 @@ def test_one_seed_for_all_completions_is_refused(seed: int) -> None:
     args = SimpleNamespace(vllm_sampling_params={"seed": seed})
     with pytest.raises(ProtectedSamplingParam, match="nothing would be learned"):
         hooks.sampling_params(args, dict)
+
+
+def test_compat_leaves_a_seed_out_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    activate(Options(compat="on"))
+    config = GRPOConfig(vllm_sampling_params=trlpatch.vLLMSamplingParams(seed=3407, min_p=0.1))
+    assert config.vllm_sampling_params == {"min_p": 0.1}
+    later = SimpleNamespace(vllm_sampling_params=trlpatch.vLLMSamplingParams(seed=1, top_k=3))
+    assert hooks.sampling_params(later, dict)() == {"top_k": 3}
+    assert caplog.text.count('sets seed=3407, which compat="on" leaves out: vLLM would seed every request') == 1
+    assert "sets seed=1, which" in caplog.text
 
 
 def test_max_tokens_belongs_to_trainers_that_pad_by_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.words import byte_tokenizer  # noqa: E402
 from trlpatch import FastLanguageModel, FastModel, is_bf16_supported, is_bfloat16_supported  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, CudaRequired, ModelNotFound  # noqa: E402
 from trlpatch.loading import adapter_source  # noqa: E402
+from trlpatch.loading.checkpoint import read_hf_config  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -151,6 +153,33 @@ def test_a_directory_with_both(places: dict[str, Path], tmp_path: Path) -> None:
     shutil.copy(places["base"] / "config.json", both)
     with pytest.raises(ConflictingArguments, match=r"has a model .config.json. and a PEFT adapter"):
         FastLanguageModel.from_pretrained(both, **PLAIN)
+
+
+def test_a_repository_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(name: str, file: str, *, subfolder: str | None = None) -> str:
+        asked.append((file, subfolder))
+        return file
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(ConflictingArguments, match=r"the repository has a model .config.json. and a PEFT adapter"):
+        FastLanguageModel.from_pretrained("someone/both", subfolder="last", **PLAIN)
+    assert asked == [("adapter_config.json", "last"), ("config.json", "last")]
+
+
+def test_a_model_in_a_subfolder(places: dict[str, Path]) -> None:
+    root, name = places["base"].parent, places["base"].name
+    model, _ = FastLanguageModel.from_pretrained(root, subfolder=name, **PLAIN)
+    assert model.config.vocab_size == base_from(places["base"]).config.vocab_size
+    with pytest.raises(ModelNotFound, match="found none in its subfolder 'nowhere'"):
+        FastLanguageModel.from_pretrained(root, subfolder="nowhere", **PLAIN)
+
+
+def test_an_engine_has_no_subfolder() -> None:
+    config = SimpleNamespace(model={"subfolder": "base"}, model_name="place", fast_inference=True)
+    with pytest.raises(ConflictingArguments, match=r"vLLM loads no model from a subfolder.*'place/base'"):
+        read_hf_config(config)  # type: ignore[arg-type]
 
 
 def test_a_directory_with_neither(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ class Model:
         if self._both:
             paths += ["self_attn.dense", "mlp.dense"]
         layers = [(f"model.layers.{index}.{path}", Linear()) for index in (0, 1) for path in paths]
-        return [*layers, ("model.layers.0.self_attn.q_norm", Norm()), ("lm_head", HEAD)]
+        others = [("model.embed_tokens", Norm()), ("model.layers.0.self_attn.q_norm", Norm()), ("lm_head", HEAD)]
+        return [*layers, *others]
 
 
 def taken(targets: Any = LINEARS, *, both: bool = False, **switches: Any) -> dict[str, Any]:
@@ -100,3 +101,9 @@ def test_what_cannot_be_followed(switches: dict[str, Any], says: str) -> None:
 def test_targets_of_which_nothing_is_left() -> None:
     with pytest.raises(ConflictingArguments, match=r"finetune_mlp_modules=False leaves none of .*up_proj"):
         taken(("up_proj",), finetune_mlp_modules=False)
+
+
+@pytest.mark.parametrize("targets", [["up_proj", "embed_tokens", "lm_head"], ".*(up_proj|embed_tokens|lm_head)"])
+def test_modules_of_neither_kind_that_are_named_stay(targets: Any) -> None:
+    assert taken(targets, finetune_attention_modules=False)["target_modules"] == ["embed_tokens", "lm_head", "up_proj"]
+    assert taken(targets, finetune_mlp_modules=False)["target_modules"] == ["embed_tokens", "lm_head"]

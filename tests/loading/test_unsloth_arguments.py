@@ -17,6 +17,7 @@ from trlpatch.errors import ConflictingArguments, MissingPackage, UnknownArgumen
 from trlpatch.loading import load_config, loading
 from trlpatch.loading.load_config import OF_THE_MODEL, OWN, LoadConfig, parse_arguments
 from trlpatch.loading.unsloth_arguments import FOLLOWED, NEUTRAL
+from trlpatch.options import Options, activate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +124,21 @@ def test_so_do_the_defaults_of_what_is_followed(given: dict[str, Any]) -> None:
 def test_what_cannot_be_followed_says_why_and_what_to_do(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConflictingArguments, match=says):
         ask(**given)
+
+
+def test_compat_goes_on_without_what_changes_no_result(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConflictingArguments, match=r'PatchFastRL\(compat="on"\), called before, loads without it'):
+        ask(offload_embedding=True)
+    activate(Options(compat="on"))
+    try:
+        assert ask(offload_embedding=True) == ask()
+        with pytest.raises(ConflictingArguments, match="offload_embedding='yes' is not supported"):
+            ask(offload_embedding="yes")
+        with pytest.raises(ConflictingArguments, match="not computed in tiles"):
+            ask(unsloth_tiled_mlp=True)
+    finally:
+        activate(None)
+    assert 'Loaded without it, as compat="on" asks' in caplog.text
 
 
 @pytest.mark.parametrize("name", ["full_finetuning", "load_in_16bit"])

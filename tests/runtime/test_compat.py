@@ -69,6 +69,12 @@ def test_what_cannot_be_done_is_an_error(accepting):
         accepting.SFTConfig(save_safetensors=False)
 
 
+@pytest.mark.parametrize("limit", [0, -1, True, 2.5])
+def test_a_limit_that_cuts_nothing_or_too_little_is_an_error(accepting, limit):
+    with pytest.raises(ValueError, match=rf"max_prompt_length={limit}: expected a whole number of at least 1"):
+        accepting.GRPOConfig(max_prompt_length=limit)
+
+
 def test_logging_dir_is_where_tensorboard_looks(accepting, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     accepting.SFTConfig(logging_dir="here")
@@ -173,9 +179,9 @@ def test_a_config_that_passes_arguments_on_is_explained_once(upstream):
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(**kwargs)
 
-    compat.install("off")
-    with pytest.raises(TypeError, match="warmup_ratio") as raised:
-        Mine(warmup_ratio=0.1)
+    compat.install("on")
+    with pytest.raises(TypeError, match="fp16_backend") as raised:
+        Mine(fp16_backend="auto")
     assert len(raised.value.__notes__) == 1
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trlpatch.cli.common import DRIFT, GREY, KNOWN_BAD, json_option, print_json, skip_option
+from trlpatch.errors import CannotWrite
 from trlpatch.options import ALLOWED, DISABLE, Options
 
 if TYPE_CHECKING:
@@ -77,10 +78,16 @@ def list_patches(as_json: bool) -> None:
 @_trl_path
 @skip_option
 @_optional_patches
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page instead, side by side.")
 @json_option
-def plan(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as_json: bool, **asked: str) -> None:
+def plan(
+    targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], html: Path | None, as_json: bool, **asked: str
+) -> None:
     """Show, per target, which patches apply, in which variant, and which do not and why."""
     found = _preview(trl_path, targets, skip, asked)
+    if html is not None:
+        _write_page(found, html)
+        return
     if as_json:
         print_json(found.to_dict())
         return
@@ -206,6 +213,16 @@ def _preview(trl_path: Path | None, targets: Sequence[str], skip: Sequence[str],
 
     options = Options(skip=tuple(skip), **asked)
     return preview(trl_path, targets, frozenset(options.skip), frozenset(options.asked_for))
+
+
+def _write_page(found: Preview, path: Path) -> None:
+    from trlpatch.plan_page import render
+
+    try:
+        path.write_text(render(found), encoding="utf-8")
+    except OSError as error:
+        raise CannotWrite(f"Cannot write {path}: {error.strerror or error}. Name another file with --html.") from error
+    click.echo(path)
 
 
 def _heading(found: Preview) -> str:

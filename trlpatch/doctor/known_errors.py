@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from trlpatch.runtime.compat.removed import EVERY
+
 
 class KnownError(NamedTuple):
     """One message.
@@ -62,7 +64,7 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     ),
     KnownError(
         "Free memory on device is less than desired GPU memory utilization",
-        r"[Ff]ree memory on device|less than desired (GPU|CPU) memory utilization",
+        r"less than desired (GPU|CPU) memory utilization",
         "`gpu_memory_utilization` is the share of the whole device, also of what other processes hold.",
         "End the others (`nvidia-smi`), or lower `gpu_memory_utilization`.",
     ),
@@ -81,19 +83,19 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     ),
     KnownError(
         "Prefix caching is currently not supported for v0",
-        r"[Pp]refix caching .*v0|VLLM_USE_V1",
+        r"prefix caching .*v0|VLLM_USE_V1\W{0,4}0",
         "VLLM_USE_V1=0 asks for vLLM's old engine.",
         "Unset it, or set `VLLM_USE_V1=1`; else disable prefix caching.",
     ),
     KnownError(
-        "expandable_segments",
-        r"expandable_segments|Expandable segments are not compatible",
+        "Expandable segments are not compatible with memory pool",
+        r"expandable segments are not compatible|makes torch's segments expandable",
         "Sleep mode cannot unmap segments that torch may expand.",
         "Take `expandable_segments:True` out of PYTORCH_CUDA_ALLOC_CONF, or do without `enable_sleep_mode`.",
     ),
     KnownError(
         "LoRA rank is greater than max_lora_rank",
-        r"is greater than max_lora_rank|RankAboveEngine|LoRA rank \d+",
+        r"is greater than max_lora_rank|RankAboveEngine|LoRA rank \d+ is",
         "The engine's LoRA buffers were built for a smaller rank than the adapter's `r`.",
         "Build it with `max_lora_rank` of at least `r` (from_pretrained: default 64).",
     ),
@@ -123,9 +125,9 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     ),
     KnownError(
         "unexpected keyword argument 'warmup_ratio' / 'max_prompt_length'",
-        r"unexpected keyword argument '(warmup_ratio|max_prompt_length|tokenizer)'",
+        rf"unexpected keyword argument '({'|'.join(sorted({one.name for one in EVERY}))})'",
         "TRL 1.x and transformers 5 took arguments away that older notebooks pass.",
-        "docs/compat.md names what to write instead, and the option that accepts them.",
+        'docs/compat.md names what to write instead, and `PatchFastRL(compat="on")`, which accepts most of them.',
     ),
     KnownError(
         "Cannot re-initialize CUDA in forked subprocess",

@@ -16,9 +16,8 @@ def describe_engines() -> list[str]:
 
 def describe(engine: RolloutEngine, state: EngineState) -> str:
     """One engine in one line."""
-    name = Path(str(getattr(probes.model_config(engine), "model", None) or "engine")).name
     parts = [
-        f"{name}, {'attached' if state.attached else 'built by TRL'}",
+        f"{_name(engine)}, {'attached' if state.attached else 'built by TRL'}",
         *filter(None, [state.backend.location]),
         f"weights {_weights(state)}",
         f"adapter {_adapter(engine, state)}",
@@ -27,6 +26,15 @@ def describe(engine: RolloutEngine, state: EngineState) -> str:
     sleeping = state.backend.asleep()
     parts.append(f"asleep now: {', '.join(sorted(sleeping))}" if sleeping else "awake")
     return "; ".join(parts)
+
+
+def _name(engine: RolloutEngine) -> str:
+    """The last part of the model's path; its id where the path is a snapshot in the hub's cache."""
+    path = Path(str(getattr(probes.model_config(engine), "model", None) or "engine"))
+    repository = path.parent.parent.name  # huggingface_hub: models--ORG--NAME/snapshots/REVISION
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _weights(state: EngineState) -> str:

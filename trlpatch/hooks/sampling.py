@@ -14,6 +14,7 @@ from trlpatch.hooks.prompt_length import with_limit
 from trlpatch.hooks.protocols import GenerationLike, TrainerArguments
 from trlpatch.hooks.trainers import args_of, binding
 from trlpatch.log import log_once, warn_once
+from trlpatch.options import active
 
 T = TypeVar("T")
 
@@ -70,9 +71,7 @@ def normalize_sampling(config: object) -> None:
         setattr(config, FIELD, None)
     if given is None:
         return
-    values = _plain(config, given)
-    _refuse_protected(type(config).__name__, values)
-    setattr(config, FIELD, values)
+    setattr(config, FIELD, _checked(config, _plain(config, given)))
 
 
 def _plain(config: object, given: object) -> dict[str, Any]:
@@ -124,8 +123,9 @@ def _jsonable(value: object) -> object:
     return value
 
 
-def _refuse_protected(config_name: str, values: Mapping[str, object]) -> None:
-    protected = dict(_PROTECTED)
+def _checked(config: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse what is TRL's own; of one seed for all requests compat="on" says that it is left out."""
+    config_name, protected = type(config).__name__, dict(_PROTECTED)
     if config_name.startswith(_OWN_MAX_TOKENS):
         protected[_MAX_TOKENS[0]] = _MAX_TOKENS[1]
     for name in values:
@@ -133,8 +133,13 @@ def _refuse_protected(config_name: str, values: Mapping[str, object]) -> None:
             raise ProtectedSamplingParam(
                 f"{config_name}.{FIELD} sets {name!r}, which belongs to TRL: {protected[name]}. Leave it out"
             )
-    if values.get("seed") is not None:
-        raise ProtectedSamplingParam(f"{config_name}.{FIELD} sets seed={values['seed']!r}: {ONE_SEED}")
+    if values.get("seed") is None:
+        return dict(values)
+    where = f"{config_name}.{FIELD} sets seed={values['seed']!r}"
+    if active().compat != "on":
+        raise ProtectedSamplingParam(f'{where}: {ONE_SEED}. PatchFastRL(compat="on") leaves it out for you')
+    warn_once(config, f'{where}, which compat="on" leaves out: {ONE_SEED}')
+    return {name: value for name, value in values.items() if name != "seed"}
 
 
 def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
@@ -154,7 +159,7 @@ def sampling_params(owner: object, build: Callable[..., T]) -> Callable[..., T]:
     if not given:
         return build
     values = given if isinstance(given, dict) else _plain(args, given)
-    _refuse_protected(type(args).__name__, values)
+    values = _checked(args, values)
     if masks_at_eos(owner):
         _refuse_stops(owner, type(args).__name__, values)
 

@@ -37,7 +37,7 @@ def adapter_source(config: LoadConfig) -> AdapterSource | None:
 
     Raises:
         ModelNotFound: its configuration cannot be read, or does not say of which model it is.
-        ConflictingArguments: a directory that holds a model as well; full_finetuning.
+        ConflictingArguments: a place that holds a model as well; full_finetuning.
     """
     arguments = _peft_arguments(config)
     place = Path(config.model_name).expanduser()
@@ -46,15 +46,14 @@ def adapter_source(config: LoadConfig) -> AdapterSource | None:
         if not (place / CONFIG).is_file():
             return None
         if (place / "config.json").is_file():
-            raise ConflictingArguments(
-                f"model_name={config.model_name!r}: {place} has a model (config.json) and a PEFT adapter ({CONFIG}), "
-                "and both would be loaded; expected a directory with one of them"
-            )
+            raise _both(config, str(place))
         name = str(Path(config.model_name).expanduser())
     else:
         name = config.model_name
-        if not _hub_has(config, CONFIG) or _hub_has(config, "config.json"):
+        if not _hub_has(config, CONFIG):
             return None
+        if _hub_has(config, "config.json"):
+            raise _both(config, "the repository")
     from peft import PeftConfig
 
     try:
@@ -111,6 +110,15 @@ def load_adapter(model: Any, source: AdapterSource) -> Any:
     return PeftModel.from_pretrained(model, source.name, is_trainable=True, **source.arguments)
 
 
+def _both(config: LoadConfig, place: str) -> ConflictingArguments:
+    # transformers loads the base model that the adapter names, vLLM the model that lies beside the adapter.
+    return ConflictingArguments(
+        f"model_name={config.model_name!r}: {place} has a model (config.json) and a PEFT adapter ({CONFIG}), and "
+        "which of them is meant is not said; expected a directory or repository with one of them. Save the adapter "
+        f"alone, or load the model and then the adapter: {_by_hand(config.model_name)}"
+    )
+
+
 def _by_hand(adapter: str) -> str:
     return (
         "model, tokenizer = FastLanguageModel.from_pretrained(BASE), then "
@@ -146,11 +154,8 @@ def _hub_has(config: LoadConfig, file: str) -> bool:
     """Has the repository, or its copy in the cache, the file? What cannot be asked is answered by the load itself."""
     from huggingface_hub import hf_hub_download
 
-    arguments = _peft_arguments(config)
-    if file != CONFIG:
-        arguments.pop("subfolder", None)
     try:
-        hf_hub_download(config.model_name, file, **arguments)
+        hf_hub_download(config.model_name, file, **_peft_arguments(config))
     except (OSError, ValueError):
         return False
     return True

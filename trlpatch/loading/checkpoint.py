@@ -25,7 +25,14 @@ def read_hf_config(config: LoadConfig) -> Any:
     given = config.model.get("config")
     if given is not None and not isinstance(given, (str, os.PathLike)):
         return given
-    _require_directory(config.model_name)
+    subfolder = str(config.model.get("subfolder") or "")
+    if subfolder and config.fast_inference:
+        raise ConflictingArguments(
+            f"model_name={config.model_name!r}, subfolder={subfolder!r}: vLLM loads no model from a subfolder. Give "
+            f"the directory itself (of a hub model: its download), {str(Path(config.model_name, subfolder))!r}, or "
+            "set fast_inference=False"
+        )
+    _require_directory(config.model_name, subfolder)
     try:
         hf_config = AutoConfig.from_pretrained(given or config.model_name, **config.of_tokenizer)
     except OSError as error:
@@ -38,13 +45,14 @@ def read_hf_config(config: LoadConfig) -> Any:
     return hf_config
 
 
-def _require_directory(name: str) -> None:
+def _require_directory(name: str, subfolder: str) -> None:
     """Refuse paths that are no model directory before the hub is asked for a repository of that name."""
     place = Path(name).expanduser()
     if place.is_dir():
-        if (place / "config.json").is_file():
+        if (place / subfolder / "config.json").is_file():
             return
-        raise ModelNotFound(f"model_name={name!r}: expected a directory with config.json, found none in it")
+        where = f"its subfolder {subfolder!r}" if subfolder else "it"
+        raise ModelNotFound(f"model_name={name!r}: expected a directory with config.json, found none in {where}")
     looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_like_a_path or place.is_file():
         found = "a file" if place.is_file() else "nothing"

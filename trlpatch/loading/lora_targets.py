@@ -84,14 +84,17 @@ def _take_last_layers(model: Any, settings: dict[str, Any]) -> None:
 
 
 def _without(model: Any, targets: Sequence[str] | str | None, unwanted: re.Pattern[str]) -> list[str]:
-    """The targeted linear layers whose module is not of the unwanted kind.
+    """The targeted modules that are not of the unwanted kind; where all are targeted, linear layers but the head.
 
     By their last name where every layer of that name stays, else by their paths.
     """
     chosen = _chosen(targets)
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    named = targets is not None and targets != "all-linear"
     found = [
-        path for path, module in model.named_modules() if module is not head and _is_linear(module) and chosen(path)
+        path
+        for path, module in model.named_modules()
+        if chosen(path) and (named or (module is not head and _is_linear(module)))
     ]
     kept = [path for path in found if not any(unwanted.search(part) for part in path.split(".")[:-1])]
     names = {path.rpartition(".")[2] for path in kept}
@@ -101,7 +104,7 @@ def _without(model: Any, targets: Sequence[str] | str | None, unwanted: re.Patte
 
 
 def _chosen(targets: Sequence[str] | str | None) -> Callable[[str], bool]:
-    """Does PEFT adapt a linear layer of this path? None stands for all of them here."""
+    """Does PEFT adapt a module of this path? None stands for all of them here."""
     if targets is None or targets == "all-linear":
         return lambda path: True
     if isinstance(targets, str):

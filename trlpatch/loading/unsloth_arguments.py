@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trlpatch.errors import ConflictingArguments
+from trlpatch.log import logger
+from trlpatch.options import active
 
 CALL = "FastLanguageModel.from_pretrained"
 
@@ -21,10 +23,12 @@ class Neutral:
     Attributes:
         values: what asks for nothing here, or for what is done anyway; compared with their types.
         otherwise: why any other value cannot be followed, and what to do instead.
+        dispensable: True changes no result, only what it takes: compat="on" goes on without it, with a warning.
     """
 
     values: tuple[object, ...]
     otherwise: str
+    dispensable: bool = False
 
     def asks_nothing(self, value: object) -> bool:
         """Is it followed by doing nothing?"""
@@ -32,8 +36,15 @@ class Neutral:
 
     def check(self, call: str, name: str, value: object) -> None:
         """Raise ConflictingArguments for a value that asks for something."""
-        if not self.asks_nothing(value):
-            raise ConflictingArguments(f"{call}: {name}={value!r} is not supported: {self.otherwise}")
+        if self.asks_nothing(value):
+            return
+        message = f"{call}: {name}={value!r} is not supported: {self.otherwise}"
+        if self.dispensable and value is True:
+            if active().compat == "on":
+                logger.warning('%s. Loaded without it, as compat="on" asks', message)
+                return
+            message += '. PatchFastRL(compat="on"), called before, loads without it'
+        raise ConflictingArguments(message)
 
 
 _EITHER = (True, False, None)
@@ -54,6 +65,7 @@ NEUTRAL = {
         "trainers move the whole model to its device again, and a vLLM engine keeps its embeddings there; leave it "
         "out. Memory is saved by load_in_4bit=True, by use_gradient_checkpointing and by a lower "
         "gpu_memory_utilization",
+        dispensable=True,
     ),
     "qat_scheme": Neutral((None,), "weights are not trained for quantization here; leave it out"),
     "return_logits": Neutral(_EITHER, f"{_BOOL}; transformers returns logits in either case"),

@@ -40,9 +40,16 @@ class Assignment:
 
 @dataclass
 class UndoJournal:
-    """The assignments that were made, with what to put back."""
+    """The assignments that were made, with what to put back.
 
-    _back: list[Assignment] = field(default_factory=list)
+    Attributes:
+        keep_foreign: what others have assigned since stays.
+        undone: set by whoever put all of it back, for wrappers that others have wrapped and that therefore stay.
+    """
+
+    keep_foreign: bool = False
+    undone: bool = False
+    _back: list[tuple[Assignment, Any]] = field(default_factory=list)
 
     def make(self, assignments: Iterable[Assignment]) -> None:
         """Make all of them, or none if one raises.
@@ -55,7 +62,7 @@ class UndoJournal:
             for assignment in assignments:
                 before = Assignment(assignment.owner, assignment.name, assignment.current())
                 assignment.make()
-                self._back.append(before)
+                self._back.append((before, assignment.value))
         except BaseException:
             self.undo(start)
             raise
@@ -63,4 +70,6 @@ class UndoJournal:
     def undo(self, start: int = 0) -> None:
         """Put back what was there, last first."""
         while len(self._back) > start:
-            self._back.pop().make()
+            before, made = self._back.pop()
+            if not self.keep_foreign or before.current() is made:
+                before.make()

@@ -1,8 +1,8 @@
 """Arguments that TRL and transformers took away: accepted with `PatchFastRL(compat="on")`, explained without it.
 
 The classes of TRL and transformers are changed when their modules are imported, or at once where they are already, and
-get back what they had when TRL is returned to its own code. Nothing here imports TRL or transformers, and importing
-this imports nothing: the rest is imported with the first of their modules.
+get back what they had when TRL is returned to its own code. To explain, `TrainingArguments` and `Trainer` are enough.
+Nothing here imports TRL or transformers, and importing this imports nothing: the rest is imported with their modules.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ def install(compat: Compat) -> None:
     remove()
     from trlpatch.runtime.compat.watch import Watch
 
-    _in_force, _watch = compat, Watch(_change)
-    _watch.start()
+    _in_force, _watch = compat, Watch(_change, everything=compat == "on")
+    try:
+        _watch.start()
+    except BaseException:
+        remove()
+        raise
 
 
 def remove() -> None:
@@ -38,8 +42,9 @@ def remove() -> None:
     global _in_force, _watch
     if _watch is not None:
         _watch.stop()
-    if "trlpatch.runtime.compat.classes" in sys.modules:
-        import_module("trlpatch.runtime.compat.classes").undo()
+    for name in ("classes", "explained"):
+        if f"{__name__}.{name}" in sys.modules:
+            import_module(f"{__name__}.{name}").undo()
     _in_force = _watch = None
 
 
@@ -67,6 +72,4 @@ def describe() -> list[str]:
 
 
 def _change(module: str) -> None:
-    from trlpatch.runtime.compat.classes import change
-
-    change(module, _in_force == "on")
+    import_module(f"{__name__}.{'classes' if _in_force == 'on' else 'explained'}").change(module)

@@ -41,7 +41,7 @@ def add_fields(journal: UndoJournal, owner: type, made_from_it: Sequence[type]) 
         # For objects that were made before, or are unpickled.
         journal.make(Assignment(owner, one.name, None) for one in new)
     if owner.__name__ == "TrainingArguments":
-        journal.make([Assignment(owner, "__post_init__", _translating(vars(owner)["__post_init__"]))])
+        journal.make([Assignment(owner, "__post_init__", _translating(journal, vars(owner)["__post_init__"]))])
     return bool(new)
 
 
@@ -53,21 +53,19 @@ def drop_fields(classes: Iterable[type]) -> None:
                 assignment.make()
 
 
-def wrap_init(journal: UndoJournal, cls: type, original: Any, accept: bool) -> None:
+def wrap_init(journal: UndoJournal, cls: type, original: Any) -> None:
     """Make the `__init__` that `@dataclass` generated for `cls` take its added fields, and explain what it refuses."""
     if _FIELDS not in vars(cls):
         return
     signature = inspect.signature(original)
     table = known(cls)
     added = [
-        field
-        for name, field in vars(cls)[_FIELDS].items()
-        if accept and field in _added and name not in signature.parameters
+        field for name, field in vars(cls)[_FIELDS].items() if field in _added and name not in signature.parameters
     ]
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        for field in added:
+        for field in () if journal.undone else added:
             if field.name in kwargs:
                 setattr(self, field.name, kwargs.pop(field.name))
         try:
@@ -76,7 +74,7 @@ def wrap_init(journal: UndoJournal, cls: type, original: Any, accept: bool) -> N
             # Raised by the call itself, not by anything inside.
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:
                 met = [table[name] for name in kwargs if name in table and name not in signature.parameters]
-                explain(error, cls.__name__, met, accept)
+                explain(error, cls.__name__, met, accepted=True)
             raise
 
     keywords = [
@@ -117,11 +115,12 @@ def _fields(new: Iterable[Removed]) -> dict[str, dataclasses.Field[Any]]:
     return fields
 
 
-def _translating(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+def _translating(journal: UndoJournal, post_init: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(post_init)
     def translated_first(self: Any) -> None:
-        translate(self)
-        raise_batch_size(self)
+        if not journal.undone:
+            translate(self)
+            raise_batch_size(self)
         post_init(self)
 
     return translated_first
@@ -134,6 +133,8 @@ def translate(config: Any) -> None:
         if value is None or getattr(type(config), _FIELDS).get(name) not in _added:
             continue  # not given, or still upstream's own
         if one.action == "keep":
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1, or None for no limit")
             say(type(config).__name__, one, "prompts are cut from the left to that many tokens")
             continue
         done = _SPECIAL[name](config, value) if one.action == "special" else _moved(config, one, value)

@@ -26,27 +26,27 @@ def cut_prompts(journal: UndoJournal, cls: type) -> None:
         return
     for name, wrapped in (("_tokenize_prompts", _tokenize_prompts), ("_generate_single_turn", _generate_single_turn)):
         if name in vars(cls):
-            journal.make([Assignment(cls, name, wrapped(vars(cls)[name]))])
+            journal.make([Assignment(cls, name, wrapped(journal, vars(cls)[name]))])
             return
 
 
-def _tokenize_prompts(original: Any) -> Any:
+def _tokenize_prompts(journal: UndoJournal, original: Any) -> Any:
     @functools.wraps(original)
     def _tokenize_prompts(self: Any, prompts: list[Any]) -> Any:
         found = original(self, prompts)
         limit = getattr(self.args, FIELD, None)
-        if limit is None:
+        if limit is None or journal.undone:
             return found
         return _hooks().cut(*found, limit=limit)
 
     return _tokenize_prompts
 
 
-def _generate_single_turn(original: Any) -> Any:
+def _generate_single_turn(journal: UndoJournal, original: Any) -> Any:
     @functools.wraps(original)
     def _generate_single_turn(self: Any, prompts: list[Any]) -> Any:
         limit = getattr(self.args, FIELD, None)
-        if limit is None:
+        if limit is None or journal.undone:
             return original(self, prompts)
         # The fields of GRPO 0.26 and 0.27 and of RLOO 0.27 and 0.28 are upstream's own, whose warning is another one.
         tell(f"{type(self).__name__}: prompts are cut from the left to args.max_prompt_length={limit} tokens")

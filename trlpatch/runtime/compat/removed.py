@@ -169,8 +169,8 @@ TOKENIZER = Removed(
     "tokenizer", ("Trainer",), "TRL 0.16 and transformers 5", "processing_class", "move", to="processing_class"
 )
 
-OF_SFT = {
-    name: Removed(name, ("SFTTrainer",), "TRL 0.16", f"SFTConfig({to}=...)", "move", to=to)
+_OF_SFT = tuple(
+    Removed(name, ("SFTTrainer",), "TRL 0.16", f"SFTConfig({to}=...)", "move", to=to)
     for name, to in {
         "dataset_text_field": "dataset_text_field",
         "max_seq_length": "max_length",
@@ -181,15 +181,18 @@ OF_SFT = {
         "model_init_kwargs": "model_init_kwargs",
         "neftune_noise_alpha": "neftune_noise_alpha",
     }.items()
-}
+)
 """Arguments of SFTTrainer that are fields of its config."""
+
+EVERY = (*TABLE, TOKENIZER, *_OF_SFT)
+"""Configs' and trainers'."""
 
 
 def known(cls: type) -> dict[str, Removed]:
     """Return what the classes that `cls` is made from had, by name; the nearest class's first."""
     found: dict[str, Removed] = {}
     for base in cls.__mro__:
-        for one in TABLE:
+        for one in EVERY:
             if base.__name__ in one.owners:
                 found.setdefault(one.name, one)
     return found

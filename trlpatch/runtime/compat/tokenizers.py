@@ -31,6 +31,8 @@ def return_ids(journal: UndoJournal, cls: type) -> None:
 
     @functools.wraps(original)
     def apply_chat_template(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if journal.undone:
+            return original(self, *args, **kwargs)
         caller = str(sys._getframe(1).f_globals.get("__name__", "")).partition(".")[0]
         if caller in _LIBRARIES or kwargs.get("return_assistant_tokens_mask"):
             return original(self, *args, **kwargs)

@@ -8,34 +8,23 @@ import inspect
 import sys
 from typing import Any
 
-from trlpatch.runtime.compat.removed import OF_SFT, TOKENIZER, Removed
-from trlpatch.runtime.compat.said import explain, say
+from trlpatch.runtime.compat.removed import TOKENIZER, Removed, known
+from trlpatch.runtime.compat.said import say
 from trlpatch.runtime.undo_journal import Assignment, UndoJournal
 
 
-def wrap_init(journal: UndoJournal, cls: type, accept: bool) -> None:
-    """Make `cls(tokenizer=...)` mean `processing_class=`, or explain the error of upstream."""
-    original = vars(cls).get("__init__")
-    if original is None:
-        return
+def wrap_init(journal: UndoJournal, cls: type, original: Any) -> None:
+    """Make `cls(tokenizer=...)` mean `processing_class=`."""
     signature = inspect.signature(original)
     if "processing_class" not in signature.parameters or "tokenizer" in vars(cls):
         return  # its own way of passing arguments on; or the Trainer of transformers 4, which still takes it
-    table = {TOKENIZER.name: TOKENIZER}
-    if any(base.__name__ == "SFTTrainer" for base in cls.__mro__):
-        table |= OF_SFT
-    table = {name: one for name, one in table.items() if name not in signature.parameters}
+    table = {name: one for name, one in known(cls).items() if name not in signature.parameters}
 
     @functools.wraps(original)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if accept and not table.keys().isdisjoint(kwargs):
+        if not (journal.undone or table.keys().isdisjoint(kwargs)):
             args, kwargs = _translated(cls, signature, table, args, kwargs)
-        try:
-            original(self, *args, **kwargs)
-        except TypeError as error:
-            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                explain(error, cls.__name__, [table[name] for name in kwargs if name in table], accept)
-            raise
+        original(self, *args, **kwargs)
 
     journal.make([Assignment(cls, "__init__", init)])
 

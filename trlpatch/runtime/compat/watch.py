@@ -16,18 +16,28 @@ OF_TRANSFORMERS = (
 )
 """TrainingArguments, Trainer and the tokenizers, in the order in which their classes build on each other."""
 
+BASES = OF_TRANSFORMERS[:2]
+"""Of which every config and trainer is made."""
+
 
 class Watch(MetaPathFinder):
-    """Stands before all finders, finds what they find, and calls `imported` with the name after the module has run."""
+    """Stands before all finders, finds what they find, and calls `imported` with the name after the module has run.
 
-    def __init__(self, imported: Callable[[str], None]) -> None:
+    Args:
+        imported: called with the name of a module.
+        everything: all modules of interest; else BASES alone.
+    """
+
+    def __init__(self, imported: Callable[[str], None], *, everything: bool) -> None:
         self._imported = imported
+        self._everything = everything
 
     def start(self) -> None:
         """Watch from now on, and tell of what is imported already."""
         sys.meta_path.insert(0, self)
-        for name in [*OF_TRANSFORMERS, *sorted(filter(_of_trl, list(sys.modules)))]:
-            if name in sys.modules:
+        of_trl = sorted(filter(_of_trl, list(sys.modules))) if self._everything else ()
+        for name in (*OF_TRANSFORMERS, *of_trl):
+            if name in sys.modules and self._watches(name):
                 self._imported(name)
 
     def stop(self) -> None:
@@ -39,14 +49,20 @@ class Watch(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return what the finders behind this one find, with a loader that tells when it is done."""
-        if not (_of_trl(fullname) or fullname in OF_TRANSFORMERS):
+        if not self._watches(fullname):
             return None
         for finder in list(sys.meta_path):
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            # As the import system: a finder of before Python 3.4 is passed over.
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None:
                 self._tell_after(spec)
                 return spec
         return None
+
+    def _watches(self, name: str) -> bool:
+        return name in BASES or (self._everything and (_of_trl(name) or name in OF_TRANSFORMERS))
 
     def _tell_after(self, spec: ModuleSpec) -> None:
         loader = spec.loader
