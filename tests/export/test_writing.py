@@ -68,9 +68,10 @@ def test_what_is_there_is_replaced_only_where_it_is_an_export(source: Any, tmp_p
 
 
 def _new() -> bool:
+    """Does transformers write `dtype` into a config? 4.56 and newer."""
     import transformers
 
-    return int(transformers.__version__.split(".")[0]) >= 5
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
 
 
 def test_a_full_disk_is_found_before_anything_is_written(

@@ -167,7 +167,7 @@ def test_a_seed_among_trls_own_arguments_is_told(caplog: pytest.LogCaptureFixtur
         GRPOConfig(vllm_sampling_params=seeded)
     (said,) = built(GRPOConfig(generation_kwargs=seeded), caplog)
     assert said.startswith("GRPOTrainer: generation_kwargs sets seed=3407: vLLM would seed every request")
-    assert said.split("seed=3407", 1)[1] == str(refused.value).split("seed=3407", 1)[1], "in the same words"
+    assert said.split("seed=3407", 1)[1] in str(refused.value), "in the same words"
     assert not built(OnlineDPOConfig(generation_kwargs=seeded), caplog), "n=2, and vLLM seeds the second with seed + 1"
     assert not built(GRPOConfig(generation_kwargs=seeded, num_generations=1), caplog)
 

@@ -291,6 +291,7 @@ def test_the_option_is_checked_reported_and_can_be_changed(fake_trl, patch_grpo)
     assert "are accepted (docs/compat.md)" in report.compat[0]
     assert "compat     on: arguments that this TRL" in str(report)
     assert "\ncompat:\n  on: arguments that" in str(report.full())
+    assert patch_grpo().compat, "a later call that does not say leaves it on"
     assert patch_grpo(compat="off").compat == ()
     patch_grpo(compat="on")
     session.revert()

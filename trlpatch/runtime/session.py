@@ -31,6 +31,7 @@ from trlpatch.options import (
     Options,
     Sleep,
     activate,
+    active,
     read_directory,
     read_switch,
 )
@@ -86,7 +87,7 @@ def PatchFastRL(
     logps: Logps = "stock",
     old_logps: OldLogps = "stock",
     lora_layers: LoraLayers = "auto",
-    compat: Compat = "off",
+    compat: Compat | None = None,
     on_drift: OnDrift = "raise",
     skip: Collection[str] = (),
 ) -> PatchReport:
@@ -113,6 +114,7 @@ def PatchFastRL(
             fit, else vLLM's; "trlpatch": an error where they do not; "vllm": always vLLM's.
         compat: "on" accepts arguments that this TRL and transformers took away (`warmup_ratio`, `max_prompt_length`,
             `SFTTrainer(tokenizer=)`, ...: docs/compat.md) and does what they did; "off" explains upstream's error.
+            None: as an earlier call said, else "off".
         on_drift: "raise" leaves TRL untouched and raises if a patch does not fit this release, "stock" leaves only
             the targets concerned as TRL wrote them and warns. A trainer that has moved to another file does not fit;
             one that is gone from TRL is named in the report, nothing more.
@@ -137,7 +139,9 @@ def PatchFastRL(
         OptionsConflict: an earlier call used another `skip`, `logps` or `old_logps`.
     """
     named: Any = skip  # Options checks what it is, and keeps it as a tuple.
-    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps, compat))
+    # PatchFastRL("GRPO", FastLanguageModel) of a notebook, after one with compat="on", must not take it back unsaid.
+    said = active().compat if compat is None else compat
+    return apply(Options(algorithm, colocate, sleep, adapter, on_drift, named, old_logps, lora_layers, logps, said))
 
 
 patch = PatchFastRL
