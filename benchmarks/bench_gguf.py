@@ -3,7 +3,8 @@
 A random Qwen2 of the shape of Qwen2.5-0.5B is saved in bfloat16 and exported as some types, each export in a process
 of its own, whose peak memory is measured ten times a second, with its children's. "load" is `from_pretrained` in
 bfloat16, and the weights read once. Exports are not verified: the reference is the whole model in float32. Needs the
-extra `gguf` and psutil.
+extra `gguf` and psutil. `--llama-quantize PATH` times llama.cpp's own quantizer beside it: from a file in float32,
+which an export does not write.
 """
 
 from __future__ import annotations
@@ -56,9 +57,14 @@ def make(folder: Path, layers: int) -> int:
 
 
 def measured(code: str, *arguments: str) -> dict[str, float]:
-    """Run code in a process; return its peak memory with that of its children, in MiB, wall and CPU seconds."""
+    """Run code in a process, see `measured_command`."""
+    return measured_command(sys.executable, "-W", "ignore", "-c", code, *arguments)
+
+
+def measured_command(*command: str, errors: int | None = None) -> dict[str, float]:
+    """Run a command; return its peak memory with that of its children, in MiB, wall and CPU seconds."""
     started = time.monotonic()
-    process = psutil.Popen([sys.executable, "-W", "ignore", "-c", code, *arguments], stdout=subprocess.DEVNULL)
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     peak, spent = 0, {}
     while process.poll() is None:
         total = 0
@@ -93,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_k_m", "f16,q8_0,q4_k_m"])
+    parser.add_argument("--llama-quantize", metavar="PATH")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
@@ -103,6 +110,14 @@ def main() -> None:
         for types in options.types:
             out = Path(scratch) / types
             print(json.dumps({"what": types, **measured(EXPORT, str(folder), str(out), types)}), flush=True)
+        if options.llama_quantize:
+            full = Path(scratch) / "f32"
+            print(json.dumps({"what": "f32", **measured(EXPORT, str(folder), str(full), "f32")}), flush=True)
+            (source,) = full.rglob("*.gguf")
+            for kind in ("q8_0", "q4_k_m"):
+                words = (options.llama_quantize, str(source), str(Path(scratch) / f"{kind}.gguf"), kind, "1")
+                found = measured_command(*words, errors=subprocess.DEVNULL)  # a line per tensor
+                print(json.dumps({"what": f"llama-quantize {kind}", **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -91,3 +91,10 @@ def test_an_extra_is_installed_from_where_pip_got_the_package(
     if origin is not None:
         (site / "trlpatch-0.1.0.dist-info" / "direct_url.json").write_text(json.dumps(origin), encoding="utf-8")
     assert pip_install("demo") == f'pip install "{wanted}"'
+
+
+def test_every_message_has_the_command_that_works_here() -> None:
+    """Only pip_install writes `trlpatch[extra]`: by that name alone nothing of ours may be on the index."""
+    package = Path(versions.__file__).parent
+    found = [path for path in package.rglob("*.py") if "trlpatch[" in path.read_text(encoding="utf-8")]
+    assert found == [Path(versions.__file__)]

@@ -44,6 +44,8 @@ def test_the_methods_are_seen_through_peft_and_write(model: Any, tmp_path: Path)
     ).endswith("16")
     model.save_pretrained_merged(tmp_path / "lora", words, save_method="lora")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {one.name for one in (tmp_path / "lora").iterdir()}
+    again = model.save_pretrained_merged(tmp_path / "lora", words, "LoRA")
+    assert (again.dtype, "survival" in repr(done), "log-probabilities" in str(done)) == ("float32", False, True)
     assert model.save_pretrained_merged(tmp_path / "no", is_main_process=False) is None
     assert not (tmp_path / "no").exists()
 
@@ -54,6 +56,11 @@ def test_what_cannot_be_followed_is_refused(model: Any, tmp_path: Path, monkeypa
     for options, error, what in (
         ({"save_method": "merged_4bit"}, CannotExport, "bitsandbytes"),
         ({"save_method": "merged"}, CannotExport, "save_method="),
+        ({"tokenizer": "words"}, CannotExport, "tokenizer='words'"),
+        ({"tokenizer": "words", "save_method": "lora"}, CannotExport, "tokenizer='words'"),
+        ({"save_method": None}, CannotExport, "save_method=None"),
+        ({"save_method": ["lora"]}, CannotExport, "save_method="),
+        ({"save_method": "lora", "revision": "v2"}, CannotExport, "revision="),
         ({"safe_serialization": False}, CannotExport, "safetensors"),
         ({"state_dict": {}}, CannotExport, "state_dict"),
         ({"max_shrd_size": 1}, UnknownArgument, "max_shrd_size"),
@@ -152,6 +159,10 @@ def test_the_command_line_exports_a_checkpoint(model: Any, tmp_path: Path) -> No
     shown = CliRunner().invoke(cli, ["export", "adapter", where, "--out", str(tmp_path / "adapter")])
     assert shown.exit_code == 0, shown.output
     assert "optimizer.pt" not in {one.name for one in (tmp_path / "adapter").iterdir()}
+    model.add_adapter("second", model.peft_config["default"])
+    model.save_pretrained(tmp_path / "named", selected_adapters=["second"])
+    refused = CliRunner().invoke(cli, ["export", "merged", str(tmp_path / "named"), "--out", out])
+    assert "named/second', for one" in str(refused.exception)
     refused = CliRunner().invoke(cli, ["export", "merged", str(tmp_path / "run"), "--out", out])
     assert isinstance(refused.exception, CannotExport)
     assert "checkpoint-3" in str(refused.exception)
@@ -161,6 +172,12 @@ def test_a_base_that_is_quantized_or_absent_is_refused(model: Any, tmp_path: Pat
     from trlpatch.export.opening import open_source
 
     model.save_pretrained(tmp_path / "adapter")
+    named = tmp_path / "adapter" / "adapter_config.json"
+    kept = named.read_text()
+    named.write_text(json.dumps({**json.loads(kept), "base_model_name_or_path": "../base"}))
+    with pytest.raises(CannotExport, match=r"'\.\./base', which its adapter_config\.json names.*counts from .*base="):
+        open_source(tmp_path / "adapter")
+    named.write_text(kept)
     config = tmp_path / "base" / "config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "quantization_config": {"quant_method": "bitsandbytes"}}))

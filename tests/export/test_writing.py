@@ -52,9 +52,11 @@ def test_what_is_there_is_replaced_only_where_it_is_an_export(source: Any, tmp_p
     write(source, out, dtype="float32")
     write(source, out, dtype="float16")  # an earlier export
     assert json.loads((out / "config.json").read_text())["dtype" if _new() else "torch_dtype"] == "float16"
-    (out / "trlpatch_export.json").unlink()
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(CannotExport, match="not empty and holds no earlier export"):
+    with pytest.raises(CannotExport, match=r"'mine\.txt', which is not of an earlier export"):
+        write(source, out)
+    (out / "trlpatch_export.json").unlink()
+    with pytest.raises(CannotExport, match="which is not of an earlier export"):
         write(source, out)
     assert (out / "mine.txt").read_text() == "mine"
     write(source, out, overwrite=True)

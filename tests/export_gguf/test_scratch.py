@@ -12,8 +12,8 @@ import pytest
 
 from trlpatch.errors import CannotExport
 from trlpatch.export.gguf import space
-from trlpatch.export.gguf.scratch import scratch_folder
 from trlpatch.export.gguf.space import free_memory, gib, need_disk
+from trlpatch.export.scratch import scratch_folder
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -31,14 +31,31 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: type[BaseEx
 def test_what_a_killed_process_left_is_removed_and_a_running_one_is_left_alone(tmp_path: Path) -> None:
     host = socket.gethostname().replace("-", "_").replace(".", "_")
     dead = next(number for number in range(400_000, 10**7) if not Path(f"/proc/{number}").exists())
-    left = tmp_path / f".trlpatch-gguf-{host}-{dead}-abc"
-    running = tmp_path / f".trlpatch-gguf-{host}-{os.getppid()}-abc"
-    elsewhere = tmp_path / f".trlpatch-gguf-another_host-{dead}-abc"
+    left = tmp_path / f".trlpatch-export-{host}-{dead}-abc"
+    running = tmp_path / f".trlpatch-export-{host}-{os.getppid()}-abc"
+    elsewhere = tmp_path / f".trlpatch-export-another_host-{dead}-abc"
     for folder in (left, running, elsewhere):
         folder.mkdir()
     with scratch_folder(tmp_path):
         pass
     assert sorted(tmp_path.iterdir()) == sorted([running, elsewhere])
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_what_was_moved_aside_by_a_killed_process_goes_back(tmp_path: Path, written: bool) -> None:
+    """A kill between the two renames of a replaced directory, or behind them."""
+    host = socket.gethostname().replace("-", "_").replace(".", "_")
+    dead = next(number for number in range(400_000, 10**7) if not Path(f"/proc/{number}").exists())
+    earlier = tmp_path / f".trlpatch-export-{host}-{dead}-abc" / "earlier" / "out"
+    earlier.mkdir(parents=True)
+    (earlier / "model").write_text("earlier")
+    if written:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "model").write_text("new")
+    with scratch_folder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model").read_text() == ("new" if written else "earlier")
 
 
 def test_a_disk_that_will_be_full_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

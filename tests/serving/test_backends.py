@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from trlpatch.errors import ConflictingArguments, MissingPackage, NotServable
 from trlpatch.serving import backends
 from trlpatch.serving.artifact import detect
 from trlpatch.serving.backends import Launch, choose, launch, option_value
+from trlpatch.versions import pip_install
 
 Install = Callable[..., None]
 
@@ -52,7 +54,7 @@ def test_models_and_adapters_are_served_by_vllm(tmp_path: Path, install: Install
     with pytest.raises(NotServable, match=f"trlpatch export gguf {model} --out DIR"):
         choose(detect(model), "xllamacpp")
     install("xllamacpp")
-    with pytest.raises(MissingPackage, match=r'pip install "trlpatch\[vllm\]"'):
+    with pytest.raises(MissingPackage, match=re.escape(pip_install("vllm"))):
         choose(detect(adapter))
 
 
@@ -77,13 +79,13 @@ def test_a_gguf_file_is_served_by_what_is_there(
 @pytest.mark.parametrize(
     ("modules", "backend", "cuda", "texts"),
     [
-        ([], "auto", False, ["no xllamacpp, no llama-cpp-python", 'pip install "trlpatch[serve]"']),
+        ([], "auto", False, ["no xllamacpp, no llama-cpp-python", pip_install("serve")]),
         (["vllm"], "auto", True, ["pip install vllm vllm-gguf-plugin"]),
         (["vllm"], "vllm", True, ["vLLM 0.28.0 serves GGUF files with vllm-gguf-plugin", "pip install vllm-gguf-"]),
-        ([], "vllm", True, ['pip install "trlpatch[vllm]"']),
+        ([], "vllm", True, [pip_install("vllm")]),
         (["xllamacpp"], "llama-cpp-python", False, ["pip install llama-cpp-python[server]"]),
         (["llama_cpp"], "auto", False, ["without its server", "pip install llama-cpp-python[server]"]),
-        (["llama_cpp", "uvicorn"], "xllamacpp", False, ["no xllamacpp. Run", 'pip install "trlpatch[serve]"']),
+        (["llama_cpp", "uvicorn"], "xllamacpp", False, ["no xllamacpp. Run", pip_install("serve")]),
     ],
 )
 def test_what_is_missing_is_named_with_its_command(

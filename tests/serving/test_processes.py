@@ -90,6 +90,20 @@ def test_a_log_that_was_named_is_kept(file: Path, tmp_path: Path) -> None:
     assert "listening on" in log.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_log_probabilities_are_kept_by_the_server_only_where_they_are_wanted(
+    file: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """llama-cpp-python holds the logits of a whole context for them."""
+
+    def launch(*words: object, logprobs: bool, **more: object) -> None:
+        raise ConflictingArguments(str(logprobs))
+
+    monkeypatch.setattr("trlpatch.serving.server.launch", launch)
+    with pytest.raises(ConflictingArguments, match=str(wanted)):
+        start(file, logprobs=wanted)
+
+
 def test_a_server_that_dies_says_why(file: Path, fake_xllamacpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SERVER", "dies")
     with pytest.raises(ServerFailed) as failed:
@@ -143,7 +157,8 @@ def test_an_interrupt_while_it_starts_leaves_nothing(
     monkeypatch.setenv("FAKE_SERVER", "hangs")
 
     def interrupt(startup: Startup) -> None:
-        raise KeyboardInterrupt
+        if fake_xllamacpp.exists() and fake_xllamacpp.read_text(encoding="utf-8"):  # on a busy machine it takes time
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         start(file, on_progress=interrupt)

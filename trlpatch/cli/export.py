@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from trlpatch.cli.common import json_option, print_json
 from trlpatch.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from trlpatch.export.gguf.export import GgufExport
+    from trlpatch.export.merged import Exported
 
 _out = click.option("--out", required=True, metavar="DIR", help="Is complete at the end, or not there.")
 _base = click.option("--base", metavar="MODEL", help="The 16-bit base model, where the adapter does not name it.")
@@ -23,7 +30,8 @@ _checkpoint = click.argument("checkpoint", metavar="CHECKPOINT")
 
 
 @click.group()
-def export() -> None:
+@click.pass_context
+def export(context: click.Context) -> None:
     """Write what a training run made, for others to load: merged weights, the adapter, GGUF.
 
     CHECKPOINT is a trainer's checkpoint (outputs/checkpoint-500), a directory with an adapter or a whole model, or a
@@ -34,6 +42,9 @@ def export() -> None:
         raise MissingPackage(
             f"trlpatch export: {', '.join(missing)} not installed here; pip install torch transformers peft"
         )
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half-written goes
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            context.call_on_close(functools.partial(signal.signal, number, signal.signal(number, _end)))
 
 
 @export.command()
@@ -69,7 +80,7 @@ def merged(
 
     The sum is made in float32 and rounded once; what the rounding keeps of the adapter is printed.
     """
-    from trlpatch.export.merged import dtype_of, estimate, write_merged
+    from trlpatch.export.merged import dtype_of, estimate, size_of, write_merged
     from trlpatch.export.opening import open_source
 
     source = open_source(checkpoint, base=base, revision=revision, trust_remote_code=trust_remote_code)
@@ -78,8 +89,8 @@ def merged(
     if not as_json:
         files = f"{need.shards} files" if need.shards > 1 else "one file"
         click.echo(
-            f"{source.parameters:,} parameters in {str(stored).removeprefix('torch.')}: {_size(need.bytes)} in "
-            f"{files}, {_size(need.working)} of memory to work with"
+            f"{source.parameters:,} parameters in {str(stored).removeprefix('torch.')}: {size_of(need.bytes)} in "
+            f"{files}, {size_of(need.working)} of memory to work with"
         )
     checks: dict[str, bool | str] = {"auto": True, "logps": "logps", "none": False}
     with _progress(quiet=as_json) as tell:
@@ -114,11 +125,13 @@ def adapter(checkpoint: str, out: str, base: str | None, dtype: str | None, over
 @_out
 @_base
 @click.option(
+    "--quant",
     "--type",
     "types",
     multiple=True,
     default=("q8_0",),
     show_default=True,
+    metavar="TYPE[,TYPE]...",
     help="f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q2_k, ...; repeatable.",
 )
 @click.option("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of the pre-tokenizer, where it knows it not.")
@@ -126,6 +139,7 @@ def adapter(checkpoint: str, out: str, base: str | None, dtype: str | None, over
 @click.option("--no-verify", is_flag=True, help="Do not run the files.")
 @_revision
 @_code
+@json_option
 def gguf(
     checkpoint: str,
     out: str,
@@ -136,16 +150,19 @@ def gguf(
     no_verify: bool,
     revision: str | None,
     trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
-    """Write GGUF files with the adapter merged, for llama.cpp and what is built on it."""
-    from importlib import import_module
+    """Write GGUF files with the adapter merged, for llama.cpp and what is built on it.
 
-    export_gguf: Any = import_module("trlpatch.export.gguf").export_gguf
-    with _progress(quiet=False) as tell:
+    Each file is run by llama.cpp and compared with transformers, where xllamacpp is installed.
+    """
+    from trlpatch.export.gguf.export import export_gguf
+
+    with _progress(quiet=as_json) as tell:
         done = export_gguf(
             checkpoint,
             out,
-            list(types),
+            ",".join(types),
             base=base,
             tokenizer_pre=tokenizer_pre,
             accept=accept,
@@ -154,7 +171,12 @@ def gguf(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    click.echo(str(replace(done, notes=())))  # the notes have been logged, before the work began
+    # Its notes have been logged, before the work began; JSON has them again.
+    _say(done if as_json else replace(done, notes=()), as_json)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager
@@ -177,27 +199,5 @@ def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield tell
 
 
-def _say(done: Any, as_json: bool) -> None:
-    if as_json:
-        lost = None if done.survival is None else done.survival.lost()
-        print_json(
-            {
-                "directory": str(done.directory),
-                "dtype": done.dtype,
-                "bytes": done.bytes,
-                "seconds": round(done.seconds, 3),
-                "files": list(done.files),
-                "verified": done.verified,
-                "lost": lost,
-                "notes": list(done.notes),
-            }
-        )
-        return
-    click.echo(f"{done.directory}: {_size(done.bytes)} ({done.dtype}) in {done.seconds:.1f} s")
-    click.echo(f"compared: {done.verified}")
-    for note in done.notes:
-        click.echo(note)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
+def _say(done: Exported | GgufExport, as_json: bool) -> None:
+    print_json(done.to_dict()) if as_json else click.echo(str(done))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.errors import CannotExport, ExportMismatch
 from trlpatch.export import places
 from trlpatch.export.merged import Exported, dtype_named
-from trlpatch.export.writer import REPORT, new_directory
+from trlpatch.export.writer import new_directory, write_report
 from trlpatch.policy.adapter import base_of, lora_view
 
 if TYPE_CHECKING:
@@ -53,14 +52,15 @@ def write_adapter(
     if dtype is not None:
         wanted = dtype_named(dtype)
         tensors = {name: one.to(wanted) if one.is_floating_point() else one for name, one in tensors.items()}
+    inputs = [*near, *map(Path, filter(None, [config.base_model_name_or_path]))]
     config = copy.copy(config)
     config.inference_mode = True
     if base is not None:
         config.base_model_name_or_path = os.fspath(base)
-    tokenizer = tokenizer if tokenizer is not None else places.tokenizer(near)
+    tokenizer = places.tokenizer(tokenizer, near)
     size = sum(one.numel() * one.element_size() for one in tensors.values())
-    target = Path(directory)
-    with new_directory(target, overwrite=overwrite, size=size) as place:
+    target = Path(directory).expanduser()
+    with new_directory(target, overwrite=overwrite, size=size, inputs=inputs) as place:
         config.save_pretrained(str(place))
         file = place / places.ADAPTER_WEIGHTS[0]
         save_file({name: one.contiguous() for name, one in tensors.items()}, file, metadata={"format": "pt"})
@@ -70,8 +70,7 @@ def write_adapter(
         kinds = sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()})
         verified = f"{len(tensors)} tensors, read back"
         report = {"what": "adapter", "of": where, "base": config.base_model_name_or_path, "bytes": size}
-        (place / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        files = tuple(sorted(one.name for one in place.iterdir()))
+        files = write_report(place, report)
     seconds = time.monotonic() - started
     return Exported(target, ", ".join(kinds), size, seconds, files, None, verified, ())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ from trlpatch.errors import CannotExport
 from trlpatch.export.merged import Exported, default_dtype, write_merged
 from trlpatch.export.skeleton import model_class
 from trlpatch.export.source import ExportSource
-from trlpatch.export.writer import REPORT, new_directory
+from trlpatch.export.writer import new_directory, write_report
 
 _INSTALL = 'pip install "bitsandbytes>=0.48.1"'
 
@@ -51,9 +50,9 @@ def write_four_bit(
     import transformers
 
     started = time.monotonic()
-    target = Path(directory)
+    target = Path(directory).expanduser()
     size = source.size(default_dtype(source))
-    with new_directory(target, overwrite=overwrite, size=size + size // 2) as place:
+    with new_directory(target, overwrite=overwrite, size=size + size // 2, inputs=source.inputs) as place:
         done = write_merged(
             source, place / "merged", dtype=dtype, max_shard_size=max_shard_size, verify=verify, progress=progress
         )
@@ -79,8 +78,7 @@ def write_four_bit(
         source.save_tokenizer(place)
         note = "quantized to nf4 after the merge; what 4 bits keep of the adapter was not measured"
         report = {"what": "merged weights", "of": source.where, "dtype": "nf4", "notes": [*done.notes, note]}
-        (place / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        files = tuple(sorted(one.name for one in place.iterdir()))
+        files = write_report(place, report)
         written = sum(one.stat().st_size for one in place.glob("*.safetensors"))
     seconds = time.monotonic() - started
     return replace(

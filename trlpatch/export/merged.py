@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from trlpatch.errors import CannotExport
 from trlpatch.export.source import ExportSource, ExportTensor
 from trlpatch.export.survival import Survival, require_finite, sample
 from trlpatch.export.verify import verify_export
-from trlpatch.export.writer import REPORT, new_directory, plan_shards, write_shards
+from trlpatch.export.writer import new_directory, plan_shards, write_report, write_shards
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +35,23 @@ class Exported:
     """Of the weights."""
     seconds: float
     files: tuple[str, ...]
-    survival: Survival | None
+    survival: Survival | None = field(repr=False)
     """None for a model without an adapter."""
     verified: str
     """What was compared, as a sentence."""
     notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.directory}: {size_of(self.bytes)} ({self.dtype}) in {self.seconds:.1f} s"]
+        return "\n".join([*lines, f"compared: {self.verified}", *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "directory": str(self.directory), "dtype": self.dtype, "bytes": self.bytes,
+            "seconds": round(self.seconds, 3), "files": list(self.files), "verified": self.verified,
+            "lost": None if self.survival is None else self.survival.lost(), "notes": list(self.notes),
+        }  # fmt: skip
 
     @property
     def lossy(self) -> bool:
@@ -58,6 +69,11 @@ class Estimate:
     working: int
     """Bytes of memory beside what the process has: float32 copies of a tensor, and blocks."""
     shards: int
+
+
+def size_of(count: int) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
 
 
 def default_dtype(source: ExportSource) -> torch.dtype:
@@ -145,7 +161,7 @@ def write_merged(
     total = source.size(stored)
     _require_memory(source)
     survival = Survival(stored) if source.adapter is not None else None
-    target = Path(directory)
+    target = Path(directory).expanduser()
     tell = progress or (lambda what, done, of: None)
     done = 0
 
@@ -154,8 +170,8 @@ def write_merged(
         done += count
         tell("writing", done, total)
 
-    with new_directory(target, overwrite=overwrite, size=total) as place:
-        files = source.save_settings(place, dtype=stored)
+    with new_directory(target, overwrite=overwrite, size=total, inputs=source.inputs) as place:
+        source.save_settings(place, dtype=stored)
         tell("writing", 0, total)
         size = write_shards(shards, place, stored, watch=_watch(survival, stored), progress=wrote)
         verified = "not compared"
@@ -169,9 +185,8 @@ def write_merged(
             "notes": list(notes), "lost": None if survival is None else survival.lost(),
             "unmoved": None if survival is None else survival.unmoved(),
         }  # fmt: skip
-        (place / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        files = sorted({*files, *(one.name for one in place.iterdir())})
-    return Exported(target, report["dtype"], size, seconds, tuple(files), survival, verified, notes)
+        files = write_report(place, report)
+    return Exported(target, report["dtype"], size, seconds, files, survival, verified, notes)
 
 
 def _watch(survival: Survival | None, stored: torch.dtype) -> Callable[[ExportTensor, Tensor | None], None]:
@@ -199,10 +214,3 @@ def _require_memory(source: ExportSource) -> None:
             f"exporting {source.where}: its largest tensor takes {source.largest():,} bytes of memory in float32 with "
             f"what it is computed from, and {free:,} are available; close other processes, or use another machine"
         )
-
-
-def survival_as_dict(survival: Survival) -> dict[str, Any]:
-    """For JSON."""
-    found = asdict(survival)
-    found["stored"] = str(survival.stored).removeprefix("torch.")
-    return {**found, "lost": survival.lost(), "unmoved": survival.unmoved(), "kept": survival.kept}

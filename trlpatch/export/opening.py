@@ -54,7 +54,15 @@ class Opening:
             raise CannotExport(
                 f"exporting the adapter in {where}: its adapter_config.json names no base model; name it with base="
             )
-        base = self._place(name, revision=self.revision or getattr(config, "revision", None))
+        try:
+            base = self._place(name, revision=self.revision or getattr(config, "revision", None))
+        except CannotExport as error:
+            if self.base is not None:
+                raise
+            raise CannotExport(
+                f"exporting the adapter in {where}: {str(name)!r}, which its adapter_config.json names as base model "
+                f"(a relative path counts from {str(Path.cwd())!r}): {error}"
+            ) from error
         return self._files(base, config, tensors, where=where, tokenizers=[directory, base])
 
     def _files(
@@ -174,7 +182,7 @@ class Opening:
             tensors=assembly.tensors,
             config=found,
             generation_config=settings.sanitised_generation_config(generation),
-            tokenizer=self.tokenizer if self.tokenizer is not None else places.tokenizer(tokenizers),
+            tokenizer=places.tokenizer(self.tokenizer, tokenizers),
             adapter=adapter,
             kinds=kinds,
             base_name=str(getattr(config, "_name_or_path", "") or base or ""),
@@ -183,6 +191,8 @@ class Opening:
             base_directory=base,
             base=assembly.base,
             trust_remote_code=self.trust_remote_code,
+            # A whole model in training may be saved to where it was loaded from: nothing else belongs to that.
+            inputs=() if live is not None and adapter is None else tuple(tokenizers),
         )
 
 

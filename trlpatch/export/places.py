@@ -96,7 +96,9 @@ def adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 def nothing_in(directory: Path) -> str:
     """The message for a directory that holds nothing to export."""
     steps = sorted(directory.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
-    hint = f"; it holds {len(steps)} checkpoints: give {str(steps[-1])!r}, for one" if steps else ""
+    adapters = sorted(path.parent for path in directory.glob(f"*/{ADAPTER_CONFIG}"))  # PEFT saves named ones so
+    what, found = ("checkpoints", steps) if steps else ("adapters", adapters)
+    hint = f"; it holds {len(found)} {what}: give {str(found[-1])!r}, for one" if found else ""
     return (
         f"exporting {str(directory)!r}: expected {ADAPTER_CONFIG} with an adapter, or {CONFIG} with weights, found "
         f"neither{hint}"
@@ -157,10 +159,17 @@ def generation_config(directory: Path | None) -> Any:
     return GenerationConfig.from_pretrained(directory)
 
 
-def tokenizer(directories: list[Path]) -> Any:
-    """The tokenizer of the first directory that has one, or None."""
+def tokenizer(given: Any, directories: list[Path]) -> Any:
+    """The tokenizer that was given, else that of the first directory that has one, or None."""
     from transformers import AutoTokenizer
 
+    if given is not None:
+        if not callable(getattr(given, "save_pretrained", None)):
+            raise CannotExport(
+                f"tokenizer={given!r}: expected a tokenizer or processor of transformers, or None for the one beside "
+                "the model's files"
+            )
+        return given
     for directory in directories:
         if directory.is_dir() and has_tokenizer(directory):
             return AutoTokenizer.from_pretrained(directory)

@@ -138,6 +138,8 @@ class ExportSource:
     base: Mapping[str, BaseTensor] = field(default_factory=dict, repr=False)
     """Every base tensor by its name in the model, tied ones under each."""
     trust_remote_code: bool = False
+    inputs: tuple[Path, ...] = ()
+    """Directories that an export must not replace."""
 
     def stream(self) -> Iterator[tuple[str, Tensor, bool]]:
         """(name, tensor as `ExportTensor.read` has it, is it changed by the adapter?)."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import CannotExport
+from trlpatch.export.scratch import ASIDE, refusing, scratch_folder
 from trlpatch.export.source import ExportTensor
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPORT = "trlpatch_export.json"
-"""What an export was made from; also what tells that a directory is an earlier export."""
+"""What an export was made from; also what tells that files are those of an earlier export."""
 _SLACK = 64 << 20
 """Bytes for configs, a tokenizer and file system blocks."""
 _KINDS = {
@@ -34,76 +34,104 @@ _KINDS = {
 
 
 @contextlib.contextmanager
-def new_directory(target: Path, *, overwrite: bool, size: int, report: str = REPORT) -> Iterator[Path]:
-    """A sibling of `target` to write into, which replaces it at the end; after an error nothing is left of it.
+def new_directory(target: Path, *, overwrite: bool, size: int, inputs: Collection[Path] = ()) -> Iterator[Path]:
+    """A directory on the disk of `target` to write into, which replaces it at the end; after an error nothing is left.
 
     Args:
-        target: the directory that is to be there at the end.
-        overwrite: replace a directory whatever is in it.
+        target: the directory that is to be there at the end; a link to one stays a link.
+        overwrite: replace a directory whatever is in it. One that holds nothing but an earlier export needs none.
         size: bytes that will be written.
-        report: a file of this name marks what may be replaced: an earlier export.
+        inputs: directories that the export is made from, or that an adapter belongs to; they are never replaced.
 
     Raises:
-        CannotExport: `target` is a file, or holds something else than an export; or the disk has no room.
+        CannotExport: `target` is a file, one of `inputs` or around one, or holds something else than an export; the
+            disk has no room; or the system refuses to write there.
     """
-    target = target.expanduser().absolute()
-    _require_replaceable(target, overwrite=overwrite, report=report)
-    parent = target.parent
-    made = _missing_parents(parent)
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    with refusing(target):
+        target = target.expanduser().resolve()
+        _require_replaceable(target, overwrite=overwrite, inputs=inputs)
+        parent = target.parent
+        made = [one for one in (parent, *parent.parents) if not one.exists()]
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            _require_room(target, size)
+            with scratch_folder(parent) as scratch:
+                place = scratch / "export"
+                place.mkdir()
+                yield place
+                _require_replaceable(target, overwrite=overwrite, inputs=inputs)  # it may have come meanwhile
+                _replace(target, place, scratch / ASIDE)
+        except BaseException:
+            for one in made:
+                with contextlib.suppress(OSError):
+                    one.rmdir()
+            raise
+
+
+def write_report(place: Path, report: dict[str, Any]) -> tuple[str, ...]:
+    """Write what the export was made from and which files are its own; the names of these."""
+    files = tuple(sorted({REPORT, *(one.name for one in place.iterdir())}))
+    (place / REPORT).write_text(json.dumps({**report, "files": files}, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _others(target: Path) -> list[str]:
+    """What of a directory is not of an earlier export."""
+    try:
+        own = json.loads((target / REPORT).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        own = ()
+    return sorted(one.name for one in target.iterdir() if one.name not in own)
+
+
+def _require_replaceable(target: Path, *, overwrite: bool, inputs: Collection[Path]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CannotExport(f"writing {str(target)!r}: expected a directory or nothing there, found a file")
+    here = Path.cwd()
+    if target in (here, *here.parents):
+        raise CannotExport(
+            f"writing {str(target)!r}: the current directory is in it, and would be replaced; nothing was written; "
+            "choose a directory in it"
+        )
+    for one in inputs:
+        place = one.expanduser().resolve()
+        if place.is_dir() and target in (place, *place.parents):
+            raise CannotExport(
+                f"writing {str(target)!r}: the export is made from {str(one)!r}, which would be removed, and adapters "
+                "that belong to it would be lost; nothing was written; choose another directory"
+            )
+    others = [] if overwrite else _others(target)
+    if others:
+        raise CannotExport(
+            f"writing {str(target)!r}: it holds {others[0]!r}, which is not of an earlier export; nothing was "
+            "written; choose another directory, or pass overwrite=True (--overwrite), which removes all that is in it"
+        )
+
+
+def _require_room(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
     if free < size + _SLACK:
-        _remove_empty(made)
         raise CannotExport(
             f"writing {str(target)!r}: {size + _SLACK:,} bytes are needed and {free:,} are free there; choose another "
             "disk, or a smaller dtype; an earlier export in the same place is replaced at the end only"
         )
-    place = parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    place.mkdir()
-    try:
-        yield place
-        _replace(target, place)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        _remove_empty(made)
-        raise
 
 
-def _require_replaceable(target: Path, *, overwrite: bool, report: str) -> None:
-    if not target.exists() or (overwrite and target.is_dir()):
-        return
-    if not target.is_dir():
-        raise CannotExport(f"writing {str(target)!r}: expected a directory or nothing there, found a file")
-    if any(target.iterdir()) and not (target / report).is_file():
-        raise CannotExport(
-            f"writing {str(target)!r}: the directory is not empty and holds no earlier export ({report}); nothing was "
-            "written; choose another, or pass overwrite=True (--overwrite), which removes all that is in it"
-        )
-
-
-def _missing_parents(parent: Path) -> list[Path]:
-    return [one for one in (parent, *parent.parents) if not one.exists()]
-
-
-def _remove_empty(directories: Sequence[Path]) -> None:
-    for one in directories:
-        with contextlib.suppress(OSError):
-            one.rmdir()
-
-
-def _replace(target: Path, place: Path) -> None:
-    """Both renames are within one directory; between them the old export has another name."""
+def _replace(target: Path, place: Path, aside: Path) -> None:
+    """Both renames are within one disk; between them the earlier export is in `aside`."""
     if not target.exists():
         place.rename(target)
         return
-    aside = place.with_suffix(".old")
-    target.rename(aside)
+    aside.mkdir()
+    earlier = aside / target.name
+    target.rename(earlier)
     try:
         place.rename(target)
     except BaseException:
-        aside.rename(target)
+        earlier.rename(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from packaging.version import Version
 from trlpatch.errors import ConflictingArguments, MissingPackage, NotServable
 from trlpatch.serving.artifact import Artifact
 from trlpatch.serving.names import BACKENDS, LLAMA_CPP, VLLM, XLLAMACPP
-from trlpatch.versions import installed_release, installed_version
+from trlpatch.versions import installed_release, installed_version, pip_install
 
 GGUF_PLUGIN = "vllm-gguf-plugin"
 GGUF_LEFT_VLLM = Version("0.24")
@@ -76,7 +76,7 @@ def _for_gguf(artifact: Artifact, backend: str, cuda: Callable[[], bool]) -> str
         if not cuda():
             raise NotServable(
                 f"{artifact.path}: vLLM serves GGUF files on CUDA alone, and torch finds no CUDA device. Leave "
-                '--backend out and: pip install "trlpatch[serve]"'
+                f"--backend out and: {pip_install('serve')}"
             )
         if not _vllm_reads_gguf():
             raise MissingPackage(
@@ -96,13 +96,13 @@ def _for_gguf(artifact: Artifact, backend: str, cuda: Callable[[], bool]) -> str
     if backend == LLAMA_CPP:
         raise MissingPackage(
             "llama-cpp-python is not installed. Run: pip install llama-cpp-python[server] (it compiles llama.cpp), or "
-            'without a compiler, and without --backend: pip install "trlpatch[serve]"'
+            f"without a compiler, and without --backend: {pip_install('serve')}"
         )
     on_cuda = f", or on CUDA: pip install vllm {GGUF_PLUGIN}" if backend == "auto" else ""
     raise MissingPackage(
         f"{artifact.path} is a GGUF file, and nothing here serves those: "
         f"{'no xllamacpp, no llama-cpp-python' if backend == 'auto' else 'no xllamacpp'}. "
-        f'Run: pip install "trlpatch[serve]"{on_cuda}'
+        f"Run: {pip_install('serve')}{on_cuda}"
     )
 
 
@@ -210,8 +210,8 @@ def cuda_available() -> bool:
 def _require_vllm(artifact: Artifact) -> None:
     if not _there("vllm"):
         raise MissingPackage(
-            f"{artifact.path} is a {_words(artifact)}, which vLLM serves, and vLLM is not installed. Run: pip install "
-            f'"trlpatch[vllm]", or serve a GGUF file of it: trlpatch export gguf {artifact.path} --out DIR'
+            f"{artifact.path} is a {_words(artifact)}, which vLLM serves, and vLLM is not installed. Run: "
+            f"{pip_install('vllm')}, or serve a GGUF file of it: trlpatch export gguf {artifact.path} --out DIR"
         )
 
 

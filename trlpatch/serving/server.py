@@ -162,7 +162,7 @@ def serve(
     environ = {**os.environ, **(environment or {})}
     port = choose_port(host, port)
     how = launch(
-        artifact, chosen, host=host, port=port, name=name, options=options, environment=environ, logprobs=True
+        artifact, chosen, host=host, port=port, name=name, options=options, environment=environ, logprobs=logprobs
     )
     root = address(host, port)
     child = Child(how.command, environ, None if log is None else Path(log).expanduser().absolute())

@@ -18,10 +18,10 @@ from trlpatch.export.adapter_files import write_adapter
 from trlpatch.export.gguf.converter_files import converter_files
 from trlpatch.export.gguf.export import GgufExport, GgufFile
 from trlpatch.export.gguf.pipe import child_environment
-from trlpatch.export.gguf.scratch import scratch_folder
 from trlpatch.export.gguf.verify import Verdict, verify_adapter
 from trlpatch.export.gguf.weights import Weights
 from trlpatch.export.opening import open_source
+from trlpatch.export.scratch import scratch_folder
 from trlpatch.policy.adapter import base_of
 from trlpatch.policy.lora_support import REWRITES_BASE
 
@@ -60,7 +60,7 @@ def export_adapter_gguf(
         ExportMismatch: with `base_gguf`, llama.cpp computes something else; the file was not kept.
     """
     started = time.monotonic()
-    target = Path(out)
+    target = Path(out).expanduser()
     if target.suffix != ".gguf" or target.is_dir():
         raise CannotExport(f"writing {str(target)!r}: expected a file ending in .gguf")
     if outtype not in TYPES:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from trlpatch.export.gguf import checks
 from trlpatch.export.gguf.converter_files import converter_files
 from trlpatch.export.gguf.file_types import FileType, file_types
 from trlpatch.export.gguf.pipe import Child
-from trlpatch.export.gguf.scratch import scratch_folder
 from trlpatch.export.gguf.sentencepiece_model import copy_sentencepiece
 from trlpatch.export.gguf.space import gib, need_disk
 from trlpatch.export.gguf.verify import SETTINGS, Verdict, prompt, verify_files
 from trlpatch.export.gguf.weights import Weights
 from trlpatch.export.opening import open_source
+from trlpatch.export.scratch import scratch_folder
 from trlpatch.export.source import ExportSource
 from trlpatch.log import logger
 from trlpatch.policy.adapter import base_of
@@ -67,6 +67,15 @@ class GgufExport:
         lines = [f"{one.path}: {gib(one.bytes)}, {one.verdict}" for one in self.files]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), f"in {self.seconds:.1f} s"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        files = [
+            {"path": str(one.path), "type": one.type, "bytes": one.bytes, **asdict(one.verdict)} for one in self.files
+        ]
+        return {
+            "files": files, "verified": self.verified, "seconds": round(self.seconds, 3), "notes": list(self.notes)
+        }  # fmt: skip
+
     @property
     def paths(self) -> list[Path]:
         """Where the files are."""
@@ -81,7 +90,7 @@ class GgufExport:
 def export_gguf(
     source: Any,
     out: str | os.PathLike[str],
-    quantization_method: str | Sequence[str] = "q8_0",
+    quantization_method: str | Sequence[str] | None = "q8_0",
     *,
     tokenizer: Any = None,
     base: Any = None,
@@ -120,7 +129,7 @@ def export_gguf(
         raise CannotExport("export_gguf got an ExportSource; give tokenizer= and base= to open_source")
     types = file_types(quantization_method, dtype=str(opened.dtype).removeprefix("torch."))
     named = name or Path(opened.base_name).name or "model"
-    targets = _targets(Path(out), types, named)
+    targets = _targets(Path(out).expanduser(), types, named)
     weights = Weights(opened)
     report = progress or (lambda what, done, of: None)
     with _folder(targets) as folder, scratch_folder(folder) as scratch:
@@ -237,7 +246,7 @@ def _convert(
             }
         )
         plan = child.until("plan", weights)
-        need_disk(settings, sum(plan["sizes"].values()), ", ".join(files))
+        need_disk(settings.parent.parent, sum(plan["sizes"].values()), ", ".join(files))
         child.tell({"write": True})
         written: dict[str, Any] = child.until(
             "written", weights, lambda done, of: report(f"writing {', '.join(files)}", done, of)

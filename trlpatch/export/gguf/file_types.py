@@ -49,7 +49,8 @@ _ALL = (
 )
 FILE_TYPES = {one.name: one for one in _ALL}
 
-ALIASES = {"fast_quantized": "q8_0", "quantized": "q4_k_m", "q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
+FAST = "fast_quantized"
+ALIASES = {FAST: "q8_0", "quantized": "q4_k_m", "q5_k": "q5_k_m", "q4_k": "q4_k_m", "q3_k": "q3_k_m"}
 NOT_QUANTIZED = "not_quantized"
 """The 16 bits that the checkpoint has: bf16 or f16."""
 
@@ -57,19 +58,24 @@ NEED_IMATRIX = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xx
 """What llama.cpp makes with an importance matrix only, measured on text that is representative of the use."""
 
 
-def file_types(methods: str | Sequence[str], *, dtype: str) -> list[FileType]:
+def file_types(methods: str | Sequence[str] | None, *, dtype: str) -> list[FileType]:
     """Return what `quantization_method` asks for, each type once, in the order it was asked for.
 
     Args:
-        methods: a name or several, in capitals or not, with Unsloth's aliases.
+        methods: a name or several (in a list, or between commas), in capitals or not, with Unsloth's aliases; None is
+            its "fast_quantized".
         dtype: what the checkpoint is stored as, such as "bfloat16"; `not_quantized` depends on it.
 
     Raises:
         CannotExport: a name is not one of these types; the message lists them, with the nearest.
     """
-    asked: Iterable[object] = [methods] if isinstance(methods, str) else methods
+    given: object = FAST if methods is None else methods
+    if isinstance(given, str):
+        given = given.split(",")
+    if not isinstance(given, Iterable):
+        raise CannotExport(f"quantization_method={given!r}: expected a type such as 'q8_0', or a list of types")
     found: dict[str, FileType] = {}
-    for method in asked:
+    for method in given:
         name = method.strip().lower().replace("-", "_") if isinstance(method, str) else ""
         if name == NOT_QUANTIZED:
             name = "bf16" if dtype == "bfloat16" else "f16"

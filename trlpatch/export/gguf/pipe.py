@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from trlpatch.errors import CannotExport, ExportMismatch
+from trlpatch.errors import CannotExport, ExportMismatch, TrlpatchError
 from trlpatch.export.gguf.weights import Weights
 
 Message = dict[str, Any]
@@ -168,7 +168,7 @@ def run_child(work: Callable[[Connection], None]) -> None:
         work(pipe)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         sys.exit(1)  # nobody waits for the answer
-    except Refused as refused:
+    except (Refused, TrlpatchError) as refused:
         send(pipe, {"refused": str(refused)})
     except Exception as error:
         import traceback

@@ -16,6 +16,7 @@ from typing import Any
 
 from trlpatch.errors import MissingPackage
 from trlpatch.export.gguf.mix import BLOCKS
+from trlpatch.versions import pip_install
 
 Quantize = Callable[[str, Any], Any]
 """(ggml type, float32 array of rows) -> uint8 array (rows, bytes of a row)."""
@@ -29,7 +30,6 @@ GGML_TYPES = {
 SIMPLE = ("F32", "F16", "BF16", "Q8_0")
 """What convert_hf_to_gguf.py writes, with NumPy."""
 
-INSTALL = "pip install 'trlpatch[gguf]'"
 _CHUNK = 1 << 18
 """Weights that a thread quantizes at once."""
 
@@ -48,7 +48,7 @@ def row_quantizer(kinds: set[str]) -> Quantize:
     if other is None:
         raise MissingPackage(
             f"quantizing to {', '.join(mixed)}: expected llama.cpp's row quantizers, found neither xllamacpp nor "
-            f"libgguf; {INSTALL}"
+            f"libgguf; {pip_install('gguf')}"
         )
     quantize = _in_threads(other)
     return lambda kind, rows: simple(kind, rows) if kind in SIMPLE else quantize(kind, rows)

@@ -12,10 +12,11 @@ from trlpatch.errors import CannotExport, ExportMismatch
 from trlpatch.export.gguf.checks import NO_WINDOW, architecture_of, settings_of, window_of
 from trlpatch.export.gguf.converter_files import converter_files
 from trlpatch.export.gguf.pipe import Child
-from trlpatch.export.gguf.rows import INSTALL, xllamacpp_library
+from trlpatch.export.gguf.rows import xllamacpp_library
 from trlpatch.export.gguf.space import free_memory, gib
 from trlpatch.export.gguf.weights import Weights
 from trlpatch.log import logger
+from trlpatch.versions import pip_install
 
 CHILD = "trlpatch.export.gguf.verify_child"
 
@@ -85,7 +86,7 @@ def verify_files(
 
 def _impossible(weights: Weights) -> str:
     if xllamacpp_library() is None:
-        return f"xllamacpp is not installed, so no llama.cpp can run the file; {INSTALL}"
+        return f"xllamacpp is not installed, so no llama.cpp can run the file; {pip_install('gguf')}"
     size = 4 * sum(_count(shape) for shape in weights.shapes.values())
     # transformers holds the weights in float32, and for a moment the largest of them twice.
     need, free = int(size * 1.3) + (1 << 30), free_memory()
@@ -227,7 +228,7 @@ def run_file(path: Path, tokens: list[int], scratch: Path, adapter: Path | None 
         raise ExportMismatch(str(error)) from error
     if found is None:
         version = importlib.metadata.version("xllamacpp")
-        return f"xllamacpp {version} is another build of llama.cpp than the ones that are known; {INSTALL}"
+        return f"xllamacpp {version} is another build of llama.cpp than the ones that are known; {pip_install('gguf')}"
     return found
 
 
