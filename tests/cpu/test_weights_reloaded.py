@@ -14,6 +14,7 @@ vllm = pytest.importorskip("vllm")
 pytest.importorskip("trl")
 
 import trlpatch  # noqa: E402
+from tests.cpu.fast import SMALL  # noqa: E402
 from tests.cpu.scenarios import TOLERANCE  # noqa: E402
 from tests.cpu.small_grpo import gap, small_grpo  # noqa: E402
 from tests.cpu.training import Recorder  # noqa: E402
@@ -55,6 +56,26 @@ def test_each_rollout_is_the_policys(kind: str, engine: Any, checkpoint: Path, t
     recorder = Recorder(trainer, engine)
     trainer.train()
     recorder.close()
+    assert max(rollout["gap"] for rollout in recorder.rollouts) < TOLERANCE
+    assert "loaded anew (vLLM's layerwise reload, write" in describe(engine, state_of(engine))
+    detach_engine(model)
+
+
+@pytest.mark.parametrize("kind", ["full fine-tuning", "DoRA"])
+def test_layers_for_one_adapter_are_loaded_anew(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    """They compute with weights of their own, which vLLM's reload does not know."""
+    trlpatch.PatchFastRL("grpo")
+    model, _ = trlpatch.FastLanguageModel.from_pretrained(
+        str(checkpoint), lora_layers="trlpatch", max_lora_rank=8, share_weights=False, **SMALL
+    )
+    if kind == "DoRA":
+        model = trlpatch.FastLanguageModel.get_peft_model(model, r=8, use_dora=True, use_gradient_checkpointing=False)
+    engine = model.vllm_engine
+    trainer = small_grpo(model, tmp_path)
+    recorder = Recorder(trainer, engine)
+    trainer.train()
+    recorder.close()
+    assert len(recorder.rollouts) > 1
     assert max(rollout["gap"] for rollout in recorder.rollouts) < TOLERANCE
     assert "loaded anew (vLLM's layerwise reload, write" in describe(engine, state_of(engine))
     detach_engine(model)

@@ -72,3 +72,27 @@ def with_rows(max_lora_rank: int) -> Iterator[None]:
         yield
     finally:
         UnquantizedLinearMethod.create_weights = theirs
+
+
+@contextlib.contextmanager
+def rows_follow_loading() -> Iterator[None]:
+    """Copy weights that are loaded anew inside the block into the storage that the operator reads.
+
+    On vLLM's CPU backend a reload makes new tensors, packs them for vLLM's own kernels and fills those that were
+    packed before: `Rows.full`, where the weights were loaded first, is none of them.
+    """
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    theirs = UnquantizedLinearMethod.process_weights_after_loading
+
+    def process_weights_after_loading(self: Any, layer: Any) -> None:
+        rows = rows_of(layer)
+        if rows is not None:
+            rows.full[: rows.base].copy_(layer.weight.data)
+        theirs(self, layer)
+
+    UnquantizedLinearMethod.process_weights_after_loading = process_weights_after_loading
+    try:
+        yield
+    finally:
+        UnquantizedLinearMethod.process_weights_after_loading = theirs

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.engine.single_adapter.storage import rows_follow_loading
 from trlpatch.engine.weights_in_place import merge
 from trlpatch.policy.policy_weights import PolicyWeight
 
@@ -42,14 +43,15 @@ def load(weights: list[PolicyWeight], module: Any, model_config: Any) -> None:
     """Load the whole policy. What fails in between leaves a model of two policies."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    initialize_layerwise_reload(module)
-    try:
-        module.load_weights(_values(weights))
-    except BaseException:
-        with contextlib.suppress(Exception):
-            finalize_layerwise_reload(module, model_config)
-        raise
-    finalize_layerwise_reload(module, model_config)
+    with rows_follow_loading():
+        initialize_layerwise_reload(module)
+        try:
+            module.load_weights(_values(weights))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                finalize_layerwise_reload(module, model_config)
+            raise
+        finalize_layerwise_reload(module, model_config)
 
 
 def _values(weights: list[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
