@@ -1,8 +1,8 @@
 # %% [markdown]
 # # GRPO with full fine-tuning
 #
-# All weights are trained, there is no adapter. TRL pushes them into the engine before a rollout, as it does without
-# trlpatch; what trlpatch adds is the engine that the model was loaded with, and its sleep while the optimizer works.
+# All weights are trained, there is no adapter. They are written into the engine before a rollout: the engine that
+# the model was loaded with, which sleeps while the optimizer works.
 #
 # One GPU of 80 GB for the defaults below: weights, gradients and two moments of Adam are 16 bytes per parameter.
 
@@ -15,7 +15,7 @@
 # %% [markdown]
 # ## Parameters
 #
-# `FAST_INFERENCE = False` lets transformers generate. A vLLM on a CPU needs that: it cannot take weights in.
+# `FAST_INFERENCE = False` lets transformers generate. A vLLM on a CPU below 0.25 needs that: it takes no weights in.
 
 # %% tags=["parameters"]
 MODEL = "Qwen/Qwen2.5-1.5B-Instruct"

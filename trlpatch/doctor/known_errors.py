@@ -109,7 +109,15 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "EngineMismatch",
         r"EngineMismatch",
         "Engine and model are not the same policy: another checkpoint, vocabulary or dtype.",
-        "Build both from the same directory. `attach_engine(model, llm, check=False)` if you know better.",
+        "Build both from the same directory. One whose config.json ties the embeddings while its lm_head.weight has "
+        "other values is two models (transformers warns): set tie_word_embeddings there to what was trained. "
+        "`attach_engine(model, llm, check=False)` if you know better.",
+    ),
+    KnownError(
+        "'CausalLMOutputWithPast' object has no attribute 'last_hidden_state'",
+        r"has no attribute 'last_hidden_state'",
+        "PEFT's `get_peft_model` has wrapped a PEFT model; TRL 1.15 and newer, stock too, finds no hidden states.",
+        "`model = model.unload()` before `get_peft_model`, or train the adapter that is there.",
     ),
     KnownError(
         "No CUDA GPUs are available",

@@ -104,8 +104,8 @@ class FastLanguageModel:
             load_in_fp8: the engine's weights in fp8, the trainer's in 16 bits.
             load_in_8bit: the trainer's weights in bitsandbytes' int8, the engine's in 16 bits.
             load_in_16bit: neither is quantized: load_in_4bit=False in another word.
-            full_finetuning: train every weight. The engine has no LoRA, and weights of its own that TRL pushes anew
-                at every rollout; load_in_4bit is off.
+            full_finetuning: train every weight. The engine has no LoRA, and weights of its own that are written
+                anew before every rollout; load_in_4bit is off.
             patch_trl: patch TRL before an engine is built, as `PatchFastRL()` would, unless it is patched or not
                 installed. It stays patched also if loading fails after that.
             **kwargs: `revision`; `trust_remote_code`; `enable_sleep_mode` (None: TRLPATCH_SLEEP, else on where it can
