@@ -120,6 +120,12 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "`model = model.unload()` before `get_peft_model`, or train the adapter that is there.",
     ),
     KnownError(
+        "'Parameter' object has no attribute 'weight_loader'",
+        r"'Parameter' object has no attribute 'weight_loader'",
+        "TRL pushes weights into an engine whose CPU backend has packed them for its own kernels.",
+        'Leave `PatchFastRL(adapter="off")` out: with vLLM 0.25 and newer trlpatch has the weights loaded anew.',
+    ),
+    KnownError(
         "No CUDA GPUs are available",
         r"No CUDA GPUs are available|torch finds no CUDA device|Found no NVIDIA driver|Torch not compiled with CUDA",
         "torch sees no GPU: none there, hidden by CUDA_VISIBLE_DEVICES, a CPU build of torch, or no driver.",
