@@ -91,6 +91,19 @@ def test_every_rollout_has_the_weights_of_its_step(epoch: Any, build: Any, lora_
     assert "load_weights" not in engine.calls
 
 
+def test_elsewhere_than_on_a_cpu_it_has_to_be_asked_for(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU has run it yet: TRL's push is what "auto" takes there, as in every release before."""
+    owner = Since110(full(), WritableEngineStub(base_model()), sleep=False)
+    parameters = owner.model.parameters
+    elsewhere = torch.nn.Parameter(torch.zeros(1, device="meta"))
+    monkeypatch.setattr(owner.model, "parameters", lambda: iter([elsewhere, *parameters()]))
+    with caplog.at_level(logging.INFO, logger="trlpatch"):
+        assert not hooks.hand_over(owner)
+    assert 'weights cannot be written in place: on meta adapter="merge" has to ask for it' in caplog.text
+    set_options(Options(adapter="merge"))
+    assert hooks.hand_over(owner)
+
+
 @pytest.mark.parametrize(
     ("build", "says", "level"), [(full, "full fine-tuning", "INFO"), (dora, "DoRA|modules_to_save", "WARNING")]
 )

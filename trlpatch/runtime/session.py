@@ -104,8 +104,8 @@ def PatchFastRL(
             "kv" is "on" and gives back the KV cache alone. Otherwise weights that the trainer does not share make
             way too, until training was measured to leave room for them.
         adapter: "auto" hands the LoRA adapter to the engine whenever the engine can express it, else writes the merged
-            weights into the engine in place, else lets TRL push them; "request" raises where it cannot be expressed;
-            "merge" writes weights in place always, or raises; "off" keeps TRL's own weight sync.
+            weights into an engine on a CPU in place, else lets TRL push them; "request" raises where it cannot be
+            expressed; "merge" writes weights in place always, on a GPU too, or raises; "off" keeps TRL's own sync.
         logps: "chunked" computes log-probabilities without the logits of a whole batch, or `status()` says why not.
         old_logps: "reuse" saves GRPO (0.23 and newer) and RLOO the extra forward pass for `old_per_token_logps`: on
             policy, without dropout and without methods overridden, the training forward has the same numbers; in any
