@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 from trlpatch.engine import guards, probes
 from trlpatch.engine.protocols import RolloutEngine
@@ -12,8 +13,12 @@ from trlpatch.engine.weights_in_place.plan import NotInPlace
 from trlpatch.engine.weights_in_place.writer import WeightsWriter
 from trlpatch.errors import EngineBusy, StaleAdapter
 from trlpatch.log import logger
+from trlpatch.options import active
 from trlpatch.policy.adapter import base_of, lora_view
 from trlpatch.policy.policy_weights import ContentMark, NotMergeable, policy_weights
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 
 def holds_policy(model: object, engine: RolloutEngine) -> bool:
@@ -42,10 +47,10 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     state = state_of(engine)
     if state.shared_weights:
         return "the engine's weights are the trainer's own"
-    reason = layout_reason(engine)
+    base = base_of(model)
+    reason = _not_asked_for(base, state) or layout_reason(engine)
     if reason is not None:
         return reason
-    base = base_of(model)
     try:
         weights = policy_weights(model, adapters=adapters)
     except NotMergeable as refusal:
@@ -80,6 +85,19 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     state.weights_pushed = None
     state.weights_lost = state.torn = False
     return None
+
+
+def _not_asked_for(base: Module, state: EngineState) -> str | None:
+    """Why weights are not written in place unless adapter="merge" asks for it: on a GPU that has not been run yet.
+
+    What was written there already can be written again.
+    """
+    if active().adapter == "merge" or state.policy_location == "weights" or state.torn:
+        return None
+    parameter = next(iter(base.parameters()), None)
+    if parameter is None or parameter.device.type == "cpu":
+        return None
+    return f'on {parameter.device.type} adapter="merge" has to ask for it'
 
 
 def refresh(model: object, engine: RolloutEngine) -> None:

@@ -77,16 +77,6 @@ def hand_over(owner: Owner) -> bool:
         return _hand_over(owner, engine)
 
 
-def _not_asked_for(owner: Owner) -> str | None:
-    """Why weights are not written in place unless adapter="merge" asks for it: on a GPU that has not been run yet."""
-    if active().adapter == "merge":
-        return None
-    parameter = next(iter(base_of(model_of(owner)).parameters()), None)
-    if parameter is None or parameter.device.type == "cpu":
-        return None
-    return f'on {parameter.device.type} adapter="merge" has to ask for it'
-
-
 def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
@@ -105,7 +95,7 @@ def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
             'that vLLM can serve; use PatchFastRL(adapter="auto") to let full weights be written instead'
         )
     if active().adapter in ("auto", "merge"):
-        refused = _not_asked_for(owner) or write_policy(model_of(owner), engine)
+        refused = write_policy(model_of(owner), engine)
         if refused is None:
             _say(owner, path, f"every weight is written into the engine in place: {reason}")
             return True
