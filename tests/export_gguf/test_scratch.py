@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from trlpatch.errors import CannotExport
-from trlpatch.export.gguf import space
-from trlpatch.export.gguf.space import free_memory, gib, need_disk
+from trlpatch.export import space
 from trlpatch.export.scratch import scratch_folder
+from trlpatch.export.space import free_memory, gib, need_disk
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import CannotExport
 from trlpatch.policy.adapter import base_of
+from trlpatch.policy.base_parameters import WRAPPED
 
 if TYPE_CHECKING:
     import torch
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
-WRAPPED = ("base_layer", "original_module", "token_adapter")
-"""What PEFT calls the module inside its own: of tuner layers, of `modules_to_save`, and of trainable tokens, whose
-wrapper holds the layer that holds the embedding."""
 _CONTAINERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP1 and activation checkpointing put around modules."""
 

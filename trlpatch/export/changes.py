@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import CannotExport
-from trlpatch.export.base import WRAPPED, clean_path, walk
+from trlpatch.export.base import clean_path, walk
 from trlpatch.policy.adapter import base_of
+from trlpatch.policy.base_parameters import WRAPPED
 
 if TYPE_CHECKING:
     from torch import Tensor

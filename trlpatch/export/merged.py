@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import CannotExport
 from trlpatch.export.source import ExportSource, ExportTensor
+from trlpatch.export.space import free_memory
 from trlpatch.export.survival import Survival, require_finite, sample
 from trlpatch.export.verify import verify_export
 from trlpatch.export.writer import new_directory, plan_shards, write_report, write_shards
@@ -204,11 +205,7 @@ def _watch(survival: Survival | None, stored: torch.dtype) -> Callable[[ExportTe
 
 
 def _require_memory(source: ExportSource) -> None:
-    try:
-        import psutil
-    except ImportError:  # comes with accelerate, which PEFT needs
-        return
-    free = int(psutil.virtual_memory().available)
+    free = free_memory()
     if source.largest() > free:
         raise CannotExport(
             f"exporting {source.where}: its largest tensor takes {source.largest():,} bytes of memory in float32 with "

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
-_WRAPPED = ("base_layer", "original_module", "token_adapter")
+WRAPPED = ("base_layer", "original_module", "token_adapter")
 """What PEFT calls the layer inside its own: of tuners, of `modules_to_save`, and of trainable tokens, whose
 `original_module` is a property."""
 
@@ -33,7 +33,7 @@ def base_parameters(model: Module) -> Iterator[tuple[str, Module, Parameter]]:
 
 
 def _walk(module: Module, path: str) -> Iterator[tuple[str, Module, Parameter]]:
-    for name in _WRAPPED:
+    for name in WRAPPED:
         inner = module._modules.get(name)
         if inner is not None:
             yield from _walk(inner, path)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.engine import triton_kernels
 from trlpatch.engine.adapter_sync.staging import Target
 from trlpatch.policy.adapter import LoraWeights
 from trlpatch.policy.base_weights import Spots, spots_under
@@ -26,17 +26,9 @@ class NotFused(Exception):  # an answer, caught by the caller
     """The kernel cannot make this copy; the message says why."""
 
 
-@cache
 def kernel_module() -> Any:
-    """The module of the kernel, or None where there is no Triton.
-
-    vLLM puts a module of that name without a compiler into the process where Triton is missing.
-    """
-    try:
-        from trlpatch.engine.adapter_sync import fused_kernel
-    except Exception:  # an incomplete Triton fails in ways of its own
-        return None
-    return fused_kernel if callable(getattr(fused_kernel.copy_and_hash, "run", None)) else None
+    """The module of the kernel, or None where there is no Triton."""
+    return triton_kernels.kernel_module("trlpatch.engine.adapter_sync.fused_kernel", "copy_and_hash")
 
 
 @dataclass(frozen=True)
@@ -171,9 +163,9 @@ class FusedCopy:
                 group.hashes,
                 self._changed,
                 self._step,
-                SOURCE=_language(group.dtype),
-                BITS=_language(group.dtype, bits=True),
-                TARGET=_language(target),
+                SOURCE=triton_kernels.language(group.dtype),
+                BITS=triton_kernels.language(group.dtype, bits=True),
+                TARGET=triton_kernels.language(target),
                 ALIGNED=table.aligned,
                 BLOCK=self._module.BLOCK,
                 COLUMNS=self._module.COLUMNS,
@@ -237,14 +229,3 @@ class FusedCopy:
         if spots is None or len(spots.pieces) > self._groups[0].hashes.shape[0] - self._groups[0].where.shape[0]:
             return []
         return spots.pieces if all(piece.device == self._device for piece in spots.pieces) else []
-
-
-@cache
-def _language(dtype: torch.dtype, *, bits: bool = False) -> Any:
-    """Triton's name of a torch dtype, or of the unsigned integers of its size."""
-    import torch
-    import triton.language as tl
-
-    if bits:
-        return tl.uint32 if dtype == torch.float32 else tl.uint16
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

@@ -6,9 +6,9 @@ Off unless TRLPATCH_MERGE_KERNEL=1: it was tested in Triton's interpreter, and h
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.engine import triton_kernels
 from trlpatch.options import MERGE_KERNEL, read_switch
 from trlpatch.policy.policy_weights import PolicyWeight
 
@@ -20,17 +20,9 @@ LARGEST_RANK = 64
 """A program holds tiles of both factors as wide as the rank; above this torch's products are as good."""
 
 
-@cache
 def kernel_module() -> Any:
-    """The module of the kernel, or None where there is no Triton.
-
-    vLLM puts a module of that name without a compiler into the process where Triton is missing.
-    """
-    try:
-        from trlpatch.engine.weights_in_place import merge_kernel
-    except Exception:  # an incomplete Triton fails in ways of its own
-        return None
-    return merge_kernel if callable(getattr(merge_kernel.merge, "run", None)) else None
+    """The module of the kernel, or None where there is no Triton."""
+    return triton_kernels.kernel_module("trlpatch.engine.weights_in_place.merge_kernel", "merge")
 
 
 def wanted(device: torch.device) -> bool:
@@ -100,9 +92,9 @@ def _launch(
         table,
         scales,
         tiles,
-        BASE=_language(base),
-        FACTOR=_language(factor),
-        TARGET=_language(to),
+        BASE=triton_kernels.language(base),
+        FACTOR=triton_kernels.language(factor),
+        TARGET=triton_kernels.language(to),
         RANK=rank,
         PADDED=max(16, 1 << (rank - 1).bit_length()),
         BLOCK_N=module.BLOCK_N,
@@ -110,11 +102,3 @@ def _launch(
         COLUMNS=module.COLUMNS,
         num_warps=4,
     )
-
-
-@cache
-def _language(dtype: torch.dtype) -> Any:
-    import torch
-    import triton.language as tl
-
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]

@@ -17,12 +17,12 @@ from trlpatch.export.gguf.converter_files import converter_files
 from trlpatch.export.gguf.file_types import FileType, file_types
 from trlpatch.export.gguf.pipe import Child
 from trlpatch.export.gguf.sentencepiece_model import copy_sentencepiece
-from trlpatch.export.gguf.space import gib, need_disk
 from trlpatch.export.gguf.verify import SETTINGS, Verdict, prompt, verify_files
 from trlpatch.export.gguf.weights import Weights
 from trlpatch.export.opening import open_source
 from trlpatch.export.scratch import scratch_folder
 from trlpatch.export.source import ExportSource
+from trlpatch.export.space import gib, need_disk
 from trlpatch.log import logger
 from trlpatch.policy.adapter import base_of
 

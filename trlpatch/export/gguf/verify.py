@@ -13,8 +13,8 @@ from trlpatch.export.gguf.checks import NO_WINDOW, architecture_of, settings_of,
 from trlpatch.export.gguf.converter_files import converter_files
 from trlpatch.export.gguf.pipe import Child
 from trlpatch.export.gguf.rows import xllamacpp_library
-from trlpatch.export.gguf.space import free_memory, gib
 from trlpatch.export.gguf.weights import Weights
+from trlpatch.export.space import free_memory, gib
 from trlpatch.log import logger
 from trlpatch.versions import pip_install
 
