@@ -5,9 +5,6 @@ Triton has to be told before it is imported, and vLLM imports it: the cases run 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
+from tests.engine.interpreted import INTERPRETED, inside, outside, run_interpreted  # noqa: E402
 from tests.fakes.adapter_copies import (  # noqa: E402
     SLOT,
     adapter,
@@ -28,17 +26,10 @@ from trlpatch.engine.adapter_sync.fused_copy import FusedCopy, NotFused  # noqa:
 
 pytestmark = pytest.mark.cpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
 
-
-@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+@outside
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="would be possible")

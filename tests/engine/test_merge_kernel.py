@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,24 +9,19 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from tests.engine.interpreted import INTERPRETED, inside, outside, run_interpreted  # noqa: E402
 from trlpatch.engine.weights_in_place import fused_merge, merge  # noqa: E402
 from trlpatch.options import MERGE_KERNEL  # noqa: E402
 from trlpatch.policy.policy_weights import PolicyWeight, Term  # noqa: E402
 
 pytestmark = pytest.mark.cpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_under_the_interpreter")
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="would start itself")
+@outside
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert " passed" in run.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="would be possible")
