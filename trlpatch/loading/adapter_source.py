@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.errors import ConflictingArguments, ModelNotFound
+from trlpatch.loading.checkpoint import hub_has
 from trlpatch.loading.load_config import LoadConfig
 
 CONFIG = "adapter_config.json"
@@ -151,11 +152,4 @@ def _has_tokenizer(config: LoadConfig, source: AdapterSource) -> bool:
 
 
 def _hub_has(config: LoadConfig, file: str) -> bool:
-    """Has the repository, or its copy in the cache, the file? What cannot be asked is answered by the load itself."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(config.model_name, file, **_peft_arguments(config))
-    except (OSError, ValueError):
-        return False
-    return True
+    return hub_has(config.model_name, file, **_peft_arguments(config))

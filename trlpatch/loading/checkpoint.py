@@ -45,6 +45,20 @@ def read_hf_config(config: LoadConfig) -> Any:
     return hf_config
 
 
+def hub_has(name: str, file: str, **arguments: Any) -> bool:
+    """Has the repository, or its copy in the cache, the file? What cannot be asked is answered by the load itself.
+
+    `arguments` are huggingface_hub's: revision, subfolder, token, cache_dir, ...
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(name, file, **arguments)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _require_directory(name: str, subfolder: str) -> None:
     """Refuse paths that are no model directory before the hub is asked for a repository of that name."""
     place = Path(name).expanduser()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trlpatch.engine.private_files import private_directory
+from trlpatch.loading.checkpoint import hub_has
 from trlpatch.loading.load_config import LoadConfig
 
 _CONFIG = "config.json"
@@ -70,11 +71,5 @@ def _has_model(config: LoadConfig, name: str) -> bool:
     place = Path(name)
     if place.is_dir():
         return (place / _CONFIG).is_file()
-    from huggingface_hub import hf_hub_download
-
     cache = {"cache_dir": config.model["cache_dir"]} if "cache_dir" in config.model else {}
-    try:
-        hf_hub_download(name, _CONFIG, token=config.token, **cache)
-    except (OSError, ValueError):
-        return False
-    return True
+    return hub_has(name, _CONFIG, token=config.token, **cache)
