@@ -30,7 +30,7 @@ from tests.golden.sources import ROOT, PinnedRelease, Stack, pinned, stacks, unp
 from trlpatch.source.locate import find_trl
 
 METADATA = Path(__file__).parent / "vllm_metadata"
-OVERLAY = Path(__file__).parent / "requirements-gguf.txt"
+OVERLAYS = tuple(Path(__file__).parent / f"requirements-{name}.txt" for name in ("gguf", "ray"))
 
 ENGINE_ENVIRONMENT = {
     # More threads gain nothing on tiny models, and wait for each other when another process has a core.
@@ -83,7 +83,7 @@ def engine_tier(stack: Stack, release: PinnedRelease, tier: str, arguments: list
     chosen = ["-m", "cpu", *arguments] if arguments else ["--tier", tier, *WORKERS, "tests"]
     # Tests have homes of their own; what vLLM notes about its models is the same in all of them.
     environ = {**environment_of(tree), "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
-    environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], str(overlay(stack))])
+    environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], *overlays(stack)])
     return _run([str(python), "-m", "pytest", "-W", "default", *chosen], environ)
 
 
@@ -91,7 +91,7 @@ def torch_tier(stack: Stack, arguments: list[str]) -> int:
     """Run the tier that needs no engine, and leave its coverage in .coverage-torch-<stack>."""
     coverage = [str(installed(stack)), "-m", "coverage"]
     print(f"Without TRL and vLLM on {stack.name}: {stack.description}", flush=True)
-    environ = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), str(overlay(stack))])}
+    environ = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *overlays(stack)])}
     environ["COVERAGE_FILE"] = str(ROOT / f".coverage-torch-{stack.name}")
     pytest = ["run", "-m", "pytest", "-W", "default", "--tier", "torch", "-n", "2", "--dist", "worksteal", *arguments]
     _run([*coverage, "erase"], environ)
@@ -137,20 +137,25 @@ def installed(stack: Stack) -> Path:
     return python
 
 
-def overlay(stack: Stack) -> Path:
-    """Return a folder with what GGUF export and the server of GGUF files need beside a stack; install it if need be.
+def overlays(stack: Stack) -> list[str]:
+    """Return folders with what export and Ray need beside a stack; install what is not there.
 
-    It is not among the pins of a stack: that would install 3 GB anew for three wheels, whose dependencies a stack has.
+    They are not among the pins of a stack: that would install 3 GB anew for a few wheels, whose dependencies it has.
     """
     python = installed(stack)
-    pins = OVERLAY.read_text(encoding="utf-8")
-    folder = python.parents[2] / f"gguf-{hashlib.sha256((pins + sys.version).encode()).hexdigest()[:12]}"
+    return [str(_overlay(python, requirements)) for requirements in OVERLAYS]
+
+
+def _overlay(python: Path, requirements: Path) -> Path:
+    pins = requirements.read_text(encoding="utf-8")
+    name = requirements.stem.removeprefix("requirements-")
+    folder = python.parents[2] / f"{name}-{hashlib.sha256((pins + sys.version).encode()).hexdigest()[:12]}"
     with FileLock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             install = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
             half = folder.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)
-            subprocess.run([*install, "--no-deps", "--target", str(half), "-r", str(OVERLAY)], check=True)
+            subprocess.run([*install, "--no-deps", "--target", str(half), "-r", str(requirements)], check=True)
             half.rename(folder)
     return folder
 
