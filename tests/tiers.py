@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import ports
+
 TIERS = {"unit": None, "torch": "torch", "engine": "cpu", "release": "release", "gpu": "gpu"}
 """The tiers, each with its marker."""
 
@@ -33,11 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--tier") == "torch":
         sys.modules["vllm"] = None  # type: ignore[assignment]
-    if "PYTEST_XDIST_WORKER" in os.environ and "MASTER_PORT" in os.environ:
-        from tests.cpu.stack import free_port
-
-        # An engine that TRL builds listens there: two workers must not share it.
-        os.environ["MASTER_PORT"] = str(free_port())
+    if "VLLM_PORT" in os.environ:
+        ports.own()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

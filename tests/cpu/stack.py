@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import venv
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tests import ports
 from tests.golden.sources import ROOT, PinnedRelease, Stack, pinned, stacks, unpacked, wheel_cache
 from trlpatch.source.locate import find_trl
 
@@ -107,8 +107,7 @@ def environment_of(tree: Path) -> dict[str, str]:
     return {
         **os.environ,
         **ENGINE_ENVIRONMENT,
-        # torch.distributed's default, 29500, is taken as soon as two of these run at once.
-        "MASTER_PORT": str(free_port()),
+        **ports.environment(),
         "PYTHONPATH": os.pathsep.join([str(tree), str(ROOT)]),
         "TRLPATCH_TEST_TRL": str(tree),
         # TRL 1.15 computes losses with Triton kernels on every device, 1.16 on CUDA only. Triton can interpret them.
@@ -165,14 +164,6 @@ def _fingerprint(stack: Stack) -> str:
     pins = [stack.requirements.read_text(encoding="utf-8"), *stack.no_deps, metadata_version(stack), sys.version]
     pins += [path.read_text(encoding="utf-8") for path in sorted(METADATA.iterdir()) if path.is_file()]
     return hashlib.sha256("\n".join(pins).encode()).hexdigest()
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":

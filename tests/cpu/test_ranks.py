@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from tests import ports
 from tests.cpu.ranks import SECONDS
 from tests.cpu.scenarios import ROOT, TOLERANCE
-from tests.cpu.stack import free_port
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
 
@@ -33,7 +33,8 @@ pytestmark = [
 
 def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
     checkpoint = tiny.checkpoint(directory / "model")
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    master = ports.environment()["MASTER_PORT"]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", master]
     return subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.cpu.ranks", case, str(checkpoint), str(directory)],
         cwd=ROOT,

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import ports
 from tests.serving import made
 from trlpatch.errors import ConflictingArguments, PortTaken, ServerFailed
-from trlpatch.serving import Server, Startup, serve
+from trlpatch.serving import Server, Startup, client, serve
 from trlpatch.serving.child import GUARD, Child
 
 ROOT = Path(__file__).parents[2]
@@ -131,15 +132,30 @@ def test_a_server_that_never_answers_is_ended_after_the_timeout(
 
 
 def test_a_port_that_is_taken_is_said_before_anything_starts(file: Path, fake_xllamacpp: Path) -> None:
+    port = ports.claim().vllm
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", port))
         other.listen()
-        port = other.getsockname()[1]
         with pytest.raises(PortTaken, match=f"--port {port}: cannot listen there: Address already in use"):
             start(file, port=port)
     assert not fake_xllamacpp.exists()
     with start(file, port=port) as server:
         assert server.url == f"http://127.0.0.1:{port}/v1"
+
+
+def test_a_chosen_port_is_none_that_the_kernel_gives_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client.choose_port("127.0.0.1", None) in range(1024, 32768)
+    block = ports.claim()
+    taken, free = block.vllm, block.vllm + 1
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken))
+        other.listen()
+        monkeypatch.setattr(client, "_UNASSIGNED", [taken] * 49 + [free])
+        assert client.choose_port("127.0.0.1", None) == free
+        monkeypatch.setattr(client, "_UNASSIGNED", [taken] * 50)
+        with pytest.raises(PortTaken, match="--port None: cannot listen there: Address already in use"):
+            client.choose_port("127.0.0.1", None)
+    block.close()
 
 
 def test_an_option_that_the_server_does_not_know_is_its_reason(file: Path) -> None:
