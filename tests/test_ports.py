@@ -54,7 +54,7 @@ def run(code: str, **environ: str) -> str:
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout
 
