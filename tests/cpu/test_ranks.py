@@ -48,6 +48,8 @@ def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("case", ["attached", "launcher", "own"])
 def test_ranks_roll_out_with_the_adapter_and_stay_in_step(case: str, tmp_path: Path) -> None:
+    if case == "launcher" and find_trl().release == (0, 18, 0):
+        pytest.skip("who launches an attached engine is the stack's: with the newest release of each")
     done = launch(case, tmp_path)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     ranks: list[dict[str, Any]] = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
