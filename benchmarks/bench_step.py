@@ -42,7 +42,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -60,6 +59,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks.step_summary import add_ratios, summary, table
 from benchmarks.step_timers import GIB, Lines
 from benchmarks.step_ways import WAYS, Order, Way, as_json, environment, run
+from tests import ports
 from tests.runs.judge import last_error
 from tests.runs.trainers import PROMPTS
 from tests.words import byte_tokenizer
@@ -204,7 +204,7 @@ def measure(
         **os.environ,
         **environment(way, order),
         "PYTHONPATH": ":".join(str(Path(place).resolve()) for place in places.split(":") if place),
-        "MASTER_PORT": str(free_port()),
+        **ports.environment(),
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -235,14 +235,6 @@ def measure(
             said = last_error("\n".join(line for line in lines if not line.startswith((" - leaked", "nanobind"))))
             found["error"] = said if status is not None else f"no end after {timeout} s; last: {said}"
         return found
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 class DeviceMemory:

@@ -37,10 +37,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_step import command_line, free_port, random_model
+from benchmarks.bench_step import command_line, random_model
 from benchmarks.long_samples import SERIES, Trend, trends
 from benchmarks.long_training import Order, resume, train
 from benchmarks.step_timers import Lines
+from tests import ports
 from tests.runs.judge import last_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +139,7 @@ def child(words: list[str], scratch: Path, timeout: float) -> tuple[list[dict[st
         **os.environ,
         **ENVIRONMENT,
         "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(ROOT)])),
-        "MASTER_PORT": str(free_port()),
+        **ports.environment(),
         "TMPDIR": str(temporary),
     }
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(events), *words]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def python(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, cwd=ROOT
     )
     return done.stdout
 

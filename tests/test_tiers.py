@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from tests.cpu.stack import WORKERS
 from tests.golden.sources import ROOT
-from tests.tiers import TIERS, tier_of, tiers_of
+from tests.tiers import LONGEST, SPLIT, TIERS, WITH_ENGINE, group_of, longest_first, tier_of, tiers_of
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,59 @@ def test_what_depends_on_the_release_needs_an_engine() -> None:
         source = path.read_text(encoding="utf-8")
         if "release" in tiers_of(source):
             assert "pytest.mark.cpu" in source, path
+
+
+def test_files_that_are_started_first_are_there() -> None:
+    assert len(set(LONGEST)) == len(LONGEST)
+    for path in LONGEST:
+        assert tiers_of((ROOT / path).read_text(encoding="utf-8")) & set(WITH_ENGINE), path
+
+
+def test_files_that_take_long_are_started_first() -> None:
+    files = ["tests/cpu/test_a.py", SPLIT[0], "tests/cpu/test_b.py", LONGEST[0]]
+    items: Any = [SimpleNamespace(nodeid=f"{file}::test_{number}") for file in files for number in range(2)]
+    ordered = [item.nodeid for item in longest_first(items)]
+    assert ordered == [f"{files[file]}::test_{number}" for file in (3, 1, 0, 2) for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("test", "group"),
+    [
+        ("tests/cpu/test_grpo.py::test_a[x]", "tests/cpu/test_grpo.py"),
+        ("tests/docs/test_pages.py::test_a[docs/a.md]", "tests/docs/test_pages.py docs/a.md]"),
+        ("tests/cpu/test_notebooks.py::test_a[rloo]", "tests/cpu/test_notebooks.py rloo]"),
+        ("tests/cpu/test_notebooks.py::test_b[rloo]", "tests/cpu/test_notebooks.py rloo]"),
+        ("tests/cpu/test_ranks.py::test_b", "tests/cpu/test_ranks.py "),
+    ],
+)
+def test_a_group_is_a_file_or_a_parameter(test: str, group: str) -> None:
+    assert group_of(test) == group
+
+
+GROUPED = """
+import pytest
+pytestmark = pytest.mark.cpu
+@pytest.mark.parametrize("a", ["x", "y"])
+def test_it(a): ...
+@pytest.mark.parametrize("a", ["x", "y"])
+def test_that(a): ...
+"""
+
+
+def test_groups_stay_in_one_process(pytester: pytest.Pytester) -> None:
+    for file in ("tests/cpu/test_a.py", LONGEST[0], SPLIT[0]):
+        path = pytester.path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(GROUPED, encoding="utf-8")
+    pytester.makeini("[pytest]\nmarkers =\n    cpu\n")
+    words = ["-p", "tests.tiers", "--tier", "engine", *WORKERS, "tests", "-v", "-p", "no:randomly"]
+    done = pytester.runpytest_subprocess(*words)
+    done.assert_outcomes(passed=12)
+    ran: dict[str, set[str]] = {}
+    for line in done.outlines:
+        if found := re.match(r"\[(gw\d)\] .* PASSED (\S+)", line):
+            ran.setdefault(group_of(found[2]), set()).add(found[1])
+    assert [len(workers) for workers in ran.values()] == [1, 1, 1, 1], ran
 
 
 @pytest.fixture

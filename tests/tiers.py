@@ -18,11 +18,36 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests import ports
+
+SPLIT = ("tests/cpu/test_notebooks.py", "tests/cpu/test_ranks.py", "tests/docs/test_pages.py")
+"""Files of which each parameter starts a process of its own."""
+
+LONGEST = (
+    "tests/cpu/test_old_logps.py",
+    "tests/cpu/test_logps.py",
+    "tests/cpu/test_features.py",
+    "tests/serving/test_served_by_vllm.py",
+    "tests/cpu/test_bench_step.py",
+    "tests/cpu/test_grpo.py",
+    "tests/cpu/test_other_processes.py",
+    *SPLIT,
+    "tests/cpu/test_rloo.py",
+    "tests/cpu/test_repairs.py",
+    "tests/cpu/test_fast_model.py",
+    "tests/cpu/test_load_adapter.py",
+    "tests/cpu/test_compat.py",
+)
+"""Files with an engine, those that take long first: a worker that starts one last ends a minute after the other."""
+
 TIERS = {"unit": None, "torch": "torch", "engine": "cpu", "release": "release", "gpu": "gpu"}
 """The tiers, each with its marker."""
+
+WITH_ENGINE = ("engine", "release")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,11 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--tier") == "torch":
         sys.modules["vllm"] = None  # type: ignore[assignment]
-    if "PYTEST_XDIST_WORKER" in os.environ and "MASTER_PORT" in os.environ:
-        from tests.cpu.stack import free_port
-
-        # An engine that TRL builds listens there: two workers must not share it.
-        os.environ["MASTER_PORT"] = str(free_port())
+    if "VLLM_PORT" in os.environ:
+        ports.own()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -55,6 +77,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if outside:
         config.hook.pytest_deselected(items=outside)
         items[:] = [item for item in items if item not in set(outside)]
+    if tier in WITH_ENGINE:
+        items[:] = longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a group of tests with an engine in one process of pytest-xdist."""
+    if config.getoption("--tier") not in WITH_ENGINE:
+        return None
+    from xdist.scheduler.loadfile import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """Return the group of a test: its file, whose fixtures are engines and trainings, or its parameter in SPLIT."""
+    file, _, test = nodeid.partition("::")
+    return f"{file} {test.partition('[')[2]}" if file in SPLIT else file
+
+
+def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests in the order of LONGEST, and after them the others as they are."""
+    places = {file: place for place, file in enumerate(LONGEST)}
+    return sorted(items, key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -35,7 +35,7 @@ def trlpatch(tmp_path: Path) -> Run:
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path, "TRLPATCH_CACHE_DIR": str(tmp_path / "cache"), **environment},
             check=False,
-            timeout=120,
+            timeout=300,
             cwd=tmp_path,
         )
 

@@ -138,7 +138,7 @@ def test_a_reader_that_leaves_gets_no_message(trl: Path) -> None:
     )
     assert process.stdout is not None
     process.stdout.close()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert errors == b""
 
 

@@ -31,7 +31,7 @@ def main(out: Path) -> None:
     length = {"vllm_max_model_length": 128} if find_trl().release >= (0, 26) else {"max_prompt_length": 64}
     if find_trl().release < (0, 20):  # these leave it to a launcher
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-        os.environ.update({"MASTER_PORT": "29500", **rank, **os.environ})
+        os.environ.update({**rank, **os.environ})
     trainer = small_grpo(
         str(checkpoint),
         out.parent,

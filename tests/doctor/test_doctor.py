@@ -84,6 +84,10 @@ def test_without_trl_the_other_packages_are_looked_for(monkeypatch: pytest.Monke
             "ValueError: Prefix caching is currently not supported for v0.",
             "Prefix caching is currently not supported for v0",
         ),
+        (
+            "The server socket has failed to listen on any local network address. port: 34943, code: -98",
+            "The server socket has failed to listen on any local network address",
+        ),
         ("LoRA rank 64 is greater than max_lora_rank 16.", "LoRA rank is greater than max_lora_rank"),
     ],
 )

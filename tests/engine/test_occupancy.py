@@ -129,7 +129,7 @@ def test_nothing_changes_under_another_threads_requests(by_hand: bool, way: str,
 
     def pause() -> None:
         inside.set()
-        through.wait(20)
+        through.wait(300)
 
     def generate() -> None:
         if by_hand:
@@ -142,7 +142,7 @@ def test_nothing_changes_under_another_threads_requests(by_hand: bool, way: str,
     engine.llm_engine.before_step = (lambda: None) if by_hand else pause
     thread = threading.Thread(target=generate, name="environment")
     thread.start()
-    inside.wait(20)
+    inside.wait(300)
     randomize(model)
     published = len(state_of(engine).adapter_sync.published)  # type: ignore[union-attr]
     ways = {
@@ -168,13 +168,13 @@ def test_another_threads_generate_is_waited_for(engine: Any, model: Any) -> None
 
     def pause() -> None:
         inside.set()
-        through.wait(20)
+        through.wait(300)
 
     engine.llm_engine.before_step = pause
     answers: list[list[str]] = []
     first = threading.Thread(target=lambda: answers.append(engine.generate(["a", "b"])))
     first.start()
-    inside.wait(20)
+    inside.wait(300)
     second = threading.Thread(target=lambda: answers.append(model.fast_generate(["c"])))
     second.start()
     second.join(0.2)
@@ -193,7 +193,7 @@ def test_a_request_by_hand_beside_another_threads_call_gets_no_version_of_before
 
     def pause() -> None:
         inside.set()
-        through.wait(20)
+        through.wait(300)
 
     with state_of(engine).supplying(lambda: hooks.lora_request(owner, engine)):
         inner.add_request("x", "mine")
@@ -203,7 +203,7 @@ def test_a_request_by_hand_beside_another_threads_call_gets_no_version_of_before
         inner.before_step = pause
         thread = threading.Thread(target=engine.generate, args=(["theirs"],), name="environment")
         thread.start()
-        inside.wait(20)
+        inside.wait(300)
         try:
             with pytest.raises(EngineBusy, match="'environment'"):
                 inner.add_request("y", "mine")

@@ -53,7 +53,7 @@ private_files._MEMORY = Path(sys.argv[1])
 class Owner: pass
 owner = Owner()
 print(private_files.private_directory(owner)[0], flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -24,7 +24,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.cpu.stack import free_port
+from tests import ports
 from tests.gpu.common import (
     DRIFT,
     TOLERANCE,
@@ -64,7 +64,7 @@ def main() -> int:
         device = devices.get()
         try:
             trl = arguments.trl_root / release
-            places = {"CUDA_VISIBLE_DEVICES": device, "MASTER_PORT": str(free_port())}
+            places = {"CUDA_VISIBLE_DEVICES": device, **ports.environment()}
             found = run_child(Path(__file__), [str(model)], trl=trl, timeout=arguments.timeout, **places)
         finally:
             devices.put(device)

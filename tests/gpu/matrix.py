@@ -27,7 +27,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.cpu.stack import free_port
+from tests import ports
 from tests.gpu.common import DRIFT, TOLERANCE, random_model, run_child
 from tests.matrix.runs import Run, load, write
 from tests.runs.case import versions
@@ -148,11 +148,12 @@ class Runner:
     def _run(self, job: Job, devices: list[str]) -> Run:
         started = time.monotonic()
         order = {"case": job.case, "model": str(self.model), "steps": self.given.steps, "stock": job.stock}
-        places = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "MASTER_PORT": str(free_port())}
+        places = {"CUDA_VISIBLE_DEVICES": ",".join(devices), "MASTER_PORT": ports.environment()["MASTER_PORT"]}
 
         def rank(index: int) -> Any:
             ranks = {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(job.ranks)}
             launched = {**ranks, "MASTER_ADDR": "localhost"} if job.ranks > 1 else {}
+            launched["VLLM_PORT"] = ports.environment()["VLLM_PORT"]
             trl = self.given.trl_root / job.trl
             return run_child(CASE, [json.dumps(order)], trl=trl, timeout=self.given.timeout, **places, **launched)
 

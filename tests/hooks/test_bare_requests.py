@@ -148,11 +148,11 @@ def test_one_threads_base_model_is_not_anothers() -> None:
     def judge() -> None:
         with state_of(trainer.llm).as_asked():
             inside.set()
-            through.wait(10)
+            through.wait(300)
 
     thread = threading.Thread(target=judge)
     thread.start()
-    inside.wait(10)
+    inside.wait(300)
     trainer.train(lambda: trainer.llm.generate(["a"]))
     through.set()
     thread.join()

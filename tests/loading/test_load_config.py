@@ -199,5 +199,5 @@ def test_refusing_imports_nothing_heavy() -> None:
         "except TypeError: pass\n"
         "print(*({'torch', 'vllm', 'transformers', 'peft', 'rich', 'libcst'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.split() == []

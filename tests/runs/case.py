@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tests import ports
 from tests.runs.measure import odd_tokens, watch_rollouts
 from tests.runs.trainers import ALGORITHMS
 from trlpatch.source.locate import find_trl
@@ -319,8 +320,8 @@ def versions() -> dict[str, str]:
 def main(words: list[str]) -> None:
     order = Order(**json.loads(words[-1]))
     if find_trl().release < (0, 20) and not order.attached:  # these leave it to a launcher
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-        os.environ.update({**rank, **os.environ})
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+        os.environ.update({**ports.environment(), **rank, **os.environ})
     print("RESULT " + json.dumps(run(order)), flush=True)
 
 

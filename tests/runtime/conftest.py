@@ -158,7 +158,7 @@ class FakeTrl:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
             cwd=self.site,
         )
 

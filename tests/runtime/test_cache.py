@@ -320,7 +320,7 @@ def test_eight_processes_at_once_then_a_warm_one(fake_trl):
         for _ in range(8)
     ]
     for rank in ranks:
-        _, complaints = rank.communicate(timeout=120)
+        _, complaints = rank.communicate(timeout=300)
         assert rank.returncode == 0, complaints
         assert complaints == ""
     assert len(cached_entries(fake_trl.cache)) == 2

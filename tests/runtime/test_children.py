@@ -42,7 +42,7 @@ def run(fake_trl, tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
             cwd=tmp_path,
         )
 
@@ -63,7 +63,7 @@ def child(fake_trl, tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
             cwd=tmp_path,
         )
 

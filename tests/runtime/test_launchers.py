@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu.stack import free_port
+from tests import ports
 from tests.helpers import SKIP
 from tests.runtime.conftest import REPOSITORY, FakeTrl
 from trlpatch.source.locate import find_trl
@@ -75,7 +75,8 @@ def test_every_rank_is_patched_and_one_line_says_so(
     script(tmp_path, name, home)
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
     options = ["--algorithm", "grpo", *(word for one in SKIP for word in ("--skip", one))]
-    done = run(tmp_path, fake_trl.environment(), *options, name, *words.format(port=free_port()).split())
+    port = ports.environment()["MASTER_PORT"]
+    done = run(tmp_path, fake_trl.environment(), *options, name, *words.format(port=port).split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.split().count("True") == len(done.stdout.splitlines()) == ranks, done.stdout
     assert done.stderr.count("trlpatch: TRL 0.25.0") == 1

@@ -125,7 +125,7 @@ def test_every_target_is_patched_and_returned(code, tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("done")

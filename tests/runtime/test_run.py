@@ -38,7 +38,7 @@ def run(fake_trl, tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=300,
             cwd=tmp_path,
         )
 

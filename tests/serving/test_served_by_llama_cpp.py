@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    with serve(tiny_gguf.write(model, model.parent / "policy-f32.gguf"), startup_timeout=120) as running:
+    with serve(tiny_gguf.write(model, model.parent / "policy-f32.gguf"), startup_timeout=600) as running:
         yield running
 
 
@@ -65,7 +65,7 @@ def test_a_float32_file_is_what_transformers_computes_of_its_checkpoint(server: 
 
 def test_a_quantized_file_is_told_from_one_of_another_checkpoint(model: Path) -> None:
     file = tiny_gguf.write(model, model.parent / "policy-q8_0.gguf", quantized=True)
-    with serve(file, startup_timeout=120) as server:
+    with serve(file, startup_timeout=600) as server:
         of_checkpoint = server.check(model)
         of_itself = server.check(stop=True)
     assert of_checkpoint.passed, str(of_checkpoint)

@@ -144,6 +144,14 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         'docs/compat.md names what to write instead, and `PatchFastRL(compat="on")`, which accepts most of them.',
     ),
     KnownError(
+        "The server socket has failed to listen on any local network address",
+        r"server socket has failed to listen|EADDRINUSE|Address already in use",
+        "vLLM and torch pick a free port and listen on it later: another process has it by then. Or two runs have one "
+        "MASTER_PORT.",
+        "Start again. Runs that start together: give each a `VLLM_PORT` and a `MASTER_PORT` of its own, below 32768, "
+        "where Linux gives ports to nobody (`VLLM_PORT=20000 MASTER_PORT=20050`, then 20100 and 20150).",
+    ),
+    KnownError(
         "Cannot re-initialize CUDA in forked subprocess",
         r"Cannot re-initialize CUDA in forked subprocess",
         "CUDA was started before vLLM forked its worker.",

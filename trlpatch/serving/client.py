@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import urllib.error
 import urllib.request
@@ -22,6 +23,13 @@ def address(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+_UNASSIGNED = range(10_000, 20_000)
+"""Ports that the kernel gives nobody: it has time to, vLLM's server listens a minute after its port was chosen.
+
+Sockets that ask for any port, and outgoing connections, get theirs from 32768 up on Linux, 49152 elsewhere.
+"""
+
+
 def choose_port(host: str, port: int | None) -> int:
     """Return `port` if nobody listens there, a free one for None.
 
@@ -29,18 +37,22 @@ def choose_port(host: str, port: int | None) -> int:
         PortTaken: somebody listens on the port, or this user may not, or the host is no address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As servers do: a port whose last connections are still in TIME_WAIT is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port or 0))
-            probe.listen(1)
-        except OSError as error:
-            raise PortTaken(
-                f"--host {host} --port {port}: cannot listen there: {error.strerror or error}. Give another --port, "
-                "or none: a free one is chosen then"
-            ) from error
-        return int(probe.getsockname()[1])
+    tried = [port] if port else random.SystemRandom().sample(_UNASSIGNED, 50)
+    for candidate in tried:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As servers do: a port whose last connections are still in TIME_WAIT is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+                probe.listen(1)
+            except OSError as error:
+                reason = error
+            else:
+                return candidate
+    raise PortTaken(
+        f"--host {host} --port {port}: cannot listen there: {reason.strerror or reason}. Give another --port, "
+        "or none: a free one is chosen then"
+    ) from reason
 
 
 def status_of(url: str, *, timeout: float = 2.0) -> int | None:

@@ -34,7 +34,9 @@ class Server:
         mode, child = os.environ.get("FAKE_SERVER"), os.environ.get("FAKE_SERVER_CHILD")
         if child:
             started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            Path(child).write_text(str(started.pid), encoding="utf-8")
+            half = Path(f"{child}.half")
+            half.write_text(str(started.pid), encoding="utf-8")
+            half.rename(child)
         if mode == "dies":
             sys.stderr.write("\x1b[31m0.00.005 E srv  load_model: failed to load model\x1b[0m\n")
             raise RuntimeError("Failed to init server, please check the input params.")
