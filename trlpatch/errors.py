@@ -260,3 +260,33 @@ class RolloutTimeout(RayError, TimeoutError):
 
 class WrongVersion(RayError, RuntimeError):
     """A response was sampled with another version of adapter or weights than was asked for."""
+
+
+class EngineHung(EngineLost):
+    """A rollout engine has requests and ends no step, or its actor answers nothing; it was killed."""
+
+
+class EngineRaised(RayError):
+    """An engine's actor raised an exception that cannot be pickled; the text is what is left of it."""
+
+
+class NoEngineLeft(RayError, RuntimeError):
+    """Every rollout engine is lost, and none could be replaced."""
+
+
+class RolloutFailed(RayError, RuntimeError):
+    """Prompts were given to two rollout engines, one after the other, and both were lost.
+
+    Attributes:
+        first: the error of the engine that was asked first.
+        second: the error of the engine that was asked again; it also is the `__cause__`.
+    """
+
+    def __init__(self, message: str, first: BaseException, second: BaseException) -> None:
+        super().__init__(message)
+        self.first = first
+        self.second = second
+        self.__cause__ = second
+
+    def __reduce__(self) -> tuple[type[RolloutFailed], tuple[str, BaseException, BaseException]]:
+        return type(self), (str(self), self.first, self.second)
