@@ -159,6 +159,9 @@ class Simulated:
         self.actors.append(self.make(self, index, len(self.actors)))
         return self.actors[-1]
 
+    def call(self, actor: Actor, method: str, *args: Any, **kwargs: Any) -> Ref:
+        return actor.called(method, *args, **kwargs)
+
     def wait(self, refs: Iterable[Any], timeout: float) -> list[Any]:
         asked = list(refs)
         assert asked or timeout < NEVER, "would wait for ever for nothing"

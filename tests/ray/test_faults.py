@@ -41,7 +41,7 @@ KILLED = (
 )
 NODE = (
     "The actor died unexpectedly before finishing this task.\n\tip: 10.0.0.2\n"
-    "The actor is dead because its node has died."
+    "The actor died because its node has died. Node Id: c4ce\n\tthe actor's node was terminated unexpectedly"
 )
 
 
@@ -51,7 +51,7 @@ NODE = (
         (rays("ActorDiedError", "RayActorError", text=DIED), "killed"),
         (rays("ActorDiedError", "RayActorError", text=KILLED), "killed"),
         (rays("ActorDiedError", "RayActorError", text=NODE), "node lost"),
-        (rays("ActorUnavailableError", "RayActorError", text="RPC error"), "killed"),
+        (rays("ActorUnavailableError", "RayActorError", text="RPC error: Socket closed"), "unreachable"),
         (rays("OutOfMemoryError", text="Task was killed due to the node running low on memory."), "out of memory"),
         (rays("ObjectReconstructionFailedError", "ObjectLostError", text="lost"), "node lost"),
         (task_error(rays("OutOfMemoryError", "RuntimeError", text="CUDA out of memory. Tried to")), "out of memory"),
@@ -136,7 +136,7 @@ def test_every_error_of_ours_arrives_as_what_it_is() -> None:
 def test_a_line_says_why_an_actor_is_dead() -> None:
     line = summary(rays("ActorDiedError", text=DIED))
     assert line == "ActorDiedError: Worker unexpectedly exits with a connection error code 2. End of file."
-    assert summary(rays("ActorDiedError", text=NODE)) == "ActorDiedError: its node has died."
+    assert summary(rays("ActorDiedError", text=NODE)) == "ActorDiedError: its node has died. Node Id: c4ce"
     assert summary(ValueError("first\nsecond")) == "ValueError: first"
     assert summary(MemoryError()) == "MemoryError"
 

@@ -21,10 +21,11 @@ from trlpatch.errors import EngineRaised
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Kind = Literal["killed", "node lost", "out of memory", "hung", "failed", "stale", "aborted", "request"]
+Kind = Literal["killed", "unreachable", "node lost", "out of memory", "hung", "failed", "stale", "aborted", "request"]
 
 WORDS: dict[Kind, str] = {
     "killed": "died",
+    "unreachable": "cannot be reached",
     "node lost": "was lost with its node",
     "out of memory": "ran out of memory",
     "hung": "hung",
@@ -36,7 +37,9 @@ WORDS: dict[Kind, str] = {
 """What each kind of fault is in a sentence that begins with the engine."""
 
 KINDS: dict[str, Kind] = {
-    "RayActorError": "killed",  # ActorDiedError, ActorUnavailableError
+    # What a node's death looks like for its first half minute. "The task may or may not have been executed."
+    "ActorUnavailableError": "unreachable",
+    "RayActorError": "killed",  # ActorDiedError
     "WorkerCrashedError": "killed",
     "ActorUnschedulableError": "node lost",
     "ActorPlacementGroupRemoved": "node lost",
@@ -62,7 +65,7 @@ _DEVICE_ERROR = re.compile(r"\b(CUDA|HIP|NCCL) (error|out of memory)", re.IGNORE
 _MEMORY = re.compile(r"out of memory|low on memory|memory usage threshold", re.IGNORECASE)
 _NODE = re.compile(r"\bits node\b|\bnode\b.{0,40}\b(died|dead|terminated|lost|preempted)\b", re.IGNORECASE)
 _DETAIL = re.compile(r"Worker exit detail: ([^\n]+)")
-_DEAD = re.compile(r"is dead because ([^\n]+)")
+_DEAD = re.compile(r"(?:is dead|died) because ([^\n]+)")
 _ADVICE = re.compile(r" Some common causes include.*", re.DOTALL)
 """Of Ray, behind every death whose cause it does not know: speaks of memory and nodes, whatever happened."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,6 +23,9 @@ STARTS = 3
 
 class Cluster(Protocol):
     """What of Ray is used here."""
+
+    def call(self, actor: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of an actor and return the ref of its answer; it is done beside rollouts, not after them."""
 
     def wait(self, refs: Iterable[Any], timeout: float) -> list[Any]:
         """Return the refs that are answered, as soon as one is, or none after `timeout` seconds."""
@@ -39,6 +42,14 @@ class Cluster(Protocol):
 
 class RayCluster:
     """`Cluster` by Ray itself."""
+
+    def __init__(self, group: str | None = None) -> None:
+        """`group` is the actors' concurrency group for everything that is not a rollout."""
+        self._options = {"concurrency_group": group} if group else {}
+
+    def call(self, actor: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """`actor.<method>.remote`."""
+        return getattr(actor, method).options(**self._options).remote(*args, **kwargs)
 
     def wait(self, refs: Iterable[Any], timeout: float) -> list[Any]:
         """`ray.wait` for one, then all that are there."""
@@ -80,6 +91,7 @@ class Place:
 
     index: int
     actor: Any = None
+    """The last one, where the place was given up."""
     info: Any = None
     """What `ready` of the actor said, `EngineInfo`."""
     state: State = "starting"
@@ -99,7 +111,7 @@ class Fleet:
 
     def __init__(
         self,
-        build: Callable[[int], Any],
+        build: Callable[[int], Any] | None,
         count: int,
         timeouts: Timeouts | None = None,
         *,
@@ -109,7 +121,7 @@ class Fleet:
         """Make the places; `start` fills them.
 
         Args:
-            build: creates the actor of an index, without waiting for it.
+            build: creates the actor of an index, without waiting for it. None: what is lost stays lost.
             count: how many engines are wanted.
             timeouts: how long each thing may take.
             restore: gives an actor the current adapter and weights, and waits until it has them; False when nobody
@@ -151,6 +163,11 @@ class Fleet:
             raise
         return [place.info for place in self.places]
 
+    def adopt(self, actors: Sequence[Any], infos: Sequence[Any]) -> None:
+        """Take actors whose engines are up already, in place of `start`."""
+        for place, actor, info in zip(self.places, actors, infos, strict=True):
+            place.actor, place.info, place.state, place.since = actor, info, "serving", self.cluster.now()
+
     def _init_failed(self, fault: Fault) -> EngineInitFailed:
         hint = {
             "out of memory": "Give it less: gpu_memory_utilization=0.8 or 0.7, a shorter max_model_len.",
@@ -176,7 +193,7 @@ class Fleet:
         words: dict[State, str] = {
             "starting": "is being replaced",
             "stale": "waits for the current weights",
-            "gone": f"was given up after {STARTS} failed starts",
+            "gone": f"was given up after {STARTS} failed starts" if self._build else "is lost",
         }
         missing = [place for place in self.places if place.state != "serving"]
         if not missing:
@@ -211,8 +228,7 @@ class Fleet:
             if place.state != "serving":
                 place.failed_starts += 1
             self._kill(actor)
-            place.actor, place.info, place.ready = None, None, None
-            place.replaced += 1
+            place.ready = None
             self._replace(place)
             self._say()
 
@@ -224,9 +240,10 @@ class Fleet:
                 self._say()
 
     def _replace(self, place: Place) -> None:
-        while place.failed_starts < STARTS:
+        while self._build is not None and place.failed_starts < STARTS:
             try:
                 self._create(place)
+                place.replaced += 1
                 return
             except Exception as error:
                 place.failed_starts += 1
@@ -235,9 +252,10 @@ class Fleet:
         place.state = "gone"
 
     def _create(self, place: Place) -> None:
-        place.state, place.since = "starting", self.cluster.now()
+        assert self._build is not None
         place.actor = self._build(place.index)
-        place.ready = place.actor.ready.remote()
+        place.state, place.since = "starting", self.cluster.now()
+        place.ready = self.cluster.call(place.actor, "ready")
 
     def revive(self, *, wait: bool = False) -> list[Place]:
         """Take into service what is up and has got the current weights; return all that serve.
@@ -320,7 +338,7 @@ class Fleet:
             for place in self.places:
                 if place.actor is not None:
                     self._kill(place.actor)
-                place.actor, place.ready, place.state = None, None, "gone"
+                place.ready, place.state = None, "gone"
 
     def _kill(self, actor: Any) -> None:
         try:

@@ -62,6 +62,7 @@ class _Flight:
     place: Place
     actor: Any
     group: Any
+    key: str | None
     since: float
 
 
@@ -73,12 +74,22 @@ class Supervisor(Fleet):
         super().__init__(*args, **kwargs)
         self._unsettled: dict[Any, _Flight] = {}
 
-    def rollout(self, deal: Deal[G], ask: Callable[[Any, G], Any]) -> list[tuple[G, Any]]:
+    def rollout(
+        self,
+        deal: Deal[G],
+        ask: Callable[[Any, G], Any],
+        *,
+        key: str | None = None,
+        answered: Callable[[G, Any], None] = lambda group, answer: None,
+    ) -> list[tuple[G, Any]]:
         """Have every group answered once.
 
         Args:
             deal: holds the groups; engines that serve join it here.
             ask: sends a group to an actor and returns the ref of its answer, without waiting.
+            key: of the requests, for `abort` of the actor; None aborts whatever the engine has.
+            answered: is told of each answer. A WrongVersion that it raises is the engine's fault: it is given the
+                current weights and the group is asked again.
 
         Returns:
             groups and the actors' answers, in the order of the groups' first prompts.
@@ -91,7 +102,7 @@ class Supervisor(Fleet):
         Whatever is raised, also a KeyboardInterrupt: requests in flight are aborted first.
         """
         self.settle()
-        return _Rollout(self, deal, ask).run()
+        return _Rollout(self, deal, ask, key, answered).run()
 
     def everywhere(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> dict[int, Any]:
         """Call a method of every actor that serves or waits for weights, at once; give the answers by engine.
@@ -106,7 +117,7 @@ class Supervisor(Fleet):
         for _ in range(2):
             with self.lock:
                 calls = {
-                    getattr(place.actor, method).remote(*args, **kwargs): (place, place.actor)
+                    self.cluster.call(place.actor, method, *args, **kwargs): (place, place.actor)
                     for place in self._in("serving", "stale")
                 }
             answers, refused = self._collect(calls, method, limit)
@@ -175,9 +186,9 @@ class Supervisor(Fleet):
         aborts: dict[Any, Any] = {}
         while self._unsettled:
             pending = dict(self._unsettled)
-            for actor in {id(flight.actor): flight.actor for flight in pending.values()}.values():
-                if actor not in aborts.values():
-                    aborts[actor.abort.remote()] = actor
+            for flight in pending.values():
+                if (flight.actor, flight.key) not in aborts.values():
+                    aborts[self.cluster.call(flight.actor, "abort", flight.key)] = flight.actor, flight.key
             self.cluster.wait(pending, 0.2)
             for ref in self.cluster.wait([*pending, *aborts], 0.0):
                 aborts.pop(ref, None)
@@ -208,10 +219,18 @@ class Supervisor(Fleet):
 class _Rollout(Generic[G]):
     """One call of `Supervisor.rollout`."""
 
-    def __init__(self, supervisor: Supervisor, deal: Deal[G], ask: Callable[[Any, G], Any]) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        deal: Deal[G],
+        ask: Callable[[Any, G], Any],
+        key: str | None,
+        answered: Callable[[G, Any], None],
+    ) -> None:
         self.supervisor = supervisor
         self.cluster, self.timeouts = supervisor.cluster, supervisor.timeouts
         self.deal, self.ask = deal, ask
+        self.key, self.answered = key, answered
         self.serving: dict[int, tuple[Place, Any]] = {}
         """Those that the deal knows, each with the actor that it was then."""
         self.flights: dict[Any, _Flight] = {}
@@ -237,7 +256,9 @@ class _Rollout(Generic[G]):
         except BaseException:
             if self.sending is not None:  # an interrupt there may have kept from us what was asked
                 place, actor = self.sending
-                self.flights[actor.abort.remote()] = _Flight(place, actor, None, self.cluster.now())
+                self.flights[self.cluster.call(actor, "abort", self.key)] = _Flight(
+                    place, actor, None, self.key, self.cluster.now()
+                )
             self.supervisor.abandon(self.flights)
             raise
         self.say_slow()
@@ -269,7 +290,7 @@ class _Rollout(Generic[G]):
         while (taken := self.deal.take()) is not None:
             index, group = taken
             place, actor = self.sending = self.serving[index]
-            flight = _Flight(place, actor, group, self.cluster.now())
+            flight = _Flight(place, actor, group, self.key, self.cluster.now())
             self.flights[self.ask(actor, group)] = flight
             self.sending = None
 
@@ -278,6 +299,7 @@ class _Rollout(Generic[G]):
         fault = None
         try:
             answer = self.cluster.get(ref)
+            self.answered(flight.group, answer)
         except Exception as error:
             fault = fault_of(flight.place.index, error)
         if fault is not None and fault.lost:
@@ -353,7 +375,7 @@ class _Rollout(Generic[G]):
         for key, flight in waited_for.items():
             if key not in busy and now - self.asked_at.get(key, flight.since) >= self.slice:
                 self.asked_at[key] = now
-                self.health[flight.actor.health.remote()] = flight.place, flight.actor, now
+                self.health[self.cluster.call(flight.actor, "health")] = flight.place, flight.actor, now
 
     def overdue(self, flight: _Flight, what: str, name: str) -> None:
         self.fell(flight, self.supervisor._late(flight.place, what, self.timeouts[name], name))
