@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trlpatch.ray.messages import EngineHealth, Version
+from trlpatch.ray.spread import Group, Spread
 
 NEVER = float("inf")
 
@@ -19,44 +20,10 @@ class ActorDiedError(RayActorError):
     """The same."""
 
 
-@dataclass(frozen=True)
-class Group:
-    places: tuple[int, ...]
-
-
-class Dealt:
-    """The least that `Supervisor.rollout` needs: groups in turn, `room` at a time for each engine."""
-
-    def __init__(self, count: int, size: int = 1, room: int = 1000) -> None:
-        self.queue = [Group(tuple(range(begin, min(begin + size, count)))) for begin in range(0, count, size)]
-        self.room = room
-        self.has: dict[int, list[Group]] = {}
-
-    @property
-    def waiting(self) -> int:
-        return len(self.queue)
-
-    def take(self) -> tuple[int, Group] | None:
-        free = [engine for engine, groups in self.has.items() if len(groups) < self.room]
-        if not self.queue or not free:
-            return None
-        engine = min(free, key=lambda one: (len(self.has[one]), one))
-        self.has[engine].append(self.queue[0])
-        return engine, self.queue.pop(0)
-
-    def done(self, engine: int, group: Group) -> None:
-        if engine in self.has:
-            self.has[engine].remove(group)
-
-    def again(self, engine: int, group: Group) -> None:
-        self.done(engine, group)
-        self.queue.insert(0, group)
-
-    def join(self, engine: int) -> None:
-        self.has.setdefault(engine, [])
-
-    def without(self, engine: int) -> None:
-        self.has.pop(engine, None)
+def dealt(count: int, size: int = 1, room: int = 1000) -> Spread:
+    """Prompts in groups of `size`; an engine has `room` of them at a time."""
+    places = [tuple(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
+    return Spread([Group(some, len(some), len(some)) for some in places], [], room * size)
 
 
 @dataclass(eq=False)

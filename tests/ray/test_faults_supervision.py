@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.ray.simulated import NEVER, Actor, ActorDiedError, Dealt, Group, Never, Simulated
+from tests.ray.simulated import NEVER, Actor, ActorDiedError, Never, Simulated, dealt
 from trlpatch.errors import EngineHung, EngineLost, NoEngineLeft, RolloutFailed, WrongVersion
 from trlpatch.ray.messages import EngineHealth, Version
+from trlpatch.ray.spread import Group
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
 
@@ -34,7 +35,7 @@ def rolled(supervisor: Supervisor, count: int, **more: Any) -> list[int]:
     """Return every prompt's answer, in order; each must be there once."""
     places: list[int] = []
     values: list[int] = []
-    for group, answer in supervisor.rollout(Dealt(count, **more), ask):
+    for group, answer in supervisor.rollout(dealt(count, **more), ask):
         places += group.places
         values += answer
     assert places == list(range(count))

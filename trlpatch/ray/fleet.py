@@ -21,11 +21,15 @@ STARTS = 3
 """How many starts of an engine may fail one after another before its place is given up."""
 
 
+BESIDE = frozenset({"ready", "health", "abort"})
+"""Methods of an actor that are answered beside all others."""
+
+
 class Cluster(Protocol):
     """What of Ray is used here."""
 
     def call(self, actor: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of an actor and return the ref of its answer; it is done beside rollouts, not after them."""
+        """Call a method of an actor and return the ref of its answer."""
 
     def wait(self, refs: Iterable[Any], timeout: float) -> list[Any]:
         """Return the refs that are answered, as soon as one is, or none after `timeout` seconds."""
@@ -44,12 +48,15 @@ class RayCluster:
     """`Cluster` by Ray itself."""
 
     def __init__(self, group: str | None = None) -> None:
-        """`group` is the actors' concurrency group for everything that is not a rollout."""
+        """`group` is the actors' concurrency group for `BESIDE`."""
         self._options = {"concurrency_group": group} if group else {}
 
     def call(self, actor: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        """`actor.<method>.remote`."""
-        return getattr(actor, method).options(**self._options).remote(*args, **kwargs)
+        """`actor.<method>.remote`; updates keep the order of the actor's default group."""
+        asked = getattr(actor, method)
+        if method in BESIDE:
+            asked = asked.options(**self._options)
+        return asked.remote(*args, **kwargs)
 
     def wait(self, refs: Iterable[Any], timeout: float) -> list[Any]:
         """`ray.wait` for one, then all that are there."""
@@ -101,9 +108,15 @@ class Place:
     """When the actor was created."""
     failed_starts: int = 0
     """One after another; an answered request ends the row."""
+    lost: tuple[Any, Fault] | None = None
+    """The actor before this one, and why it was lost."""
     fault: Fault | None = None
-    """Why the actor before this one was lost."""
+    """What happened here last."""
     replaced: int = 0
+    looked_at: float = 0.0
+    """When its health was asked for last."""
+    load: int = 0
+    """Tokens that it owes, over all rollouts: prompts, and the most that may be sampled."""
 
 
 class Fleet:
@@ -218,11 +231,14 @@ class Fleet:
 
     # Losing and replacing.
 
-    def lose(self, place: Place, actor: Any, fault: Fault) -> None:
-        """End an actor for good and begin with its replacement; nothing where somebody else has done so."""
+    def lose(self, place: Place, actor: Any, fault: Fault) -> Fault:
+        """End an actor for good and begin with its replacement; where somebody has done so before, return why."""
         with self.lock:
-            if place.actor is not actor or place.state == "gone" or self._closed:
-                return
+            if place.lost is not None and place.lost[0] is actor:
+                return place.lost[1]
+            if place.actor is not actor or self._closed:
+                return fault
+            place.lost = actor, fault
             self.faults.append(fault)
             place.fault = fault
             if place.state != "serving":
@@ -231,6 +247,7 @@ class Fleet:
             place.ready = None
             self._replace(place)
             self._say()
+            return fault
 
     def doubt(self, place: Place, actor: Any, fault: Fault) -> None:
         """Have an engine given the current weights before it is asked again: it answered with others."""

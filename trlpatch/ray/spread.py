@@ -69,6 +69,11 @@ class Spread:
         self.done(engine, group)
         self._queue.appendleft(group)
 
+    def join(self, engine: int, tokens: int = 0) -> None:
+        """Send this engine groups, too; `tokens` is what it owes to others."""
+        self._tokens.setdefault(engine, tokens)
+        self._sequences.setdefault(engine, 0)
+
     def without(self, engine: int) -> None:
         """Send this engine nothing any more."""
         self._tokens.pop(engine, None)

@@ -9,50 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
-from trlpatch.errors import EngineHung, EngineLost, RolloutFailed
+from trlpatch.errors import RolloutFailed
 from trlpatch.log import warn_once
 from trlpatch.ray.faults import Fault, fault_of
-from trlpatch.ray.fleet import Fleet, Place
+from trlpatch.ray.fleet import Place
+from trlpatch.ray.spread import Group, Spread
+from trlpatch.ray.watch import Watch
 
-
-class Group(Protocol):
-    """Prompts that one engine gets in one message; hashable."""
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """Of the prompts in the call."""
-
-
-G = TypeVar("G", bound=Group)
-
-
-class Deal(Protocol[G]):
-    """Who gets which group: `trlpatch.ray.spread.Spread`."""
-
-    @property
-    def waiting(self) -> int:
-        """Groups that nobody has."""
-
-    def take(self) -> tuple[int, G] | None:
-        """The next group and its engine; None when there is none, or no engine has room."""
-
-    def done(self, engine: int, group: G) -> None:
-        """The engine has answered the group."""
-
-    def again(self, engine: int, group: G) -> None:
-        """The engine will not answer the group: another has to."""
-
-    def join(self, engine: int) -> None:
-        """Send this engine groups, too; nothing where it has some."""
-
-    def without(self, engine: int) -> None:
-        """Send this engine nothing any more."""
-
-
-SLICE = 30.0
-"""How often, in seconds at most, an engine's health is asked for while its answers are waited for."""
 SLOW = 3.0
 """An engine that takes this many times as long per prompt as the others is said to be slow."""
 
@@ -66,7 +31,7 @@ class _Flight:
     since: float
 
 
-class Supervisor(Fleet):
+class Supervisor(Watch):
     """A fleet that is rolled out on and given weights. Several threads may use it at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,16 +41,16 @@ class Supervisor(Fleet):
 
     def rollout(
         self,
-        deal: Deal[G],
-        ask: Callable[[Any, G], Any],
+        spread: Spread,
+        ask: Callable[[Any, Group], Any],
         *,
         key: str | None = None,
-        answered: Callable[[G, Any], None] = lambda group, answer: None,
-    ) -> list[tuple[G, Any]]:
+        answered: Callable[[Group, Any], None] = lambda group, answer: None,
+    ) -> list[tuple[Group, Any]]:
         """Have every group answered once.
 
         Args:
-            deal: holds the groups; engines that serve join it here.
+            spread: holds the groups; engines that serve join it here.
             ask: sends a group to an actor and returns the ref of its answer, without waiting.
             key: of the requests, for `abort` of the actor; None aborts whatever the engine has.
             answered: is told of each answer. A WrongVersion that it raises is the engine's fault: it is given the
@@ -102,72 +67,7 @@ class Supervisor(Fleet):
         Whatever is raised, also a KeyboardInterrupt: requests in flight are aborted first.
         """
         self.settle()
-        return _Rollout(self, deal, ask, key, answered).run()
-
-    def everywhere(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> dict[int, Any]:
-        """Call a method of every actor that serves or waits for weights, at once; give the answers by engine.
-
-        An engine that dies of it, or has not answered in time, is lost and replaced; the others' answers count.
-
-        Raises:
-            NoEngineLeft: no engine answered, and none will.
-            Whatever else an actor raised, once all have answered.
-        """
-        limit = self.timeouts.sync if timeout is None else timeout
-        for _ in range(2):
-            with self.lock:
-                calls = {
-                    self.cluster.call(place.actor, method, *args, **kwargs): (place, place.actor)
-                    for place in self._in("serving", "stale")
-                }
-            answers, refused = self._collect(calls, method, limit)
-            if refused is not None:
-                raise refused.error
-            if answers:
-                return answers
-            self.revive(wait=True)
-        raise self._none_left()
-
-    def publish(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> dict[int, Any]:
-        """As `everywhere`, with what makes an adapter or weights current: who has answered serves from now on.
-
-        What `restore` gives must be these already: an engine that comes up meanwhile gets them from there.
-        """
-        with self.lock:
-            answers = self.everywhere(method, *args, timeout=timeout, **kwargs)
-            for place in self._in("stale"):
-                if place.index in answers:
-                    place.state = "serving"
-            self._say()
-        return answers
-
-    def _collect(
-        self, calls: dict[Any, tuple[Place, Any]], method: str, limit: float
-    ) -> tuple[dict[int, Any], Fault | None]:
-        answers: dict[int, Any] = {}
-        refused: Fault | None = None
-        deadline = self.cluster.now() + limit
-        while calls:
-            for ref in self.cluster.wait(calls, max(0.0, min(SLICE, deadline - self.cluster.now()))):
-                place, actor = calls.pop(ref)
-                try:
-                    answers[place.index] = self.cluster.get(ref)
-                except Exception as error:
-                    fault = fault_of(place.index, error)
-                    if fault.lost:
-                        self.lose(place, actor, fault)
-                    else:
-                        refused = refused or fault
-            if calls and self.cluster.now() >= deadline:
-                for place, actor in calls.values():
-                    self.lose(place, actor, self._late(place, f"`{method}` was not done", limit, "sync"))
-                break
-        return answers, refused
-
-    def _late(self, place: Place, what: str, limit: float, name: str) -> Fault:
-        advice = self.timeouts.how_to_raise(name)
-        error = EngineHung(f"{what} after {limit:g} s; vLLM may be stuck, it was killed. {advice}")
-        return Fault(place.index, "hung", error)
+        return _Rollout(self, spread, ask, key, answered).run()
 
     # Requests that nobody waits for any more.
 
@@ -198,7 +98,7 @@ class Supervisor(Fleet):
             if self.cluster.now() > deadline:
                 for ref, flight in list(self._unsettled.items()):
                     what = "the requests of an interrupted rollout were not dropped"
-                    self.lose(flight.place, flight.actor, self._late(flight.place, what, self.timeouts.abort, "abort"))
+                    self.lose(flight.place, flight.actor, self.late(flight.place, what, "abort"))
                     self._unsettled.pop(ref, None)
 
     def _settled(self, ref: Any, flight: _Flight) -> None:
@@ -216,58 +116,51 @@ class Supervisor(Fleet):
         self._unsettled.clear()
 
 
-class _Rollout(Generic[G]):
+class _Rollout:
     """One call of `Supervisor.rollout`."""
 
     def __init__(
         self,
         supervisor: Supervisor,
-        deal: Deal[G],
-        ask: Callable[[Any, G], Any],
+        spread: Spread,
+        ask: Callable[[Any, Group], Any],
         key: str | None,
-        answered: Callable[[G, Any], None],
+        answered: Callable[[Group, Any], None],
     ) -> None:
         self.supervisor = supervisor
         self.cluster, self.timeouts = supervisor.cluster, supervisor.timeouts
-        self.deal, self.ask = deal, ask
+        self.spread, self.ask = spread, ask
         self.key, self.answered = key, answered
         self.serving: dict[int, tuple[Place, Any]] = {}
-        """Those that the deal knows, each with the actor that it was then."""
+        """Those that the spread knows, each with the actor that it was then."""
         self.flights: dict[Any, _Flight] = {}
-        self.health: dict[Any, tuple[Place, Any, float]] = {}
-        self.asked_at: dict[int, float] = {}
-        self.first: dict[G, Fault] = {}
+        self.first: dict[Group, Fault] = {}
         """Groups that cost an engine, and how."""
-        self.answers: list[tuple[G, Any]] = []
+        self.answers: list[tuple[Group, Any]] = []
         self.took: dict[int, float] = {}
         self.sending: tuple[Place, Any] | None = None
 
-    def run(self) -> list[tuple[G, Any]]:
+    def run(self) -> list[tuple[Group, Any]]:
         try:
-            while self.deal.waiting or self.flights:
+            while self.spread.waiting or self.flights:
                 self.join()
                 self.send()
                 self.look_after()
-                for ref in self.cluster.wait([*self.flights, *self.health], self.slice):
+                for ref in self.cluster.wait(self.flights, self.supervisor.slice):
                     if ref in self.flights:
                         self.arrived(ref, self.flights[ref])
-                    elif ref in self.health:
-                        self.reported(ref)
         except BaseException:
             if self.sending is not None:  # an interrupt there may have kept from us what was asked
                 place, actor = self.sending
                 self.flights[self.cluster.call(actor, "abort", self.key)] = _Flight(
                     place, actor, None, self.key, self.cluster.now()
                 )
+            for flight in self.flights.values():
+                flight.place.load -= 0 if flight.group is None else flight.group.cost
             self.supervisor.abandon(self.flights)
             raise
         self.say_slow()
         return sorted(self.answers, key=lambda answer: answer[0].places)
-
-    @property
-    def slice(self) -> float:
-        """How long to wait at a time, in seconds: short timeouts are looked after in time."""
-        return min(SLICE, self.timeouts.health / 4, self.timeouts.rollout / 4)
 
     def join(self) -> None:
         """Let engines that came up meanwhile have their share; while none serves, wait for one."""
@@ -277,20 +170,21 @@ class _Rollout(Generic[G]):
         places = self.supervisor.revive(wait=not self.flights)
         for index, (place, actor) in list(self.serving.items()):
             if place.actor is not actor or place.state != "serving":  # seen by another thread, or by `everywhere`
-                self.deal.without(index)
+                self.spread.without(index)
                 del self.serving[index]
         for place in places:
             # One that this rollout has doubted or replaced while it owes answers is back when they are accounted for.
             if place.index not in self.serving and place.actor is not None:
                 self.serving[place.index] = place, place.actor
-                self.deal.join(place.index)
+                self.spread.join(place.index, place.load)
 
     def send(self) -> None:
         """Give groups to the engines that serve."""
-        while (taken := self.deal.take()) is not None:
+        while (taken := self.spread.take()) is not None:
             index, group = taken
             place, actor = self.sending = self.serving[index]
             flight = _Flight(place, actor, group, self.key, self.cluster.now())
+            place.load += group.cost
             self.flights[self.ask(actor, group)] = flight
             self.sending = None
 
@@ -306,11 +200,12 @@ class _Rollout(Generic[G]):
             self.fell(flight, fault)
             return
         del self.flights[ref]
+        flight.place.load -= flight.group.cost
         if fault is not None:
             self.refused(flight, fault)
             return
         self.answers.append((flight.group, answer))
-        self.deal.done(flight.place.index, flight.group)
+        self.spread.done(flight.place.index, flight.group)
         flight.place.failed_starts = 0
         took = (self.cluster.now() - flight.since) / len(flight.group.places)
         self.took[flight.place.index] = max(took, self.took.get(flight.place.index, 0.0))
@@ -320,7 +215,7 @@ class _Rollout(Generic[G]):
         if fault.kind != "aborted" or flight.group in self.first:
             raise fault.error
         self.first[flight.group] = fault
-        self.deal.again(flight.place.index, flight.group)
+        self.spread.again(flight.place.index, flight.group)
 
     def fell(self, flight: _Flight, fault: Fault) -> None:
         """Lose an engine: whatever it was asked is asked again, once.
@@ -331,11 +226,12 @@ class _Rollout(Generic[G]):
         if fault.kind == "stale":
             self.supervisor.doubt(flight.place, flight.actor, fault)
         else:
-            self.supervisor.lose(flight.place, flight.actor, fault)
-        again: list[G] = []
+            # Where it was lost before (it hung), that says more than that its actor has died.
+            fault = self.supervisor.lose(flight.place, flight.actor, fault)
+        again: list[Group] = []
         for ref in [ref for ref, other in self.flights.items() if other.actor is flight.actor]:
             again.append(self.flights.pop(ref).group)
-        self.health = {ref: asked for ref, asked in self.health.items() if asked[1] is not flight.actor}
+            flight.place.load -= again[-1].cost
         twice = [group for group in again if group in self.first]
         if twice:
             first = self.first[twice[0]]
@@ -350,57 +246,19 @@ class _Rollout(Generic[G]):
             )
         self.first.update(dict.fromkeys(again, fault))
         for group in sorted(again, key=lambda group: group.places, reverse=True):
-            self.deal.again(flight.place.index, group)
+            self.spread.again(flight.place.index, group)
         if self.serving.get(flight.place.index, (None, None))[1] is flight.actor:
             del self.serving[flight.place.index]
-            self.deal.without(flight.place.index)
-
-    # Engines that answer nothing.
+            self.spread.without(flight.place.index)
 
     def look_after(self) -> None:
-        """Ask engines that owe answers how they do, and lose those that are overdue."""
+        """Lose engines that have had the time that a rollout may take."""
+        self.supervisor.check()
         now = self.cluster.now()
-        waited_for = {id(flight.actor): flight for flight in self.flights.values()}
         for flight in self.flights.values():
             if now - flight.since > self.timeouts.rollout:
-                self.overdue(flight, "its prompts were not answered", "rollout")
-                return
-        for ref, (_, actor, sent) in list(self.health.items()):
-            if id(actor) not in waited_for:
-                del self.health[ref]
-            elif now - sent > self.timeouts.health:
-                self.overdue(waited_for[id(actor)], "its actor answers nothing, not even `health`,", "health")
-                return
-        busy = {id(actor) for _, actor, _ in self.health.values()}
-        for key, flight in waited_for.items():
-            if key not in busy and now - self.asked_at.get(key, flight.since) >= self.slice:
-                self.asked_at[key] = now
-                self.health[self.cluster.call(flight.actor, "health")] = flight.place, flight.actor, now
-
-    def overdue(self, flight: _Flight, what: str, name: str) -> None:
-        self.fell(flight, self.supervisor._late(flight.place, what, self.timeouts[name], name))
-
-    def reported(self, ref: Any) -> None:
-        """Judge what an engine says of itself."""
-        place, actor, _ = self.health.pop(ref)
-        flight = next((one for one in self.flights.values() if one.actor is actor), None)
-        if flight is None:
-            return
-        try:
-            health = self.cluster.get(ref)
-        except Exception as error:
-            fault = fault_of(place.index, error)
-            self.fell(flight, fault if fault.lost else Fault(place.index, "failed", fault.error))
-            return
-        if health.state in ("lost", "stopped"):
-            self.fell(flight, Fault(place.index, "failed", EngineLost(health.reason or health.state)))
-            return
-        # Paused or asleep it steps not: whoever does that has the timeout `sync` to end it.
-        limit = self.timeouts.health + (0.0 if health.state == "running" else self.timeouts.sync)
-        if health.seconds_since_step > limit:
-            requests = f"{health.running} requests running and {health.waiting} waiting"
-            what = f"it is {health.state} with {requests}, and had ended no step"
-            self.overdue(flight, what, "health")
+                late = self.supervisor.late(flight.place, "its prompts were not answered", "rollout")
+                self.supervisor.lose(flight.place, flight.actor, late)
 
     def say_slow(self) -> None:
         """Warn of engines that took much longer for a prompt than the fastest one."""
