@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from trlpatch.engine.build import lora_arguments
 from trlpatch.engine.cudagraphs import compilation_config
-from trlpatch.errors import EngineInitFailed
 from trlpatch.log import logger
 from trlpatch.ray import cluster
 from trlpatch.ray.actor import CONTROL, ROLLOUTS, LLMRayActor
-from trlpatch.ray.calls import first_line, own_error
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.environment import engine_environment
-from trlpatch.ray.messages import EngineInfo
+from trlpatch.ray.fleet import RayCluster
 from trlpatch.ray.plan import Need, require_room
+from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
 
 _THREADS = {CONTROL: 4, ROLLOUTS: 64}
@@ -81,17 +79,14 @@ def create_engines(
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION)
     started = Started(ray, need, group, arguments, variables, lora_layers)
-    handles: list[Any] = []
+    supervisor = Supervisor(started.actor, num_engines, limits, cluster=RayCluster(CONTROL))
     try:
-        handles += [started.actor(index) for index in range(num_engines)]
-        infos = wait_ready(handles, limits.init)
+        infos = supervisor.start()
     except BaseException:
-        for handle in handles:
-            ray.kill(handle)
         started.release()
         raise
-    engines = RayEngines(handles, infos, limits, release=started.release)
-    engines.started = started
+    handles = [place.actor for place in supervisor.places]
+    engines = RayEngines(handles, infos, limits, release=started.release, supervisor=supervisor)
     logger.info("%r is up", engines)
     return engines
 
@@ -136,40 +131,6 @@ class Started:
         """Give the reserved resources back."""
         if self._ray.is_initialized():
             self._ray.util.remove_placement_group(self._group)
-
-
-def wait_ready(handles: list[Any], timeout: float) -> list[EngineInfo]:
-    """Wait until every engine is up.
-
-    Raises:
-        EngineInitFailed: one did not come up, in time or at all; the first that fails is named.
-    """
-    import ray
-
-    refs = [handle.ready.options(concurrency_group=CONTROL).remote() for handle in handles]
-    left = list(refs)
-    infos: dict[Any, EngineInfo] = {}
-    deadline = time.monotonic() + timeout
-    while left:
-        ready, left = ray.wait(left, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            late = [index for index, ref in enumerate(refs) if ref in left]
-            raise EngineInitFailed(
-                f"create_engines: engine{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} did not come up in "
-                f"{timeout:g} s (timeouts.init): loading a large model from a slow disk takes longer; "
-                "create_engines(timeouts=trlpatch.ray.Timeouts(init=...))"
-            )
-        for ref in ready:
-            index = refs.index(ref)
-            try:
-                infos[ref] = ray.get(ref)
-            except Exception as error:
-                own = own_error(error, index, "create_engines")
-                cause = getattr(own, "cause", None) or own
-                raise EngineInitFailed(
-                    f"create_engines: engine {index} did not come up: {type(cause).__name__}: {first_line(cause)}"
-                ) from own
-    return [infos[ref] for ref in refs]
 
 
 def shutdown() -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.adapter_sync.registry import LIVE_NAME
-from trlpatch.errors import EngineLost, StaleAdapter, TrlpatchError
+from trlpatch.errors import EngineLost, NoEngineLeft, StaleAdapter, TrlpatchError
 from trlpatch.ray.actor import CONTROL, ROLLOUTS
 from trlpatch.ray.calls import gather
 from trlpatch.ray.facade import Asked, RayLLMEngine
+from trlpatch.ray.fleet import RayCluster, weakly
 from trlpatch.ray.messages import CHECKPOINT_WEIGHTS, EngineHealth, EngineInfo, RolloutRequest, Version
 from trlpatch.ray.prompts import as_conversations, as_prompts, one_each
 from trlpatch.ray.rollout import Rollout
+from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from trlpatch.engine.backend import RolloutBackend
     from trlpatch.engine.protocols import LoraRequest
     from trlpatch.ray.packed import PackedAdapter
-    from trlpatch.ray.protocols import Supervisor, WeightSender
+    from trlpatch.ray.protocols import WeightSender
 
 
 _all: weakref.WeakSet[RayEngines] = weakref.WeakSet()
@@ -39,15 +41,15 @@ class RayEngines:
         timeouts: Timeouts | None = None,
         *,
         release: Callable[[], None] | None = None,
+        supervisor: Supervisor | None = None,
     ) -> None:
-        """`release` gives the resources back, after the actors have ended."""
-        self.handles = list(handles)
-        """The actors, by index; a lost engine's is replaced in place."""
-        self.infos = list(infos)
+        """`release` gives the resources back, after the actors have ended; without `supervisor` none is replaced."""
         self.timeouts = timeouts or Timeouts()
-        self.started: Any = None
-        """How they were started (`trlpatch.ray.create.Started`), to start one again."""
-        self.supervisor: Supervisor | None = None
+        if supervisor is None:
+            supervisor = Supervisor(None, len(handles), self.timeouts, cluster=RayCluster(CONTROL))
+            supervisor.adopt(handles, infos)
+        self.supervisor = supervisor
+        supervisor.restore = weakly(self.restore)
         self.weight_sender: WeightSender | None = None
         self.weights_version = CHECKPOINT_WEIGHTS
         self.adapter_version = 0
@@ -57,6 +59,8 @@ class RayEngines:
         self.adapter_bytes = 0
         self.sync_seconds = 0.0
         """That the last adapter took to every engine."""
+        self.up = True
+        """Until `shutdown`."""
         self._live: LoraRequest | None = None
         self._release = release
         self.llm_engine = RayLLMEngine(self)
@@ -64,6 +68,16 @@ class RayEngines:
 
     def __repr__(self) -> str:
         return f"RayEngines({self.infos[0].model}, {self.location})"
+
+    @property
+    def handles(self) -> list[Any]:
+        """The actors, by index; a lost engine's is replaced in place."""
+        return [place.actor for place in self.supervisor.places]
+
+    @property
+    def infos(self) -> list[EngineInfo]:
+        """What each said of itself when it was up."""
+        return [place.info for place in self.supervisor.places]
 
     # What trlpatch asks of an engine.
 
@@ -191,26 +205,21 @@ class RayEngines:
         return self.handles[index].generate.options(concurrency_group=ROLLOUTS).remote(request)
 
     def on_each(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Any]:
-        """Call a method of every actor, at once, and give the answers by index.
+        """Call a method of every actor, at once, and give the answers in the order of engines.
+
+        One that does not answer in time, or is dead, is replaced; the list has no answer of it.
 
         Raises:
-            EngineLost: an actor is dead.
-            RolloutTimeout: one did not answer in time.
+            NoEngineLeft: none answered, and none could be replaced.
         """
-        refs = [getattr(handle, method).remote(*args, **kwargs) for handle in self.handles]
-        answers = gather(refs, method, self.timeouts.sync if timeout is None else timeout)
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        if failures:
-            # One that is lost first: what the others say may follow from it.
-            raise min(failures, key=lambda error: not isinstance(error, EngineLost))
-        return answers
+        return [
+            answer
+            for _, answer in sorted(self.supervisor.everywhere(method, *args, timeout=timeout, **kwargs).items())
+        ]
 
     def of_first(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function(llm, *args)` in the first engine's process, between two steps."""
-        (answer,) = gather([self.handles[0].call.remote(function, *args)], "call", self.timeouts.sync)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
+        return self.supervisor.anywhere("call", function, *args)
 
     def health(self, timeout: float | None = None) -> list[EngineHealth | BaseException]:
         """How every engine does; its exception in the place of one that cannot say."""
@@ -254,22 +263,21 @@ class RayEngines:
 
         Raises:
             AdapterNotExpressible: they have no place for one of its modules; the version before still stands.
-            EngineLost: one of them did not take it, and cannot be replaced.
-            RolloutTimeout: one of them did not take it in time.
+            NoEngineLeft: none of them took it in time, and none could be replaced.
         """
         import ray
 
         started = time.monotonic()
-        before, self._live = self._live, None
-        version, self.adapter_version = self.adapter_version, self.adapter_version + 1
+        before = self._live, self.adapter_version, self.adapter_ref, self.adapter_bytes
+        # An engine that takes a lost one's place meanwhile is given this adapter.
+        self._live, self.adapter_version = None, self.adapter_version + 1
         self.adapter_ref, self.adapter_bytes = ray.put(packed), packed.nbytes
         try:
-            self.on_each("publish_adapter", self.adapter_ref, self.adapter_version)
-        except EngineLost as error:
-            self.replaced(error)  # the engine that takes its place is given this adapter
-        except TrlpatchError as error:
-            if not isinstance(error, TimeoutError):  # refused by all before anything was changed
-                self._live, self.adapter_version = before, version
+            self.supervisor.publish("publish_adapter", self.adapter_ref, self.adapter_version)
+        except NoEngineLeft:
+            raise
+        except TrlpatchError:  # refused before anything was changed; one that took it is given the version before
+            self._live, self.adapter_version, self.adapter_ref, self.adapter_bytes = before
             raise
         self._live = request
         self.sync_seconds = time.monotonic() - started
@@ -282,25 +290,26 @@ class RayEngines:
         self.weight_sender.send(named, version)
         self.weights_version = version
 
-    def replaced(self, error: EngineLost, index: int | None = None) -> None:
-        """Have the supervisor replace lost engines.
+    def restore(self, handle: Any, index: int) -> bool:
+        """Give an engine that has come up the adapter and weights that the others hold; False when it has to wait."""
+        if self.weights_version != CHECKPOINT_WEIGHTS:
+            give = getattr(self.weight_sender, "restore", None)
+            if give is None or not give(handle, index, self.weights_version):
+                return False
+        if self.adapter_version:
+            ref = handle.publish_adapter.remote(self.adapter_ref, self.adapter_version)
+            (answer,) = gather([ref], "publish_adapter", self.timeouts.sync)
+            if isinstance(answer, BaseException):
+                raise answer
+        return True
+
+    def replaced(self, error: BaseException, index: int) -> None:
+        """Have a lost engine replaced, and wait for the one in its place.
 
         Raises:
-            EngineLost: nobody does, or it cannot be done.
+            NoEngineLeft: it cannot be done.
         """
-        if self.supervisor is None:
-            raise error
-        lost = [index] if index is not None else self.lost_engines()
-        for one in lost:
-            self.supervisor.lost(one, error)
-
-    def lost_engines(self) -> list[int]:
-        """Indices of the engines that answer nothing any more."""
-        return [
-            index
-            for index, health in enumerate(self.health())
-            if isinstance(health, BaseException) or health.state in ("lost", "stopped")
-        ]
+        self.supervisor.lost(index, error)
 
     # Life.
 
@@ -308,12 +317,11 @@ class RayEngines:
         """End all engines and give their resources back."""
         import ray
 
-        handles, self.handles = self.handles, []
+        handles, self.up = self.handles if self.up else [], False
         if ray.is_initialized():
             ending = [handle.shutdown.options(concurrency_group=CONTROL).remote() for handle in handles]
             ray.wait(ending, num_returns=len(ending), timeout=10.0) if ending else None
-            for handle in handles:
-                ray.kill(handle)
+            self.supervisor.shutdown()
         release, self._release = self._release, None
         if release is not None:
             release()
@@ -321,7 +329,7 @@ class RayEngines:
 
 def all_engines() -> list[RayEngines]:
     """Those of this process that are alive."""
-    return [engines for engines in _all if engines.handles]
+    return [engines for engines in _all if engines.up]
 
 
 def _collective_rpc(llm: Any, method: Any, args: Any, kwargs: Any) -> Any:

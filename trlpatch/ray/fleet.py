@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -148,7 +149,8 @@ class Fleet:
         """Every fault that cost an engine, in order."""
         self.lock = threading.RLock()
         self._build = build
-        self._restore = restore or (lambda actor, index: True)
+        self.restore = restore or (lambda actor, index: True)
+        """See above; may be set once what it needs is there."""
         self._closed = False
         self._said = ""
 
@@ -323,7 +325,7 @@ class Fleet:
     def _refresh(self, place: Place) -> None:
         actor = place.actor
         try:
-            current = self._restore(actor, place.index)
+            current = self.restore(actor, place.index)
         except Exception as error:
             fault = fault_of(place.index, error)
             self.lose(place, actor, fault if fault.lost else Fault(place.index, "failed", fault.error))
@@ -362,3 +364,14 @@ class Fleet:
             self.cluster.kill(actor)
         except Exception as error:  # it is dead, or the cluster is gone
             logger.debug("killing %r: %s", actor, error)
+
+
+def weakly(method: Callable[[Any, int], bool]) -> Callable[[Any, int], bool]:
+    """Call a bound method for `Fleet.restore` without keeping its object alive."""
+    found = weakref.WeakMethod(method)
+
+    def call(actor: Any, index: int) -> bool:
+        alive = found()
+        return alive is not None and alive(actor, index)
+
+    return call

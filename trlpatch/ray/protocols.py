@@ -11,25 +11,8 @@ if TYPE_CHECKING:
     from trlpatch.engine.protocols import LoraRequest
     from trlpatch.ray.messages import EngineHealth, EngineInfo, RolloutRequest, Version
     from trlpatch.ray.packed import PackedAdapter
+    from trlpatch.ray.supervision import Supervisor
     from trlpatch.ray.timeouts import Timeouts
-
-
-class Supervisor(Protocol):
-    """Watches over the engines while somebody waits for them."""
-
-    def check(self) -> None:
-        """Called about once a second while answers are waited for.
-
-        Raises:
-            EngineLost: an engine hangs or died, and cannot be replaced.
-        """
-
-    def lost(self, index: int, error: BaseException) -> None:
-        """Replace the engine at `index` in place, with the adapter and weights that the others hold.
-
-        Raises:
-            EngineLost: it cannot be replaced.
-        """
 
 
 class WeightSender(Protocol):
@@ -46,15 +29,21 @@ class WeightSender(Protocol):
 class Engines(Protocol):
     """`trlpatch.ray.engines.RayEngines`."""
 
-    handles: list[Any]
-    infos: list[EngineInfo]
     timeouts: Timeouts
-    supervisor: Supervisor | None
+    supervisor: Supervisor
     weight_sender: WeightSender | None
     weights_version: str
     adapter_version: int
     adapter_bytes: int
     sync_seconds: float
+
+    @property
+    def handles(self) -> list[Any]:
+        """The actors, by index."""
+
+    @property
+    def infos(self) -> list[EngineInfo]:
+        """What each said of itself when it was up."""
 
     @property
     def location(self) -> str:
@@ -79,8 +68,8 @@ class Engines(Protocol):
     def abort(self, key: str | None = None) -> None:
         """Have every engine drop requests."""
 
-    def replaced(self, error: Any, index: int | None = None) -> None:
-        """Have lost engines replaced."""
+    def replaced(self, error: BaseException, index: int) -> None:
+        """Have a lost engine replaced."""
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes on every engine."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.errors import EngineLost, RolloutTimeout, WrongVersion
+from trlpatch.errors import WrongVersion
+from trlpatch.ray.actor import ROLLOUTS
 from trlpatch.ray.messages import BASE_ADAPTER, RolloutRequest, RolloutResponse, Version
 from trlpatch.ray.prompts import cost_of, kind_of, sequences_of
 from trlpatch.ray.spread import Group, Spread, groups
@@ -16,9 +16,6 @@ from trlpatch.ray.spread import Group, Spread, groups
 if TYPE_CHECKING:
     from trlpatch.ray.facade import Asked
     from trlpatch.ray.protocols import Engines
-
-_LOOK = 1.0
-"""Seconds between two looks at the engines' health while nothing is answered."""
 
 
 class Rollout:
@@ -33,36 +30,21 @@ class Rollout:
         self._arguments = dict(arguments)
         self._key = uuid.uuid4().hex
         self._outputs: list[Any] = [None] * len(asked)
-        self._asked_twice: set[tuple[int, ...]] = set()
         self._bar = _bar(use_tqdm, len(asked))
         scheduler = getattr(engines.infos[0].vllm_config, "scheduler_config", None)
         window = int(getattr(scheduler, "max_num_seqs", 0) or 256)
-        self._spread = Spread(self._groups(window), range(len(engines.handles)), window)
-        self._pending: dict[Any, tuple[int, Group]] = {}
+        self._spread = Spread(self._groups(window), (), window)
 
     def outputs(self) -> list[Any]:
         """One `RequestOutput` a request, in order.
 
         Raises:
-            EngineLost: an engine is lost, and cannot be replaced.
-            WrongVersion: a response is of another version than was asked for.
-            RolloutTimeout: the answers took longer than `timeouts.rollout`.
+            RolloutFailed: prompts were given to two engines, and both were lost.
+            NoEngineLeft: none is left, and none could be replaced.
             Whatever vLLM says of the prompts.
         """
-        limit = self._engines.timeouts.rollout
-        deadline = None if limit is None else time.monotonic() + limit
         try:
-            while self._spread.waiting or self._pending:
-                self._send()
-                self._receive()
-                if deadline is not None and time.monotonic() > deadline and self._pending:
-                    raise RolloutTimeout(
-                        f"{self._method}: {len(self._pending)} messages of {len(self._asked)} prompts were not "
-                        f"answered in {limit:g} s (timeouts.rollout); {self._engines.health(10.0)}"
-                    )
-        except BaseException:
-            self._engines.abort(self._key)
-            raise
+            self._engines.supervisor.rollout(self._spread, self._ask, key=self._key, answered=self._answered)
         finally:
             if self._bar is not None:
                 self._bar.close()
@@ -107,41 +89,15 @@ class Rollout:
             key=self._key,
         )
 
-    def _send(self) -> None:
-        while (taken := self._spread.take()) is not None:
-            engine, group = taken
-            self._pending[self._engines.submit(engine, self._request(group))] = engine, group
+    def _ask(self, actor: Any, group: Group) -> Any:
+        return actor.generate.options(concurrency_group=ROLLOUTS).remote(self._request(group))
 
-    def _receive(self) -> None:
-        import ray
-
-        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=_LOOK)
-        if not ready and self._engines.supervisor is not None:
-            self._engines.supervisor.check()
-        for ref in ready:
-            engine, group = self._pending.pop(ref)
-            try:
-                response = ray.get(ref)
-            except Exception as error:
-                self._failed(engine, group, error)
-                continue
-            self._check(response)
-            self._spread.done(engine, group)
-            for place, output in zip(group.places, response.outputs, strict=True):
-                self._outputs[place] = output
-            if self._bar is not None:
-                self._bar.update(len(group.places))
-
-    def _failed(self, engine: int, group: Group, error: BaseException) -> None:
-        from trlpatch.ray.calls import own_error
-
-        own = own_error(error, engine, self._method)
-        if not isinstance(own, EngineLost) or group.places in self._asked_twice:
-            raise own
-        self._asked_twice.add(group.places)
-        if not any(other == engine for other, _ in self._pending.values()):
-            self._engines.replaced(own, engine)
-        self._spread.again(engine, group)
+    def _answered(self, group: Group, response: RolloutResponse) -> None:
+        self._check(response)
+        for place, output in zip(group.places, response.outputs, strict=True):
+            self._outputs[place] = output
+        if self._bar is not None:
+            self._bar.update(len(group.places))
 
     def _check(self, response: RolloutResponse) -> None:
         held = self._engines.version
