@@ -12,7 +12,8 @@ import pytest
 
 from trlpatch import errors
 from trlpatch.errors import EngineRaised, InvalidOption, RolloutFailed, TrlpatchError
-from trlpatch.ray.faults import Fault, errors_travel, fault_of, summary, travels
+from trlpatch.ray.actor import LLMRayActor
+from trlpatch.ray.faults import Fault, all_errors_travel, errors_travel, fault_of, summary, travels
 from trlpatch.ray.timeouts import DEFAULTS, VARIABLES, Timeouts
 
 
@@ -120,6 +121,31 @@ def test_an_actors_method_raises_what_arrives() -> None:
             method(odd)
         assert "raise error" in str(raised.value), "its traceback is in the text"
         assert travels(raised.value)
+
+
+def test_a_class_has_it_for_all_public_methods_and_the_inherited_ones() -> None:
+    class Mixin:
+        def inherited(self, *, code: int = 3) -> None:
+            raise OddSignature(code, text="odd")
+
+    @all_errors_travel
+    class Odd(Mixin):
+        def own(self) -> None:
+            self._private()
+
+        def _private(self) -> None:
+            raise OddSignature(4, text="odd")
+
+    with pytest.raises(EngineRaised):
+        Odd().inherited()
+    with pytest.raises(EngineRaised):
+        Odd().own()
+    with pytest.raises(OddSignature):
+        Odd()._private()
+    with pytest.raises(OddSignature):
+        Mixin().inherited()
+    assert str(inspect.signature(Odd.inherited)) == "(self, *, code: 'int' = 3) -> 'None'"
+    assert inspect.unwrap(LLMRayActor.generate) is not LLMRayActor.generate
 
 
 def test_every_error_of_ours_arrives_as_what_it_is() -> None:

@@ -27,14 +27,14 @@ def supervisor_of(count: int, make: Make | None = None, **more: Any) -> tuple[Su
     return supervisor, cluster
 
 
-def ask(actor: Any, group: Group) -> Any:
-    return actor.generate.remote(group.places)
-
-
 def rolled(supervisor: Supervisor, count: int, **more: Any) -> list[int]:
     """Return every prompt's answer, in order; each must be there once."""
     places: list[int] = []
     values: list[int] = []
+
+    def ask(index: int, group: Group) -> Any:
+        return supervisor.places[index].actor.generate.remote(group.places)
+
     for group, answer in supervisor.rollout(dealt(count, **more), ask):
         places += group.places
         values += answer

@@ -18,6 +18,7 @@ from trlpatch.engine import probes
 from trlpatch.engine.drain import drain
 from trlpatch.errors import AdapterNotExpressible, EngineBusy, EngineMismatch, WrongVersion
 from trlpatch.ray.capture import Addition, additions
+from trlpatch.ray.faults import all_errors_travel
 from trlpatch.ray.messages import (
     BASE_ADAPTER,
     EngineHealth,
@@ -38,6 +39,7 @@ CONTROL, ROLLOUTS = "control", "rollouts"
 """Concurrency groups of the actor: what must be answered at once, and what waits for completions."""
 
 
+@all_errors_travel
 class LLMRayActor:
     """One rollout engine. Every method but `generate` and `ready` is short; none of them steps the engine itself."""
 

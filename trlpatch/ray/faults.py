@@ -9,6 +9,7 @@ of an actor is TaskCancelledError. Classes are told apart by their names: nothin
 from __future__ import annotations
 
 import functools
+import inspect
 import pickle
 import re
 import traceback
@@ -138,6 +139,15 @@ def errors_travel(method: Callable[P, T]) -> Callable[P, T]:
             raise EngineRaised(f"{type(error).__qualname__}, which cannot be pickled: {error}\n{text}") from None
 
     return carried
+
+
+def all_errors_travel(actor: type[T]) -> type[T]:
+    """Have every public method of an actor's class do so, also those that it inherits."""
+    for name in dir(actor):
+        method = getattr(actor, name)
+        if not name.startswith("_") and inspect.isfunction(method):
+            setattr(actor, name, errors_travel(method))
+    return actor
 
 
 def travels(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import WrongVersion
-from trlpatch.ray.actor import ROLLOUTS
 from trlpatch.ray.messages import BASE_ADAPTER, RolloutRequest, RolloutResponse, Version
 from trlpatch.ray.prompts import cost_of, kind_of, sequences_of
 from trlpatch.ray.spread import Group, Spread, groups
@@ -89,8 +88,8 @@ class Rollout:
             key=self._key,
         )
 
-    def _ask(self, actor: Any, group: Group) -> Any:
-        return actor.generate.options(concurrency_group=ROLLOUTS).remote(self._request(group))
+    def _ask(self, engine: int, group: Group) -> Any:
+        return self._engines.submit(engine, self._request(group))
 
     def _answered(self, group: Group, response: RolloutResponse) -> None:
         self._check(response)

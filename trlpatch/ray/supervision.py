@@ -42,7 +42,7 @@ class Supervisor(Watch):
     def rollout(
         self,
         spread: Spread,
-        ask: Callable[[Any, Group], Any],
+        ask: Callable[[int, Group], Any],
         *,
         key: str | None = None,
         answered: Callable[[Group, Any], None] = lambda group, answer: None,
@@ -51,7 +51,7 @@ class Supervisor(Watch):
 
         Args:
             spread: holds the groups; engines that serve join it here.
-            ask: sends a group to an actor and returns the ref of its answer, without waiting.
+            ask: sends a group to the engine of an index and returns the ref of its answer, without waiting.
             key: of the requests, for `abort` of the actor; None aborts whatever the engine has.
             answered: is told of each answer. A WrongVersion that it raises is the engine's fault: it is given the
                 current weights and the group is asked again.
@@ -123,7 +123,7 @@ class _Rollout:
         self,
         supervisor: Supervisor,
         spread: Spread,
-        ask: Callable[[Any, Group], Any],
+        ask: Callable[[int, Group], Any],
         key: str | None,
         answered: Callable[[Group, Any], None],
     ) -> None:
@@ -156,7 +156,7 @@ class _Rollout:
                     place, actor, None, self.key, self.cluster.now()
                 )
             for flight in self.flights.values():
-                flight.place.load -= 0 if flight.group is None else flight.group.cost
+                flight.place.load -= flight.group.cost if flight.group is not None else 0
             self.supervisor.abandon(self.flights)
             raise
         self.say_slow()
@@ -170,8 +170,7 @@ class _Rollout:
         places = self.supervisor.revive(wait=not self.flights)
         for index, (place, actor) in list(self.serving.items()):
             if place.actor is not actor or place.state != "serving":  # seen by another thread, or by `everywhere`
-                self.spread.without(index)
-                del self.serving[index]
+                self.leave(index)
         for place in places:
             # One that this rollout has doubted or replaced while it owes answers is back when they are accounted for.
             if place.index not in self.serving and place.actor is not None:
@@ -182,11 +181,22 @@ class _Rollout:
         """Give groups to the engines that serve."""
         while (taken := self.spread.take()) is not None:
             index, group = taken
-            place, actor = self.sending = self.serving[index]
-            flight = _Flight(place, actor, group, self.key, self.cluster.now())
-            place.load += group.cost
-            self.flights[self.ask(actor, group)] = flight
-            self.sending = None
+            place, actor = self.serving[index]
+            with self.supervisor.lock:  # nobody exchanges the actor between the look at it and the question
+                if place.actor is not actor:
+                    self.spread.again(index, group)
+                    self.leave(index)
+                    continue
+                self.sending = place, actor
+                flight = _Flight(place, actor, group, self.key, self.cluster.now())
+                self.flights[self.ask(index, group)] = flight
+                self.sending = None
+                place.load += group.cost
+
+    def leave(self, index: int) -> None:
+        """Give an engine nothing any more."""
+        del self.serving[index]
+        self.spread.without(index)
 
     def arrived(self, ref: Any, flight: _Flight) -> None:
         """Take an answer, or what it says of its engine."""
@@ -248,8 +258,7 @@ class _Rollout:
         for group in sorted(again, key=lambda group: group.places, reverse=True):
             self.spread.again(flight.place.index, group)
         if self.serving.get(flight.place.index, (None, None))[1] is flight.actor:
-            del self.serving[flight.place.index]
-            self.spread.without(flight.place.index)
+            self.leave(flight.place.index)
 
     def look_after(self) -> None:
         """Lose engines that have had the time that a rollout may take."""
