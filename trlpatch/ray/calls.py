@@ -14,8 +14,13 @@ def own_error(error: BaseException, index: int, doing: str) -> BaseException:
     from ray import exceptions
 
     if isinstance(error, exceptions.RayTaskError):
+        # Ray raises a class of its own that inherits from the cause's; whose text is the traceback.
         cause: object = getattr(error, "cause", None)
-        return cause if isinstance(cause, TrlpatchError) else error
+        if not isinstance(cause, Exception) or isinstance(cause, exceptions.RayError):
+            return error
+        if not isinstance(cause, TrlpatchError):
+            cause.__cause__ = error
+        return cause
     if isinstance(error, exceptions.RayActorError):  # ActorDiedError and ActorUnavailableError
         lost = EngineLost(f"{doing}: rollout engine {index} is lost, its actor has died: {first_line(error)}")
         lost.__cause__ = error
