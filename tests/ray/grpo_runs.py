@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.ray import fault_cases
+
 ENGINES = 2
 MAX_SEQS = 8
 CLUSTER = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard": False, "log_to_driver": False}
@@ -324,7 +326,14 @@ def gap_of(policy: Any, output: Any) -> float:
     return float((tiny.engine_logprobs(output) - theirs).abs().max())
 
 
-CASES: dict[str, Callable[[Rig], Any]] = {"grpo": grpo, "surface": surface, "hands": hands}
+CASES: dict[str, Callable[[Rig], Any]] = {
+    "grpo": grpo,
+    "surface": surface,
+    "hands": hands,
+    "lost_engine": fault_cases.lost_engine,
+    "toy_faults": lambda rig: fault_cases.toy_faults(),
+    "killed_driver": lambda rig: fault_cases.killed_driver(),
+}
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ NODE = (
         (task_error(RuntimeError("CUDA error: an illegal memory access was encountered")), "failed"),
         (task_error(RuntimeError("CUDA out of memory")), "out of memory"),
         (task_error(errors.EngineLost("half-written")), "failed"),
+        (task_error(errors.EngineLost("answers no request any more: OutOfMemoryError: CUDA out")), "out of memory"),
+        (task_error(errors.EngineLost("answers no request any more: MemoryError: chaos")), "out of memory"),
         (task_error(errors.RolloutTimeout("a command did not end")), "hung"),
         (task_error(errors.WrongVersion("holds 3")), "stale"),
         (task_error(rays("EngineDeadError")), "failed"),

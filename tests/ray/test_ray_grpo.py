@@ -96,3 +96,44 @@ def test_what_is_wrong_with_a_prompt_is_vllms_own_error(report: dict[str, Any]) 
     assert not name.startswith("RayTaskError")
     assert "256" in text
     assert "Traceback" not in text
+
+
+def test_an_engine_that_is_killed_is_replaced_and_no_prompt_is_lost(report: dict[str, Any]) -> None:
+    lost = report["lost_engine"]
+    assert lost["faults"] == ["killed"]
+    assert "1 of 2 rollout engines serve: engine 1 is being replaced (engine 1 died" in lost["degraded"]
+    assert lost["answers"] == [lost["prompts"]] * 2
+    assert lost["in_order"]
+    assert lost["gap"] < TOLERANCE
+
+
+def test_the_engine_in_its_place_has_the_adapter_before_it_serves(report: dict[str, Any]) -> None:
+    lost = report["lost_engine"]
+    assert lost["others"] == [False, True]
+    assert lost["versions"] == [0, 0]
+    assert lost["gap_after"] < TOLERANCE
+
+
+def test_errors_of_actors_arrive_and_say_whether_the_process_is_lost(report: dict[str, Any]) -> None:
+    errors = report["toy_faults"]["errors"]
+    assert {name: error[:2] for name, error in errors.items()} == {
+        "odd exception": ["request", "EngineRaised"],
+        "memory": ["out of memory", "MemoryError"],
+        "value": ["request", "ValueError"],
+        "interrupt": ["failed", "TaskCancelledError"],
+        "exit": ["killed", "ActorDiedError"],
+    }
+    assert "3: odd" in errors["odd exception"][2]
+    assert errors["value"][2] == "of the prompt"
+
+
+def test_processes_that_end_or_stop_cost_no_answer(report: dict[str, Any]) -> None:
+    toy = report["toy_faults"]
+    assert [toy[name] for name in ("after_exit", "killed", "stopped", "after_interrupt")] == [True] * 4
+    assert toy["faults"] == ["killed", "killed", "hung"]
+    assert (toy["interrupted"], toy["left_in_flight"], toy["degraded"]) == ("KeyboardInterrupt", 0, "")
+
+
+def test_no_actor_outlives_its_driver(report: dict[str, Any]) -> None:
+    assert report["killed_driver"]["before"] == [True, True]
+    assert report["killed_driver"]["after"] == [False, False]

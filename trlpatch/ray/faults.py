@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
 """Classes of errors that are not the request's own, and what happened to the engine."""
 
 _DEVICE_ERROR = re.compile(r"\b(CUDA|HIP|NCCL) (error|out of memory)", re.IGNORECASE)
-_MEMORY = re.compile(r"out of memory|low on memory|memory usage threshold", re.IGNORECASE)
+_MEMORY = re.compile(r"out ?of ?memory|low on memory|memory usage threshold|\bMemoryError\b", re.IGNORECASE)
 _NODE = re.compile(r"\bits node\b|\bnode\b.{0,40}\b(died|dead|terminated|lost|preempted)\b", re.IGNORECASE)
 _DETAIL = re.compile(r"Worker exit detail: ([^\n]+)")
 _DEAD = re.compile(r"(?:is dead|died) because ([^\n]+)")
@@ -97,6 +97,8 @@ def fault_of(engine: int, error: BaseException) -> Fault:
         kind = KINDS.get(one.__name__)
         if kind == "killed":
             kind = "node lost" if _NODE.search(text) else "out of memory" if _MEMORY.search(text) else kind
+        elif one.__name__ == "EngineLost" and _MEMORY.search(text):
+            kind = "out of memory"
         if kind is not None:
             return Fault(engine, kind, cause)
     if isinstance(cause, RuntimeError) and _DEVICE_ERROR.search(text):

@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 from trlpatch.errors import EngineLost, RolloutTimeout
 from trlpatch.log import logger
 from trlpatch.ray.capture import Addition
+from trlpatch.ray.faults import summary
 from trlpatch.ray.messages import EngineHealth, Version
 
 T = TypeVar("T")
@@ -193,9 +194,9 @@ class Stepper:
             raise self._as_lost()
 
     def _as_lost(self) -> EngineLost:
-        error = EngineLost(
-            f"rollout engine {self.index} answers no request any more: {self._lost!s}; it has to be replaced"
-        )
+        # The cause does not travel with a pickled exception, its class does in the text.
+        why = summary(self._lost) if isinstance(self._lost, BaseException) else self._lost
+        error = EngineLost(f"rollout engine {self.index} answers no request any more: {why}; it has to be replaced")
         error.__cause__ = self._lost if isinstance(self._lost, BaseException) else None
         return error
 
