@@ -30,6 +30,7 @@ class OddSignature(Exception):
         super().__init__(f"{code}: {text}")
 
 
+@all_errors_travel
 class ToyEngine:
     """Answers prompts, which are numbers, with ten times as much. No engine: it has what the supervisor calls."""
 
@@ -72,9 +73,7 @@ def toys(count: int, timeouts: Timeouts) -> Supervisor:
     """Actors of a class like the engines', under a supervisor."""
     import ray
 
-    make = ray.remote(concurrency_groups={"control": 4}, max_concurrency=8, num_cpus=0, max_restarts=0)(
-        all_errors_travel(ToyEngine)
-    )
+    make = ray.remote(concurrency_groups={"control": 4}, max_concurrency=8, num_cpus=0, max_restarts=0)(ToyEngine)
     supervisor = Supervisor(lambda index: make.remote(index), count, timeouts, cluster=RayCluster("control"))
     supervisor.start()
     return supervisor
@@ -145,7 +144,7 @@ def wait_for_all(supervisor: Supervisor) -> None:
 
 
 def lost_engine(rig: Any) -> dict[str, Any]:
-    """`kill -9` of a real engine in a rollout; the one in its place rolls out with the adapter that was sent before."""
+    """`kill -9` of a real engine in a rollout; the one in its place rolls out with the adapter that was sent last."""
     from vllm import SamplingParams
 
     import trlpatch

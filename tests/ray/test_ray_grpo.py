@@ -123,7 +123,7 @@ def test_errors_of_actors_arrive_and_say_whether_the_process_is_lost(report: dic
         "interrupt": ["failed", "TaskCancelledError"],
         "exit": ["killed", "ActorDiedError"],
     }
-    assert "3: odd" in errors["odd exception"][2]
+    assert errors["odd exception"][2].startswith("OddSignature, which cannot be pickled: 3: odd")
     assert errors["value"][2] == "of the prompt"
 
 
