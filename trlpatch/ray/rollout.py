@@ -132,7 +132,7 @@ class Rollout:
             if self._bar is not None:
                 self._bar.update(len(group.places))
 
-    def _failed(self, engine: int, group: Group, error: BaseException) -> None:
+    def _failed(self, engine: int, group: Group, error: Exception) -> None:
         from trlpatch.ray.calls import own_error
 
         own = own_error(error, engine, self._method)
