@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from trlpatch.ray.packed import PackedAdapter
 
 _CONFIGURATION = (
-    "model_config", "cache_config", "parallel_config", "scheduler_config", "device_config", "load_config", "lora_config",
-    "quant_config", "offload_config",
+    "model_config", "cache_config", "parallel_config", "scheduler_config", "device_config", "load_config",
+    "lora_config", "quant_config", "offload_config",
 )  # fmt: skip
 """What the trainer's process is told of a `VllmConfig`. Its compilation_config refers to the engine's layers and to
 the KV cache in them."""

@@ -11,6 +11,7 @@ from trlpatch.errors import NotEnoughResources, RayNotInstalled
 from trlpatch.log import logger
 from trlpatch.ray.environment import RAY_DEFAULTS
 from trlpatch.ray.plan import Need, Node, rollout_devices
+from trlpatch.versions import pip_install
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -23,7 +24,7 @@ def import_ray() -> Any:
         import ray
     except ImportError as error:
         raise RayNotInstalled(
-            f'rollout engines on Ray actors need Ray, which cannot be imported ({error}): pip install "trlpatch[ray]"'
+            f"rollout engines on Ray actors need Ray, which cannot be imported ({error}): {pip_install('ray')}"
         ) from error
     return ray
 
