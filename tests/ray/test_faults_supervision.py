@@ -337,6 +337,43 @@ def test_a_call_of_all_waits_for_a_replacement_when_nobody_is_left_to_answer() -
     assert len(cluster.actors) == 2
 
 
+def test_one_request_goes_to_the_engine_that_owes_least_and_to_another_if_that_is_lost() -> None:
+    supervisor, cluster = supervisor_of(2)
+
+    def send(index: int) -> Any:
+        return supervisor.places[index].actor.generate.remote((7,))
+
+    supervisor.places[0].load = 50
+    assert supervisor.ask(send, cost=10) == [70]
+    assert [[name for name, _ in actor.calls].count("generate") for actor in cluster.actors] == [0, 1]
+    assert [place.load for place in supervisor.places] == [50, 0]
+    cluster.actors[1].die(cluster.clock)
+    assert supervisor.ask(send, cost=10) == [70]
+    assert [place.load for place in supervisor.places] == [50, 0]
+
+
+def test_a_loss_that_was_seen_before_costs_no_second_engine() -> None:
+    supervisor, cluster = supervisor_of(2)
+    supervisor.lost(0, ActorDiedError("dead"))
+    assert supervisor.places[0].actor is cluster.actors[2]
+    assert not supervisor.degraded
+    cluster.actors[2].die(cluster.clock)
+    rolled(supervisor, 2)
+    assert supervisor.places[0].state == "starting"
+    supervisor.lost(0, ActorDiedError("dead, seen by another thread"))
+    assert len(cluster.actors) == 4
+
+
+def test_a_replacement_that_never_comes_up_is_an_error_for_who_waits_for_it() -> None:
+    def broken(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, replies={"ready": Never()} if number > 1 else {})
+
+    supervisor, _ = supervisor_of(2, broken)
+    with pytest.raises(NoEngineLeft, match="engine 1 hung"):
+        supervisor.lost(1, ActorDiedError("dead"))
+    assert rolled(supervisor, 4) == right(4)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_dies_or_hangs_no_prompt_is_lost_or_answered_twice(seed: int) -> None:
     dice = random.Random(seed)

@@ -13,8 +13,15 @@ from trlpatch.ray.actor import CONTROL, ROLLOUTS
 from trlpatch.ray.calls import gather
 from trlpatch.ray.facade import Asked, RayLLMEngine
 from trlpatch.ray.fleet import RayCluster, weakly
-from trlpatch.ray.messages import CHECKPOINT_WEIGHTS, EngineHealth, EngineInfo, RolloutRequest, Version
-from trlpatch.ray.prompts import as_conversations, as_prompts, one_each
+from trlpatch.ray.messages import (
+    CHECKPOINT_WEIGHTS,
+    EngineHealth,
+    EngineInfo,
+    RolloutRequest,
+    RolloutResponse,
+    Version,
+)
+from trlpatch.ray.prompts import as_conversations, as_prompts, cost_of, one_each
 from trlpatch.ray.rollout import Rollout
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
@@ -201,8 +208,32 @@ class RayEngines:
     # Engines by themselves.
 
     def submit(self, index: int, request: RolloutRequest) -> Any:
-        """Send one engine a request; the `ObjectRef` of its RolloutResponse."""
-        return self.handles[index].generate.options(concurrency_group=ROLLOUTS).remote(request)
+        """Send one engine a request; the `ObjectRef` of its RolloutResponse.
+
+        Raises:
+            EngineLost: it was lost, and the one in its place does not serve yet.
+        """
+        place = self.supervisor.places[index]
+        if place.state != "serving":
+            raise EngineLost(f"engine {index} was asked, and does not serve: {self.supervisor.degraded}")
+        return place.actor.generate.options(concurrency_group=ROLLOUTS).remote(request)
+
+    def ask(self, request: RolloutRequest) -> RolloutResponse:
+        """Have one request answered by the engine with the least to do, and by another one if that is lost.
+
+        Many threads may ask at once.
+
+        Raises:
+            RolloutFailed: two engines were lost over it.
+            NoEngineLeft: none is left, and none could be replaced.
+            Whatever vLLM says of the prompts.
+        """
+        params = request.sampling_params or [None] * len(request.prompts)
+        cost = sum(cost_of(prompt, one) for prompt, one in zip(request.prompts, params, strict=True))
+        response: RolloutResponse = self.supervisor.ask(
+            lambda index: self.submit(index, request), cost=cost, key=request.key or None
+        )
+        return response
 
     def on_each(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Any]:
         """Call a method of every actor, at once, and give the answers in the order of engines.

@@ -317,7 +317,7 @@ class Fleet:
                 fault = fault_of(place.index, error)
                 return fault if fault.lost else Fault(place.index, "failed", fault.error)
             place.ready, place.state = None, "stale"
-        elif self.cluster.now() - place.since > self.timeouts.init:
+        elif self.cluster.now() - place.since >= self.timeouts.init:
             late = EngineHung(f"not up after {self.timeouts.init:g} s (the timeout `init`)")
             return Fault(place.index, "hung", late)
         return None

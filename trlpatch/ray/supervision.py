@@ -69,6 +69,18 @@ class Supervisor(Watch):
         self.settle()
         return _Rollout(self, spread, ask, key, answered).run()
 
+    def ask(self, send: Callable[[int], Any], *, cost: int = 1, key: str | None = None) -> Any:
+        """Have one request answered by the engine that owes the fewest tokens, as `rollout` does; for many threads.
+
+        Args:
+            send: sends the request to the engine of an index and returns the ref of its answer.
+            cost: its tokens: the prompts', and the most that may be sampled.
+            key: of the request.
+        """
+        alone = Spread([Group((0,), 1, cost)], (), 1)
+        ((_, answer),) = self.rollout(alone, lambda index, _: send(index), key=key)
+        return answer
+
     # Requests that nobody waits for any more.
 
     def abandon(self, flights: dict[Any, _Flight]) -> None:

@@ -148,14 +148,16 @@ class Watch(Fleet):
             self.lose(place, actor, self.late(place, what, "health"))
 
     def lost(self, index: int, error: BaseException) -> None:
-        """Replace an engine whose actor raised `error`, and wait until the one in its place serves.
+        """Replace an engine that serves and whose actor raised `error`, and wait until the one in its place does.
 
         Raises:
             NoEngineLeft: its place was given up.
         """
         place = self.places[index]
         fault = fault_of(index, error)
-        self.lose(place, place.actor, fault if fault.lost else Fault(index, "failed", fault.error))
+        with self.lock:
+            if place.state == "serving":  # else somebody has replaced it
+                self.lose(place, place.actor, fault if fault.lost else Fault(index, "failed", fault.error))
         while place.state != "serving":
             self.revive()
             if place.state in ("gone", "stale"):
