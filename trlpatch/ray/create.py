@@ -14,7 +14,7 @@ from trlpatch.ray.actor import CONTROL, ROLLOUTS, LLMRayActor
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.environment import engine_environment
 from trlpatch.ray.fleet import RayCluster
-from trlpatch.ray.plan import Need, require_room
+from trlpatch.ray.plan import Need, require_others, require_room
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
 
@@ -97,14 +97,18 @@ def start_engines(
     ray = cluster.join(ray_options)
     devices = cluster.on_devices()
     need = Need(parallel if devices else 0, parallel)
-    require_room(cluster.nodes(), num_engines, need)
+    trainer = cluster.trainer_device() if devices else None
+    require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION)
     started = Started(ray, need, group, arguments, variables, lora_layers)
     supervisor = Supervisor(started.actor, num_engines, limits, cluster=RayCluster(CONTROL))
     try:
         infos = supervisor.start()
+        if trainer is not None:
+            require_others((cluster.host(), trainer), [(info.node, info.devices) for info in infos])
     except BaseException:
+        supervisor.shutdown()
         started.release()
         raise
     handles = [place.actor for place in supervisor.places]

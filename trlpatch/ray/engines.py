@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.adapter_sync.registry import LIVE_NAME
-from trlpatch.errors import EngineLost, NoEngineLeft, StaleAdapter, TrlpatchError
+from trlpatch.errors import EngineLost, NoEngineLeft, StaleAdapter, TrlpatchError, WrongVersion
 from trlpatch.ray.actor import CONTROL, ROLLOUTS
 from trlpatch.ray.calls import gather
 from trlpatch.ray.facade import Asked, RayLLMEngine
@@ -70,6 +70,8 @@ class RayEngines:
         """Until `shutdown`."""
         self._live: LoraRequest | None = None
         self._release = release
+        if release is not None:  # the actors end with their handles; what was reserved for them does not
+            weakref.finalize(self, release).atexit = False
         self.llm_engine = RayLLMEngine(self)
         _all.add(self)
 
@@ -322,7 +324,11 @@ class RayEngines:
         self.weights_version = version
 
     def restore(self, handle: Any, index: int) -> bool:
-        """Give an engine that has come up the adapter and weights that the others hold; False when it has to wait."""
+        """Give an engine the adapter and weights that the others hold; False when it has to wait for them.
+
+        Raises:
+            WrongVersion: it holds others all the same.
+        """
         if self.weights_version != CHECKPOINT_WEIGHTS:
             give = getattr(self.weight_sender, "restore", None)
             if give is None or not give(handle, index, self.weights_version):
@@ -332,6 +338,11 @@ class RayEngines:
             (answer,) = gather([ref], "publish_adapter", self.timeouts.sync)
             if isinstance(answer, BaseException):
                 raise answer
+        (health,) = gather([handle.health.options(concurrency_group=CONTROL).remote()], "health", self.timeouts.sync)
+        if isinstance(health, BaseException):
+            raise health
+        if health.version != self.version:
+            raise WrongVersion(f"rollout engine {index} holds {health.version} where the others hold {self.version}")
         return True
 
     def replaced(self, error: BaseException, index: int) -> None:
