@@ -81,7 +81,8 @@ class Actor:
         if isinstance(value, Never):
             at = NEVER
         if name == "health":
-            since = max(0.0, now - self.hangs_at)
+            busy = any(ref.method == "generate" and ref.at > now for ref in self.refs)
+            since = max(0.0, now - self.hangs_at) if busy else 0.0
             value = self.replies.get(name, EngineHealth(self.index, self.state, 0, 1, Version(), 1, since, 1))
             at = NEVER if self.deaf and at > self.hangs_at else at
         elif at > self.hangs_at:

@@ -143,6 +143,27 @@ def test_an_engine_whose_thread_stands_still_is_killed_after_the_health_timeout(
     assert 20 < cluster.clock - begun < 40
 
 
+def test_that_an_engine_hung_says_more_than_that_it_was_killed() -> None:
+    def hangs(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, seconds=3, hangs_at=6)
+
+    supervisor, _ = supervisor_of(2, hangs)
+    with pytest.raises(RolloutFailed) as raised:
+        rolled(supervisor, 1)
+    assert [type(raised.value.first), type(raised.value.second)] == [EngineHung, EngineHung]
+
+
+def test_a_place_is_given_up_for_failed_starts_in_a_row_only() -> None:
+    def sometimes(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, replies={"ready": MemoryError("no room")} if number % 3 in (1, 2) else {})
+
+    supervisor, cluster = supervisor_of(1, sometimes)
+    for _ in range(3):
+        cluster.actors[-1].die(cluster.clock)
+        assert rolled(supervisor, 2) == right(2)
+    assert len(cluster.actors) == 10
+
+
 def test_an_actor_that_answers_nothing_at_all_is_killed_too() -> None:
     supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
     hung = cluster.actors[0]
