@@ -335,7 +335,11 @@ def _apply_model(llm: Any, function: Any) -> Any:
 
 
 def _get_tokenizer(llm: Any) -> Any:
-    return llm.get_tokenizer()
+    tokenizer = llm.get_tokenizer()
+    if type(tokenizer).__name__.startswith("TokenizerPool"):
+        # vLLM 0.23's pool arrives as None (vllm-project/vllm#45433); what it is a pool of arrives as it is.
+        _, (tokenizer, *_) = tokenizer.__reduce__()
+    return tokenizer
 
 
 def _get_default_sampling_params(llm: Any) -> Any:
