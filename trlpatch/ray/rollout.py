@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import WrongVersion
-from trlpatch.ray.messages import BASE_ADAPTER, RolloutRequest, RolloutResponse, Version
+from trlpatch.ray.messages import BASE_ADAPTER, RolloutRequest, RolloutResponse
 from trlpatch.ray.prompts import cost_of, kind_of, sequences_of
 from trlpatch.ray.spread import Group, Spread, groups
 
@@ -33,6 +33,8 @@ class Rollout:
         scheduler = getattr(engines.infos[0].vllm_config, "scheduler_config", None)
         window = int(getattr(scheduler, "max_num_seqs", 0) or 256)
         self._spread = Spread(self._groups(window), (), window)
+        self._requests: dict[Group, RolloutRequest] = {}
+        """What was asked for each group, last."""
 
     def outputs(self) -> list[Any]:
         """One `RequestOutput` a request, in order.
@@ -89,27 +91,34 @@ class Rollout:
         )
 
     def _ask(self, engine: int, group: Group) -> Any:
-        return self._engines.submit(engine, self._request(group))
+        self._requests[group] = self._request(group)
+        return self._engines.submit(engine, self._requests[group])
 
     def _answered(self, group: Group, response: RolloutResponse) -> None:
-        self._check(response)
+        require_asked(response, self._requests[group])
         for place, output in zip(group.places, response.outputs, strict=True):
             self._outputs[place] = output
         if self._bar is not None:
             self._bar.update(len(group.places))
 
-    def _check(self, response: RolloutResponse) -> None:
-        held = self._engines.version
-        for version in (response.first_version, response.last_version):
-            if not _as_asked(version, held):
-                raise WrongVersion(
-                    f"rollout engine {response.engine} sampled with {version}, asked for was {held}; the response is "
-                    "not used. Somebody else updates this engine: expected one trainer for an engine"
-                )
 
+def require_asked(response: RolloutResponse, request: RolloutRequest) -> None:
+    """See that every token was sampled with the versions that were asked for.
 
-def _as_asked(version: Version, held: Version) -> bool:
-    return version.weights == held.weights and (held.adapter == BASE_ADAPTER or version.adapter == held.adapter)
+    Raises:
+        WrongVersion: they changed meanwhile, or are others.
+    """
+    for version in (response.first_version, response.last_version):
+        if request.weights not in (None, version.weights) or request.adapter not in (
+            None,
+            BASE_ADAPTER,  # whatever adapter the engine holds, these did not use it
+            version.adapter,
+        ):
+            raise WrongVersion(
+                f"rollout engine {response.engine} sampled with {version}, asked for was adapter "
+                f"{request.adapter or 'none'}, weights {request.weights}; the response is not used. Somebody else "
+                "updates this engine: expected one trainer for an engine"
+            )
 
 
 def _bar(use_tqdm: Any, total: int) -> Any:
