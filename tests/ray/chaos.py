@@ -31,7 +31,7 @@ PROMPTS = 24
 TOKENS = 60
 TOLERANCE = 2e-3
 """Of a sampled token's log-probability; a step of the adapter moves it by more than a tenth."""
-HEALTH, ABORT = 15.0, 15.0
+HEALTH, ABORT = 30.0, 30.0
 
 
 def stand_still(llm: Any) -> None:
@@ -89,6 +89,7 @@ class Chaos:
         from vllm import SamplingParams
 
         import trlpatch
+        from trlpatch.errors import RolloutFailed
 
         tiny.move(self.policy, seed=number)
         prompts = self.prompts()
@@ -112,7 +113,10 @@ class Chaos:
         except KeyboardInterrupt:
             if not interrupt:
                 raise
-            self.counts["interrupts"] += 1
+        except RolloutFailed as error:  # on a busy machine the second engine may be overdue
+            outcome = "raised"
+            self.counts["raised, two engines lost"] += 1
+            print(f"    {error}", flush=True)
         self.kinds[kind] += 1
         self.counts["rollouts"] += 1
         self.seconds.append(time.monotonic() - begun)
