@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from trlpatch.errors import InvalidOption
-from trlpatch.options import CACHE_DIR, DIRECTORIES, DISABLE, DUMP, SWITCHES, read_directory, read_switch
+from trlpatch.options import (
+    CACHE_DIR,
+    DIRECTORIES,
+    DISABLE,
+    DUMP,
+    SECONDS,
+    SWITCHES,
+    read_directory,
+    read_seconds,
+    read_switch,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +70,18 @@ def test_a_directory_is_a_path_from_home(monkeypatch: pytest.MonkeyPatch) -> Non
     assert read_directory(DUMP) is None
 
 
+@pytest.mark.parametrize("name", SECONDS)
+def test_seconds_are_positive_numbers_and_inf(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for value, expected in {"1.5": 1.5, " 600 ": 600.0, "inf": math.inf, "": None, "  ": None}.items():
+        monkeypatch.setenv(name, value)
+        assert read_seconds(name) == expected, value
+    for value in ("0", "-1", "nan", "ten", "10s"):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(InvalidOption, match=rf"^{name}='{value}': expected a positive number") as raised:
+            read_seconds(name)
+        assert SECONDS[name] in str(raised.value)
+
+
 def test_no_module_reads_a_variable_by_itself() -> None:
     for file in (ROOT / "trlpatch").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
@@ -68,5 +91,5 @@ def test_no_module_reads_a_variable_by_itself() -> None:
 def test_a_page_has_every_variable_in_one_table() -> None:
     page = (ROOT / "docs/environment.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
-    assert rows == [*SWITCHES, *DIRECTORIES]
+    assert rows == [*SWITCHES, *DIRECTORIES, *SECONDS]
     assert CACHE_DIR in rows

@@ -232,3 +232,61 @@ class PortTaken(TrlpatchError, OSError):
 
 class ServerFailed(TrlpatchError, RuntimeError):
     """A server ended, did not answer in time, or answered with an error."""
+
+
+class RayError(EngineError):
+    """Something about rollout engines on Ray actors makes the request impossible."""
+
+
+class RayNotInstalled(RayError, ImportError):
+    """Engines on Ray actors were asked for, and Ray is not installed."""
+
+
+class NotEnoughResources(RayError, RuntimeError):
+    """The Ray cluster has not the GPUs or CPUs that the engines need."""
+
+
+class EngineInitFailed(RayError, RuntimeError):
+    """A rollout engine did not come up in its Ray actor, or not in time."""
+
+
+class EngineLost(RayError, RuntimeError):
+    """A rollout engine answers no request any more: it died, or an update of its weights failed half-way."""
+
+
+class RolloutTimeout(RayError, TimeoutError):
+    """A Ray actor did not answer in the time that it had."""
+
+
+class WrongVersion(RayError, RuntimeError):
+    """A response was sampled with another version of adapter or weights than was asked for."""
+
+
+class EngineHung(EngineLost):
+    """A rollout engine has requests and ends no step, or its actor answers nothing; it was killed."""
+
+
+class EngineRaised(RayError):
+    """An engine's actor raised an exception that cannot be pickled; the text is what is left of it."""
+
+
+class NoEngineLeft(RayError, RuntimeError):
+    """Every rollout engine is lost, and none could be replaced."""
+
+
+class RolloutFailed(RayError, RuntimeError):
+    """Prompts were given to two rollout engines, one after the other, and both were lost.
+
+    Attributes:
+        first: the error of the engine that was asked first.
+        second: the error of the engine that was asked again; it also is the `__cause__`.
+    """
+
+    def __init__(self, message: str, first: BaseException, second: BaseException) -> None:
+        super().__init__(message)
+        self.first = first
+        self.second = second
+        self.__cause__ = second
+
+    def __reduce__(self) -> tuple[type[RolloutFailed], tuple[str, BaseException, BaseException]]:
+        return type(self), (str(self), self.first, self.second)

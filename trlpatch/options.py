@@ -5,6 +5,7 @@ The active options live here and not with the hooks, so that a warm start import
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -127,6 +128,15 @@ DIRECTORIES = {
 }
 """The environment variables that name a directory."""
 
+SECONDS = {
+    "TRLPATCH_RAY_INIT_TIMEOUT": "how long an engine on a Ray actor may take to come up",
+    "TRLPATCH_RAY_HEALTH_TIMEOUT": "how long such an engine may go without a step, or its actor without an answer",
+    "TRLPATCH_RAY_SYNC_TIMEOUT": "how long such engines may take to take over an adapter or weights",
+    "TRLPATCH_RAY_ROLLOUT_TIMEOUT": "how long such an engine may take to answer its prompts",
+    "TRLPATCH_RAY_ABORT_TIMEOUT": "how long such an engine may take to drop the requests of an interrupted rollout",
+}
+"""The environment variables that are a number of seconds."""
+
 CHILDREN = "TRLPATCH_CHILDREN"
 """The variable in which `trlpatch run` hands its options down to child processes; nobody else sets it."""
 
@@ -169,6 +179,27 @@ def read_directory(name: str) -> Path | None:
             f"{name}={value!r}: expected a directory: {DIRECTORIES[name]}. The home directory "
             f"{value.split('/')[0]!r} cannot be determined. Write the directory out, or unset it."
         ) from error
+
+
+def read_seconds(name: str) -> float | None:
+    """Return the seconds that an environment variable of `SECONDS` says; None where it is not set, or set to nothing.
+
+    Raises:
+        InvalidOption: it says no positive number; `inf` is one.
+    """
+    value = os.environ.get(name, "")
+    if not value.strip():
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:  # nor is NaN
+        raise InvalidOption(
+            f"{name}={value!r}: expected a positive number of seconds, or inf: {SECONDS[name]}. Correct it, or unset "
+            "it."
+        )
+    return seconds
 
 
 _DEFAULTS = Options()

@@ -78,8 +78,8 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "vLLM health check timeout",
         r"health check time(d )?out|VLLM_HEALTH_CHECK_TIMEOUT_S|Engine init(ialization)? timed out",
         "A large model takes long to load and compile when an engine starts for the first time.",
-        "Wait up to 20 minutes for the first start; raise VLLM_HEALTH_CHECK_TIMEOUT_S (600 s). Later starts find the "
-        "compiled code in VLLM_CACHE_ROOT.",
+        "Wait up to 20 minutes for the first start; raise VLLM_HEALTH_CHECK_TIMEOUT_S (600 s), for engines on Ray "
+        "actors TRLPATCH_RAY_INIT_TIMEOUT (1200 s). Later starts find the compiled code in VLLM_CACHE_ROOT.",
     ),
     KnownError(
         "Prefix caching is currently not supported for v0",
@@ -157,6 +157,55 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "CUDA was started before vLLM forked its worker.",
         "Keep the worker in this process, as from_pretrained does: VLLM_ENABLE_V1_MULTIPROCESSING=0 before vllm is "
         "imported.",
+    ),
+    KnownError(
+        "EngineInitFailed",
+        r"EngineInitFailed|starting \d+ rollout engine\(s\) on Ray actors",
+        "A rollout engine did not come up in its Ray actor: vLLM's reason is behind it, or TRLPATCH_RAY_INIT_TIMEOUT "
+        "(1200 s) went by.",
+        "What vLLM says is in this table; out of memory: `gpu_memory_utilization` 0.8 or 0.7 of `create_engines`; too "
+        "slow: `timeouts=Timeouts(init=2400)`.",
+    ),
+    KnownError(
+        "EngineHung",
+        r"EngineHung|had ended no step after|answered nothing, not even `health`",
+        "An engine on a Ray actor had requests and ended no step, or its process answered nothing, for "
+        "TRLPATCH_RAY_HEALTH_TIMEOUT (600 s). It was killed and replaced, its prompts were asked again.",
+        "Nothing once. Again and again: its log (Ray's session folder), `nvidia-smi`, NCCL between the GPUs of one "
+        "engine; where steps really take so long, a longer timeout.",
+    ),
+    KnownError(
+        "RolloutFailed",
+        r"RolloutFailed|were given to two rollout engines",
+        "The same prompts ended two engines, one after the other; both errors are in the message.",
+        "Look at these prompts (length, images) and at the memory left: `gpu_memory_utilization`, `max_model_len`, "
+        "`max_num_seqs` of `create_engines`. Resume from the last checkpoint.",
+    ),
+    KnownError(
+        "NoEngineLeft",
+        r"NoEngineLeft|none of \d+ rollout engines serves",
+        "Every engine on a Ray actor was lost, and none came up again in three starts.",
+        "`ray status` says what the cluster has; the first error of the log why the first one was lost.",
+    ),
+    KnownError(
+        "degraded: 1 of 2 rollout engines serve",
+        r"degraded: \d+ of \d+ rollout engines",
+        "An engine on a Ray actor was lost; another one is being started in its place, and rollouts go on meanwhile.",
+        "Nothing: `all 2 rollout engines serve again` follows. docs/ray-faults.md has each kind of loss.",
+    ),
+    KnownError(
+        "ActorDiedError: The actor died unexpectedly before finishing this task",
+        r"ActorDiedError|The actor died unexpectedly|ActorUnavailableError",
+        "The process of a Ray actor ended, or its node cannot be reached: killed (often by the kernel for memory), "
+        "crashed, or taken away with its node.",
+        "An engine's is replaced. Elsewhere: `dmesg` and `ray status` on its node, and host memory: engines of one "
+        "node load the checkpoint at the same time.",
+    ),
+    KnownError(
+        "The current node timed out during startup",
+        r"current node timed out during startup|metrics_agent_port",
+        "On a busy machine Ray gives its own agent too little time to start, and ends.",
+        "Try again, or start the cluster before (`ray start --head`) and set RAY_ADDRESS=auto.",
     ),
 )
 

@@ -1,0 +1,426 @@
+"""What becomes of a rollout when engines die, hang or are slow: every prompt answered once, in order, or an error."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.ray.simulated import NEVER, Actor, ActorDiedError, Never, Simulated, dealt
+from trlpatch.errors import EngineHung, EngineLost, NoEngineLeft, RolloutFailed, WrongVersion
+from trlpatch.ray.messages import EngineHealth, Version
+from trlpatch.ray.spread import Group
+from trlpatch.ray.supervision import Supervisor
+from trlpatch.ray.timeouts import Timeouts
+
+Make = Callable[[Simulated, int, int], Actor]
+FAST = Timeouts(init=100, health=20, sync=10, rollout=math.inf, abort=5)
+
+
+def supervisor_of(count: int, make: Make | None = None, **more: Any) -> tuple[Supervisor, Simulated]:
+    cluster = Simulated(make)
+    supervisor = Supervisor(cluster.build, count, more.pop("timeouts", FAST), cluster=cluster, **more)
+    supervisor.start()
+    return supervisor, cluster
+
+
+def rolled(supervisor: Supervisor, count: int, **more: Any) -> list[int]:
+    """Return every prompt's answer, in order; each must be there once."""
+    places: list[int] = []
+    values: list[int] = []
+
+    def ask(index: int, group: Group) -> Any:
+        return supervisor.places[index].actor.generate.remote(group.places)
+
+    for group, answer in supervisor.rollout(dealt(count, **more), ask):
+        places += group.places
+        values += answer
+    assert places == list(range(count))
+    return values
+
+
+def right(count: int) -> list[int]:
+    return [10 * place for place in range(count)]
+
+
+def test_two_engines_answer_in_order() -> None:
+    def uneven(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, seconds=1.0 + index)
+
+    supervisor, cluster = supervisor_of(2, uneven)
+    assert rolled(supervisor, 7, size=2, room=1) == right(7)
+    assert not cluster.killed
+    assert not supervisor.degraded
+
+
+def test_prompts_of_an_engine_that_dies_are_asked_of_the_other_one(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=10))
+    cluster.actors[0].die(cluster.clock + 3)
+    assert rolled(supervisor, 8, size=2) == right(8)
+    assert len(cluster.actors) == 3, "its replacement was begun"
+    assert [fault.kind for fault in supervisor.faults] == ["killed"]
+    assert "1 of 2 rollout engines serve: engine 0 is being replaced" in caplog.text
+
+
+def test_a_replacement_is_given_the_weights_before_it_is_asked(caplog: pytest.LogCaptureFixture) -> None:
+    restored: list[tuple[Actor, float]] = []
+
+    def restore(actor: Actor, index: int) -> bool:
+        restored.append((actor, actor.cluster.clock))
+        assert not [name for name, _ in actor.calls if name == "generate"]
+        return True
+
+    supervisor, cluster = supervisor_of(1, restore=restore)
+    assert not restored, "the first engines have the checkpoint"
+    cluster.actors[0].die(cluster.clock + 0.5)
+    assert rolled(supervisor, 4) == right(4)
+    assert [(actor is cluster.actors[1]) for actor, _ in restored] == [True]
+    assert "all 1 rollout engines serve again" in caplog.text
+
+
+def test_a_replacement_without_weights_waits_for_the_next_publication() -> None:
+    supervisor, cluster = supervisor_of(2, restore=lambda actor, index: False)
+    cluster.actors[0].die(cluster.clock)
+    assert rolled(supervisor, 4) == right(4)
+    cluster.clock += 60
+    assert rolled(supervisor, 4) == right(4)
+    assert "engine 0 waits for the current weights" in supervisor.degraded
+    assert supervisor.publish("update", 7) == {0: "update of 0", 1: "update of 1"}
+    assert not supervisor.degraded
+    assert rolled(supervisor, 4) == right(4)
+    assert [name for name, _ in cluster.actors[2].calls].count("generate") == 2
+
+    cluster.actors[1].die(cluster.clock)
+    cluster.actors[2].die(cluster.clock)
+    with pytest.raises(NoEngineLeft, match="weights have to be published before the next rollout"):
+        rolled(supervisor, 4)
+
+
+def test_a_prompt_that_ends_two_engines_ends_the_rollout_with_both_causes() -> None:
+    def poisoned(cluster: Simulated, index: int, number: int) -> Actor:
+        def generate(places: tuple[int, ...]) -> Any:
+            if 3 in places:
+                return ActorDiedError(f"actor {number} died of prompt 3")
+            return [10 * place for place in places]
+
+        return Actor(cluster, index, replies={"generate": generate})
+
+    supervisor, cluster = supervisor_of(3, poisoned)
+    with pytest.raises(RolloutFailed, match=r"1 of the prompts .* number 3\) were given to two") as raised:
+        rolled(supervisor, 6, room=1)
+    assert [str(raised.value.first)[:7], str(raised.value.second)[:7]] == ["actor 0", "actor 1"]
+    assert raised.value.__cause__ is raised.value.second
+    assert len(cluster.killed) == 2, "the third engine was not given it"
+
+
+def test_an_error_of_the_request_is_raised_at_once_and_costs_no_engine() -> None:
+    def refuses(places: tuple[int, ...]) -> Any:
+        return ValueError("prompt is longer than max_model_len") if 1 in places else [10 * place for place in places]
+
+    supervisor, cluster = supervisor_of(
+        2, lambda cluster, index, number: Actor(cluster, index, replies={"generate": refuses})
+    )
+    with pytest.raises(ValueError, match="longer than max_model_len"):
+        rolled(supervisor, 4)
+    assert not cluster.killed
+    assert not supervisor._unsettled
+    assert rolled(supervisor, 1) == [0]
+
+
+def test_an_engine_whose_thread_stands_still_is_killed_after_the_health_timeout() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
+    hung = cluster.actors[1]
+    hung.hangs_at = cluster.clock + 1
+    begun = cluster.clock
+    assert rolled(supervisor, 4) == right(4)
+    assert cluster.killed == [hung]
+    assert supervisor.faults[0].kind == "hung"
+    assert isinstance(supervisor.faults[0].error, EngineHung)
+    assert "TRLPATCH_RAY_HEALTH_TIMEOUT=40" in str(supervisor.faults[0])
+    assert 20 < cluster.clock - begun < 40
+
+
+def test_that_an_engine_hung_says_more_than_that_it_was_killed() -> None:
+    def hangs(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, seconds=3, hangs_at=6)
+
+    supervisor, _ = supervisor_of(2, hangs)
+    with pytest.raises(RolloutFailed) as raised:
+        rolled(supervisor, 1)
+    assert [type(raised.value.first), type(raised.value.second)] == [EngineHung, EngineHung]
+
+
+def test_a_place_is_given_up_for_failed_starts_in_a_row_only() -> None:
+    def sometimes(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, replies={"ready": MemoryError("no room")} if number % 3 in (1, 2) else {})
+
+    supervisor, cluster = supervisor_of(1, sometimes)
+    for _ in range(3):
+        cluster.actors[-1].die(cluster.clock)
+        assert rolled(supervisor, 2) == right(2)
+    assert len(cluster.actors) == 10
+
+
+def test_an_actor_that_answers_nothing_at_all_is_killed_too() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
+    hung = cluster.actors[0]
+    hung.hangs_at, hung.deaf = cluster.clock + 1, True
+    assert rolled(supervisor, 4) == right(4)
+    assert cluster.killed == [hung]
+    assert "not even `health`" in str(supervisor.faults[0])
+
+
+def test_a_slow_engine_that_steps_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, cluster = supervisor_of(
+        2, lambda cluster, index, number: Actor(cluster, index, seconds=1 + 500 * index)
+    )
+    assert rolled(supervisor, 4) == right(4)
+    assert not cluster.killed
+    assert "rollout engine 1 is slow" in caplog.text
+
+
+def test_the_rollout_timeout_ends_also_an_engine_that_steps() -> None:
+    timeouts = Timeouts(init=100, health=20, sync=10, rollout=50, abort=5)
+    supervisor, cluster = supervisor_of(
+        2, lambda cluster, index, number: Actor(cluster, index, seconds=1 + 500 * (number == 1)), timeouts=timeouts
+    )
+    assert rolled(supervisor, 4) == right(4)
+    assert cluster.killed == [cluster.actors[1]]
+    assert "TRLPATCH_RAY_ROLLOUT_TIMEOUT=100" in str(supervisor.faults[0])
+
+
+@pytest.mark.parametrize("state", ["paused", "asleep"])
+def test_an_engine_that_is_paused_and_never_resumed_is_found(state: str) -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
+    cluster.actors[1].hangs_at, cluster.actors[1].state = cluster.clock, state
+    begun = cluster.clock
+    assert rolled(supervisor, 4) == right(4)
+    assert cluster.clock - begun > FAST.health + FAST.sync
+    assert state in str(supervisor.faults[0])
+
+
+def test_an_engine_that_calls_itself_lost_is_replaced() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=30))
+    lost = EngineHealth(1, "lost", 0, 1, Version(), 1, 0.0, 1, reason="half-written")
+    cluster.actors[1].replies["health"] = lost
+    assert rolled(supervisor, 4) == right(4)
+    assert "half-written" in str(supervisor.faults[0])
+    assert isinstance(supervisor.faults[0].error, EngineLost)
+
+
+def test_an_engine_of_another_version_is_given_the_current_one_and_not_killed() -> None:
+    held = {0: 1, 1: 0}
+
+    def stale(cluster: Simulated, index: int, number: int) -> Actor:
+        def generate(places: tuple[int, ...]) -> Any:
+            return [10 * place for place in places] if held[index] else WrongVersion("it holds adapter 0")
+
+        return Actor(cluster, index, replies={"generate": generate})
+
+    def restore(actor: Actor, index: int) -> bool:
+        held[index] = 1
+        return True
+
+    supervisor, cluster = supervisor_of(2, stale, restore=restore)
+    assert rolled(supervisor, 6) == right(6)
+    assert held == {0: 1, 1: 1}
+    assert not cluster.killed
+
+
+def test_a_version_that_no_engine_has_is_an_error_with_both_causes() -> None:
+    supervisor, _ = supervisor_of(
+        2, lambda cluster, index, number: Actor(cluster, index, replies={"generate": WrongVersion("holds 3, not 4")})
+    )
+    with pytest.raises(RolloutFailed, match="had other weights than were asked for"):
+        rolled(supervisor, 2)
+
+
+def test_with_no_engine_left_it_is_an_error_that_says_why() -> None:
+    def broken(cluster: Simulated, index: int, number: int) -> Actor:
+        failing = {"ready": MemoryError("no room for the KV cache")} if number else {}
+        return Actor(cluster, index, replies=failing)
+
+    supervisor, cluster = supervisor_of(1, broken)
+    cluster.actors[0].die(cluster.clock)
+    with pytest.raises(NoEngineLeft, match=r"engine 0 ran out of memory .*no room for the KV cache") as raised:
+        rolled(supervisor, 2)
+    assert len(cluster.actors) == 1 + 3, "three starts were tried"
+    assert isinstance(raised.value.__cause__, MemoryError)
+    with pytest.raises(NoEngineLeft):
+        rolled(supervisor, 2)
+    with pytest.raises(NoEngineLeft):
+        supervisor.everywhere("reset_prefix_cache")
+
+
+def test_with_one_given_up_the_other_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, replies={"ready": Never()} if number > 1 else {})
+
+    supervisor, cluster = supervisor_of(2, broken)
+    cluster.actors[1].die(cluster.clock)
+    for _ in range(6):
+        assert rolled(supervisor, 4) == right(4)
+        cluster.clock += 101
+    assert "engine 1 was given up after 3 failed starts (engine 1 hung" in supervisor.degraded
+    assert caplog.text.count("was given up") == 1
+
+
+def test_nobody_waits_for_a_replacement_while_another_engine_serves() -> None:
+    supervisor, cluster = supervisor_of(
+        2,
+        lambda cluster, index, number: Actor(cluster, index, starts=5 + 1000 * (number > 1)),
+        timeouts=Timeouts(init=1e5, health=20, sync=10, rollout=math.inf, abort=5),
+    )
+    cluster.actors[1].die(cluster.clock)
+    begun = cluster.clock
+    assert rolled(supervisor, 4) == right(4)
+    assert cluster.clock - begun < 10
+
+
+def test_an_interrupt_aborts_what_is_in_flight_and_the_next_rollout_is_right() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=50))
+    cluster.interrupt_at = cluster.clock + 7
+    with pytest.raises(KeyboardInterrupt):
+        rolled(supervisor, 4)
+    assert all("abort" in [name for name, _ in actor.calls] for actor in cluster.actors)
+    assert not supervisor._unsettled
+    assert not cluster.killed
+    assert rolled(supervisor, 4) == right(4)
+
+
+def test_an_engine_that_cannot_abort_is_replaced_and_a_second_interrupt_forgets_nothing() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=50))
+    cluster.actors[0].hangs_at = cluster.clock + 1
+    cluster.interrupt_at = cluster.clock + 7
+    real = supervisor.settle
+
+    def interrupted_again() -> None:
+        if supervisor._unsettled:
+            supervisor.settle = real  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+
+    supervisor.settle = interrupted_again  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        rolled(supervisor, 4)
+    assert len(supervisor._unsettled) == 4
+    assert rolled(supervisor, 4) == right(4)
+    assert cluster.killed == [cluster.actors[0]]
+    assert "TRLPATCH_RAY_ABORT_TIMEOUT" in str(supervisor.faults[0])
+
+
+def test_a_request_that_somebody_else_has_aborted_is_asked_again_once() -> None:
+    from concurrent.futures import CancelledError
+
+    counts: dict[tuple[int, ...], int] = {}
+
+    def aborted(often: int) -> Make:
+        def generate(places: tuple[int, ...]) -> Any:
+            counts[places] = counts.get(places, 0) + 1
+            return CancelledError() if counts[places] <= often else [10 * place for place in places]
+
+        return lambda cluster, index, number: Actor(cluster, index, replies={"generate": generate})
+
+    supervisor, cluster = supervisor_of(2, aborted(1))
+    assert rolled(supervisor, 4) == right(4)
+    counts.clear()
+    supervisor, cluster = supervisor_of(2, aborted(2))
+    with pytest.raises(CancelledError):
+        rolled(supervisor, 4)
+    assert not cluster.killed
+
+
+def test_a_call_of_all_loses_those_that_fail_or_are_late_and_keeps_the_others_answers() -> None:
+    supervisor, cluster = supervisor_of(3)
+    cluster.actors[0].replies["publish"] = Never()
+    cluster.actors[1].replies["publish"] = EngineLost("half-written")
+    assert supervisor.everywhere("publish", 1) == {2: "publish of 2"}
+    assert sorted(fault.kind for fault in supervisor.faults) == ["failed", "hung"]
+    assert "TRLPATCH_RAY_SYNC_TIMEOUT=20" in str(supervisor.faults[1])
+    supervisor.revive()
+    assert [place.state for place in supervisor.places] == ["starting", "serving", "serving"]
+
+
+def test_a_call_of_all_that_is_refused_is_raised_after_all_have_answered() -> None:
+    supervisor, cluster = supervisor_of(2)
+    cluster.actors[0].replies["publish"] = TypeError("no such module")
+    with pytest.raises(TypeError, match="no such module"):
+        supervisor.everywhere("publish", 1)
+    assert not cluster.killed
+
+
+def test_a_call_of_all_waits_for_a_replacement_when_nobody_is_left_to_answer() -> None:
+    supervisor, cluster = supervisor_of(1)
+    cluster.actors[0].die(cluster.clock)
+    assert supervisor.everywhere("get_tokenizer") == {0: "get_tokenizer of 0"}
+    assert len(cluster.actors) == 2
+
+
+def test_one_request_goes_to_the_engine_that_owes_least_and_to_another_if_that_is_lost() -> None:
+    supervisor, cluster = supervisor_of(2)
+
+    def send(index: int) -> Any:
+        return supervisor.places[index].actor.generate.remote((7,))
+
+    supervisor.places[0].load = 50
+    assert supervisor.ask(send, cost=10) == [70]
+    assert [[name for name, _ in actor.calls].count("generate") for actor in cluster.actors] == [0, 1]
+    assert [place.load for place in supervisor.places] == [50, 0]
+    cluster.actors[1].die(cluster.clock)
+    assert supervisor.ask(send, cost=10) == [70]
+    assert [place.load for place in supervisor.places] == [50, 0]
+
+
+def test_a_loss_that_was_seen_before_costs_no_second_engine() -> None:
+    supervisor, cluster = supervisor_of(2)
+    supervisor.lost(0, ActorDiedError("dead"))
+    assert supervisor.places[0].actor is cluster.actors[2]
+    assert not supervisor.degraded
+    cluster.actors[2].die(cluster.clock)
+    rolled(supervisor, 2)
+    assert supervisor.places[0].state == "starting"
+    supervisor.lost(0, ActorDiedError("dead, seen by another thread"))
+    assert len(cluster.actors) == 4
+
+
+def test_a_replacement_that_never_comes_up_is_an_error_for_who_waits_for_it() -> None:
+    def broken(cluster: Simulated, index: int, number: int) -> Actor:
+        return Actor(cluster, index, replies={"ready": Never()} if number > 1 else {})
+
+    supervisor, _ = supervisor_of(2, broken)
+    with pytest.raises(NoEngineLeft, match="engine 1 hung"):
+        supervisor.lost(1, ActorDiedError("dead"))
+    assert rolled(supervisor, 4) == right(4)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_dies_or_hangs_no_prompt_is_lost_or_answered_twice(seed: int) -> None:
+    dice = random.Random(seed)
+
+    def mortal(cluster: Simulated, index: int, number: int) -> Actor:
+        dies, hangs = (cluster.clock + dice.expovariate(1 / 60) if dice.random() < 0.4 else NEVER for _ in range(2))
+        return Actor(
+            cluster, index, seconds=dice.uniform(0.5, 9), dies_at=dies, hangs_at=hangs, deaf=dice.random() < 0.5
+        )
+
+    cluster = Simulated(lambda cluster, index, number: Actor(cluster, index))
+    supervisor = Supervisor(cluster.build, 3, FAST, cluster=cluster)
+    supervisor.start()
+    cluster.make = mortal
+    for actor in cluster.actors:
+        actor.dies_at = cluster.clock + dice.expovariate(1 / 30)
+    outcomes = {"right": 0, "failed": 0}
+    for _ in range(40):
+        count = dice.randint(1, 40)
+        try:
+            assert rolled(supervisor, count, size=dice.randint(1, 5), room=dice.choice([1, 4, 1000])) == right(count)
+            outcomes["right"] += 1
+        except RolloutFailed:
+            outcomes["failed"] += 1
+        except NoEngineLeft:
+            break
+        assert not supervisor._unsettled
+        cluster.clock += dice.uniform(0, 30)
+    assert outcomes["right"]
