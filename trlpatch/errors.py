@@ -232,3 +232,25 @@ class PortTaken(TrlpatchError, OSError):
 
 class ServerFailed(TrlpatchError, RuntimeError):
     """A server ended, did not answer in time, or answered with an error."""
+
+
+class InvalidSetting(TrlpatchError, ValueError):
+    """`trlpatch scale` or a calibration is asked about a setting that cannot be."""
+
+    def __init__(self, name: str, found: object, expected: str) -> None:
+        self.name, self.found, self.expected = name, found, expected
+        super().__init__(f"{name}: expected {expected}; found {found!r}")
+
+    def __reduce__(self) -> tuple[type[InvalidSetting], tuple[str, object, str]]:
+        return type(self), (self.name, self.found, self.expected)
+
+
+class CalibrationError(TrlpatchError, ValueError):
+    """A calibration file cannot be read, or is not of the form of trlpatch/scale/calibration.json."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"calibration {path} {reason}; its form is that of trlpatch/scale/calibration.json")
+
+    def __reduce__(self) -> tuple[type[CalibrationError], tuple[object, str]]:
+        return type(self), (self.path, self.reason)
