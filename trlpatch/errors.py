@@ -234,6 +234,34 @@ class ServerFailed(TrlpatchError, RuntimeError):
     """A server ended, did not answer in time, or answered with an error."""
 
 
+class RayError(EngineError):
+    """Something about rollout engines on Ray actors makes the request impossible."""
+
+
+class RayNotInstalled(RayError, ImportError):
+    """Engines on Ray actors were asked for, and Ray is not installed."""
+
+
+class NotEnoughResources(RayError, RuntimeError):
+    """The Ray cluster has not the GPUs or CPUs that the engines need."""
+
+
+class EngineInitFailed(RayError, RuntimeError):
+    """A rollout engine did not come up in its Ray actor, or not in time."""
+
+
+class EngineLost(RayError, RuntimeError):
+    """A rollout engine answers no request any more: it died, or an update of its weights failed half-way."""
+
+
+class RolloutTimeout(RayError, TimeoutError):
+    """A Ray actor did not answer in the time that it had."""
+
+
+class WrongVersion(RayError, RuntimeError):
+    """A response was sampled with another version of adapter or weights than was asked for."""
+
+
 class InvalidSetting(TrlpatchError, ValueError):
     """`trlpatch scale` or a calibration is asked about a setting that cannot be."""
 

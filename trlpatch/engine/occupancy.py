@@ -105,7 +105,7 @@ class Occupancy:
         """
         left = [] if self._calls else requests(inner)
         if left:
-            _abort(inner, left)
+            abort_requests(inner, left)
             raise EngineBusy(
                 f"{doing}: the adapter has changed, and {len(left)} requests added to the engine before are "
                 "unfinished: their completions would be of two policies, and they were aborted; expected all requests "
@@ -143,7 +143,7 @@ def abort_leftovers(inner: LLMEngine, doing: str) -> None:
     left = requests(inner)
     if not left:
         return
-    _abort(inner, left)
+    abort_requests(inner, left)
     logger.warning(
         "%s: %d requests that an interrupted or failed rollout left in the engine were aborted; their answers would "
         "have been given to this caller",
@@ -152,7 +152,8 @@ def abort_leftovers(inner: LLMEngine, doing: str) -> None:
     )
 
 
-def _abort(inner: Any, names: list[str]) -> None:
+def abort_requests(inner: Any, names: list[str]) -> None:
+    """Abort requests by the names that `requests` gives, and the parents of n > 1."""
     parents = getattr(inner.output_processor, "parent_requests", None) or ()  # of n > 1
     names = [*names, *parents]
     if "internal" in inspect.signature(inner.abort_request).parameters:  # 0.13: the caller's names are others
@@ -166,7 +167,7 @@ def _clean_up(inner: LLMEngine, before: set[str], error: BaseException) -> None:
     if not left:
         return
     try:
-        _abort(inner, left)
+        abort_requests(inner, left)
     except Exception as second:  # an engine that has died
         error.add_note(f"{len(left)} unfinished requests could not be aborted: {second!r}")
     else:
