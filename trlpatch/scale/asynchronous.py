@@ -43,8 +43,9 @@ class AsynchronousRun:
     def __init__(self, costs: Costs, generator: random.Random) -> None:
         setting = costs.setting
         self._costs, self._setting, self._random = costs, setting, generator
-        # Beyond one completion an engine none of them would ever have work.
-        most = min(setting.engines, (setting.max_staleness + 1) * setting.completions)
+        # Beyond one group an engine none of them would ever have work.
+        groups = setting.completions // setting.generations
+        most = min(setting.engines, (setting.max_staleness + 1) * groups)
         self._engines = [SimulatedEngine(costs.engine, setting.slots) for _ in range(most)]
         self._ends: list[tuple[float, int, int]] = []
         self._changes = [0] * most
@@ -118,13 +119,13 @@ class AsynchronousRun:
             lengths = [setting.lengths.sample(self._random) for _ in range(setting.generations)]
             group = _Group(self._version, lengths, setting.generations)
             self._pending += setting.generations
+            at = self._least_loaded()
+            engine = self._engines[at]
+            self._collect(engine.advance(now))
+            prefill = setting.prompt_tokens / setting.generations
             for length in lengths:
-                at = self._least_loaded()
-                engine = self._engines[at]
-                self._collect(engine.advance(now))
-                prefill = setting.prompt_tokens / setting.generations
                 engine.submit(now, Request(_Key(group), setting.prompt_tokens, length, prefill))
-                self._changed(at)
+            self._changed(at)
 
     def _least_loaded(self) -> int:
         while True:

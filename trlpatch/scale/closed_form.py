@@ -47,14 +47,10 @@ def predict(setting: Setting, calibration: Calibration | None = None) -> Predict
 def expected_generation(costs: Costs) -> float:
     """Return seconds from the first request of a batch to its last answer, over all engines."""
     setting, engine = costs.setting, costs.engine
-    lengths, most = setting.lengths, min(setting.engines, setting.completions)
-    each = -(-setting.completions // most)
-    if each <= setting.slots:
-        steps = lengths.longest_of(setting.completions)
-    else:
-        steps = (each - setting.slots) / setting.slots * lengths.mean + lengths.longest_of(
-            min(setting.completions, setting.slots * most)
-        )
+    lengths, each = setting.lengths, setting.most_of_an_engine
+    steps = lengths.longest_of(setting.completions)
+    if each > setting.slots:
+        steps = max(steps, (each / setting.slots - 1) * lengths.mean + lengths.longest_of(setting.slots))
     return engine.base * steps + _of_tokens(costs, each)
 
 
@@ -112,7 +108,9 @@ def _saturated(costs: Costs, in_flight: float) -> tuple[float, float]:
     """Return (tokens per second of all engines, seconds for each token of one completion) with so many in flight."""
     setting, engine, lengths = costs.setting, costs.engine, costs.setting.lengths
     at_once = min(float(setting.slots), in_flight / setting.engines)
-    running = max(1.0, at_once)  # below one sequence an engine is idle at times
+    # A group stays on one engine, so with fewer groups than engines some have nothing.
+    group = setting.generations * lengths.mean / lengths.longest_of(setting.generations)
+    running = max(min(group, float(setting.slots)), at_once)
     context = setting.prompt_tokens + lengths.mean_square / (2 * lengths.mean)
     prompt = setting.prompt_tokens * engine.prefill / setting.generations / lengths.mean
     token_s = engine.step(running, running * context) + running * prompt
@@ -130,7 +128,9 @@ def _young_enough(costs: Costs, step: float, queued: float) -> float:
     setting = costs.setting
     # A group that starts right after a step has almost a whole one more than one that starts right before the next.
     starts = [(at + 0.5) / _STARTS for at in range(_STARTS)]
-    tokens = [(setting.max_staleness + start) * step - queued for start in starts]
+    # However long the queue is, the bound on what is on its way lets a group through that is no longer than most.
+    least = setting.lengths.longest_of(setting.generations)
+    tokens = [max(least, (setting.max_staleness + start) * step - queued) for start in starts]
     young = [setting.lengths.below(most) ** setting.generations for most in tokens]
     return max(sum(young) / _STARTS, _LEAST)
 
@@ -146,7 +146,7 @@ def _of_tokens(costs: Costs, completions: float) -> float:
 def _busy(costs: Costs) -> float:
     """Seconds that all engines decode in a synchronous step, added up."""
     setting = costs.setting
-    most = min(setting.engines, setting.completions)
+    most = min(setting.engines, -(-setting.completions // setting.piece))
     each = setting.completions / most
     alone = max(1, round(each))
     queued = max(0.0, each / setting.slots - 1) * setting.lengths.mean

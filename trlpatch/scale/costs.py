@@ -93,10 +93,10 @@ class Costs:
 
     @cached_property
     def sync_bytes(self) -> float:
-        """Bytes that each engine is sent."""
+        """Bytes that each engine is sent, in 16 bits: adapters are rounded to the engines' dtype first."""
         setting = self.setting
         if setting.sync == "adapter":
-            return 4.0 * setting.shape.adapter_parameters(setting.rank)
+            return 2.0 * setting.shape.adapter_parameters(setting.rank)
         return 2 * setting.shape.parameters
 
     @cached_property

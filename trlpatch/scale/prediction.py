@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trlpatch.scale.costs import Costs
@@ -46,7 +47,7 @@ def share_of(setting: Setting) -> int:
     return -(-setting.completions // setting.trainer_gpus)
 
 
-def training_s(costs: Costs, lengths: list[int]) -> float:
+def training_s(costs: Costs, lengths: Sequence[int]) -> float:
     """Return the seconds to train on a batch with these completion lengths."""
     setting = costs.setting
     if setting.pads:

@@ -170,6 +170,17 @@ class Setting:
         return min(self.max_num_seqs, int(self.kv_gib * 2**30 * gpus // each))
 
     @property
+    def piece(self) -> int:
+        """Completions that go to one engine together: a group, or an engine's share of the batch if that is less."""
+        return min(self.generations, -(-self.completions // self.engines))
+
+    @property
+    def most_of_an_engine(self) -> int:
+        """Completions of a batch that the engine with most of them gets."""
+        pieces = -(-self.completions // self.piece)
+        return min(self.completions, -(-pieces // self.engines) * self.piece)
+
+    @property
     def pads(self) -> bool:
         """Whether the trainer computes on padding."""
         return self.mode != "async" if self.padded is None else self.padded

@@ -71,12 +71,15 @@ class SimulatedEngine:
         """Compute until `now`; return what was completed, with the time of each."""
         done = []
         while self._ends and self.next_end() <= now:
-            steps, seconds = self._ends[0][0] - self._steps, self._until_end()
-            self._pass(steps, seconds)
-            request = heapq.heappop(self._ends)[2]
-            self._steps += steps
-            self._context -= request.prompt + request.tokens
-            done.append((self.clock, request))
+            end, seconds = self._ends[0][0], self._until_end()
+            self._pass(end - self._steps, seconds)
+            self._steps = end
+            while (
+                self._ends and self._ends[0][0] == end
+            ):  # all that end with this step, before others take their slots
+                request = heapq.heappop(self._ends)[2]
+                self._context -= request.prompt + request.tokens
+                done.append((self.clock, request))
             self._fill()
         if self._ends and self.clock < now:
             steps = self._steps_within(now - self.clock)

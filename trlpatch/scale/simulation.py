@@ -41,9 +41,11 @@ def simulate(
     generator = random.Random(seed)
     if setting.mode == "async":
         return AsynchronousRun(costs, generator).run(warmup + setting.max_staleness, steps)
+    batches = [[setting.lengths.sample(generator) for _ in range(setting.completions)] for _ in range(steps + 1)]
     run = _Synchronous(costs)
-    for _ in range(steps):
-        run.step([setting.lengths.sample(generator) for _ in range(setting.completions)])
+    ahead = int(setting.mode == "prefetch")
+    for at in range(steps):
+        run.step(batches[at + ahead], batches[at])
     return run.prediction()
 
 
@@ -57,22 +59,16 @@ class _Synchronous:
     training_s: list[float] = field(default_factory=list)
     tokens: int = 0
     busy: float = 0.0
-    _before: float | None = None
 
-    def step(self, lengths: Sequence[int]) -> None:
-        setting = self.costs.setting
-        generation, busy = generate(self.costs, lengths)
-        training = training_s(self.costs, list(lengths))
-        if setting.mode == "prefetch":
-            # Beside the training of this batch the one after it is generated; in the mean it is one as this.
-            trained = training if self._before is None else self._before
-            self._before = training
-            self.step_s.append(max(generation, trained) + self.costs.sync)
-        else:
-            self.step_s.append(generation + training + self.costs.sync)
+    def step(self, generated: Sequence[int], trained: Sequence[int]) -> None:
+        """Generate one batch and train on one: the same, or with prefetch the one before, at the same time."""
+        generation, busy = generate(self.costs, generated)
+        training = training_s(self.costs, trained)
+        together = max if self.costs.setting.mode == "prefetch" else sum
+        self.step_s.append(together((generation, training)) + self.costs.sync)
         self.generation_s.append(generation)
         self.training_s.append(training)
-        self.tokens += sum(lengths)
+        self.tokens += sum(trained)
         self.busy += busy
 
     def prediction(self) -> Prediction:
@@ -88,11 +84,14 @@ class _Synchronous:
 def generate(costs: Costs, lengths: Sequence[int]) -> tuple[float, float]:
     """Return (seconds until the last is done, seconds of all engines that they decoded), for completions in order.
 
-    They are dealt out one by one, as to idle engines by load; the first of a group computes the prompt.
+    They are dealt out piece by piece (`Setting.piece`), as to idle engines by load; the first of a group computes the
+    prompt.
     """
     setting = costs.setting
-    engines = [SimulatedEngine(costs.engine, setting.slots) for _ in range(min(setting.engines, len(lengths)))]
-    for at, length in enumerate(lengths):
-        prefill = setting.prompt_tokens / setting.generations
-        engines[at % len(engines)].submit(0.0, Request(at, setting.prompt_tokens, length, prefill))
+    prefill = setting.prompt_tokens / setting.generations
+    pieces = [lengths[at : at + setting.piece] for at in range(0, len(lengths), setting.piece)]
+    engines = [SimulatedEngine(costs.engine, setting.slots) for _ in range(min(setting.engines, len(pieces)))]
+    for at, piece in enumerate(pieces):
+        for length in piece:
+            engines[at % len(engines)].submit(0.0, Request(at, setting.prompt_tokens, length, prefill))
     return max(engine.drain()[-1][0] for engine in engines), sum(engine.busy for engine in engines)
