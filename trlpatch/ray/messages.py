@@ -79,7 +79,8 @@ class EngineInfo:
     index: int
     model: str
     vllm_config: Any
-    """The engine's own `VllmConfig`, so that the trainer's process can ask it what it asks of any engine."""
+    """The parts of the engine's own `VllmConfig` that are configuration alone, so that the trainer's process can ask
+    what it asks of any engine."""
     vllm_version: str
     node: str
     """IP address of the node."""
