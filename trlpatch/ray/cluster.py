@@ -119,10 +119,10 @@ def placed(ray: Any, engines: int, need: Need, timeout: float) -> Any:
 
 
 def on_devices() -> bool:
-    """Do engines run on GPUs? Not where torch has none to run on (vLLM's CPU backend)."""
-    import torch
+    """Do engines run on GPUs? Not with vLLM built for CPUs, whatever torch it runs on."""
+    from vllm.platforms import current_platform
 
-    return torch.version.cuda is not None or getattr(torch.version, "hip", None) is not None
+    return not current_platform.is_cpu()
 
 
 def _rollout_devices() -> list[str] | None:
