@@ -11,14 +11,15 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import json
 import os
-import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.cpu.features import TEMPLATE
 
 ENGINES = 2
 MAX_SEQS = 8
@@ -52,6 +53,9 @@ def main(out: Path, chosen: list[str]) -> None:
     trlpatch.PatchFastRL()
     directory = out.parent
     checkpoint = tiny.checkpoint(directory / "model")
+    words = tiny.tokenizer()
+    words.chat_template = TEMPLATE
+    words.save_pretrained(checkpoint)
     report: dict[str, Any] = {}
     # Ray's sockets have paths of at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as place:
@@ -63,7 +67,7 @@ def main(out: Path, chosen: list[str]) -> None:
             rig = Rig(directory, checkpoint, engines)
             for name in chosen or CASES:
                 began = time.monotonic()
-                report[name] = CASES[name](rig)
+                report[name] = {**CASES, **ON_REQUEST}[name](rig)
                 report[f"{name}_seconds"] = time.monotonic() - began
         finally:
             trlpatch.ray.shutdown()
@@ -167,6 +171,7 @@ class Spread:
 
 def surface(rig: Rig) -> dict[str, Any]:
     """What a `vllm.LLM` does, done by two."""
+    import ray
     from vllm import SamplingParams
 
     import trlpatch
@@ -212,7 +217,7 @@ def surface(rig: Rig) -> dict[str, Any]:
         "seeds": engines.on_each("call", seed_of),
         "sampled_alike": tokens([alone[0][0]]) == tokens([alone[0][1]]),
         "seeded_alike": tokens([alone[1][0]]) == tokens([alone[1][1]]),
-        "info_bytes": [len(pickle.dumps(info)) for info in engines.infos],
+        "info_bytes": [len(ray.cloudpickle.dumps(info)) for info in engines.infos],
         "status": " ".join(str(trlpatch.status()).split()),
         "other_model": mismatch,
     }
@@ -324,7 +329,65 @@ def gap_of(policy: Any, output: Any) -> float:
     return float((tiny.engine_logprobs(output) - theirs).abs().max())
 
 
-CASES: dict[str, Callable[[Rig], Any]] = {"grpo": grpo, "surface": surface, "hands": hands}
+FEATURES = ("grpo/conversational", "rloo/plain", "online_dpo/plain")
+
+
+def features(rig: Rig, names: Iterable[str] = FEATURES) -> dict[str, Any]:
+    """Scenarios of tests/cpu/features.py, on these engines; those that this release has."""
+    from tests.cpu.features import ALGORITHMS, SCENARIOS, Bench
+    from trlpatch.source.locate import find_trl
+
+    bench = Bench.__new__(Bench)
+    bench.directory, bench.model, bench.engine = rig.directory / "features", rig.checkpoint, rig.engines
+    bench.words = tiny.tokenizer()
+    bench.words.chat_template = TEMPLATE
+    bench.built, bench.types, bench.launched, bench.algorithm = [], set(), set(), ""
+    found: dict[str, Any] = {}
+    for name in names:
+        algorithm, scenario = name.split("/")
+        if find_trl().release >= ALGORITHMS[algorithm][1]:
+            found[name] = bench.run(algorithm, SCENARIOS[algorithm][scenario])
+    return found
+
+
+def all_features(rig: Rig) -> dict[str, Any]:
+    """Every scenario there is; minutes."""
+    from tests.cpu.features import SCENARIOS
+
+    return features(rig, [f"{algorithm}/{scenario}" for algorithm, some in SCENARIOS.items() for scenario in some])
+
+
+def loaded(rig: Rig) -> dict[str, Any]:
+    """`FastLanguageModel.from_pretrained(num_engines=1)`, trained for three steps."""
+    import trlpatch
+    from tests.cpu.fast import SMALL
+    from tests.cpu.small_grpo import small_grpo
+    from tests.cpu.training import Recorder
+
+    model, words = trlpatch.FastLanguageModel.from_pretrained(
+        str(rig.checkpoint), **{**SMALL, "max_num_seqs": MAX_SEQS, "dtype": "float32", "num_engines": 1}
+    )
+    engines: Any = model.vllm_engine
+    try:
+        policy = trlpatch.FastLanguageModel.get_peft_model(model, r=8)
+        trainer = small_grpo(policy, rig.directory, processing_class=words)
+        recorder = Recorder(trainer, engines)
+        trainer.train()
+        recorder.close()
+        utilization = engines.infos[0].vllm_config.cache_config.gpu_memory_utilization
+        return {"location": engines.location, "rollouts": recorder.rollouts, "utilization": utilization}
+    finally:
+        engines.shutdown()
+
+
+CASES: dict[str, Callable[[Rig], Any]] = {
+    "grpo": grpo,
+    "surface": surface,
+    "hands": hands,
+    "features": features,
+    "loaded": loaded,
+}
+ON_REQUEST: dict[str, Callable[[Rig], Any]] = {"all_features": all_features}
 
 
 if __name__ == "__main__":

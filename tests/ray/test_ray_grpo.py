@@ -91,6 +91,24 @@ def test_a_version_that_the_engines_do_not_hold_is_refused(report: dict[str, Any
     assert "a version of the live adapter that the engine" in report["hands"]["stale_request"]
 
 
+def test_other_trainers_and_conversations_roll_out_on_the_actors(report: dict[str, Any]) -> None:
+    found = report["features"]
+    assert found, "a scenario of this release"
+    for name, one in found.items():
+        assert "error" not in one, f"{name}: {one['error']}"
+        assert one["moved"], name
+        assert len({rollout["adapter"] for rollout in one["rollouts"]} - {None}) == len(one["rollouts"]), name
+        assert max(rollout["gap"] for rollout in one["rollouts"]) < TOLERANCE, name
+
+
+def test_one_argument_loads_a_model_with_engines_elsewhere(report: dict[str, Any]) -> None:
+    loaded = report["loaded"]
+    assert loaded["location"].startswith("1 Ray actor on ")
+    assert loaded["utilization"] == 0.9
+    assert len({rollout["adapter"] for rollout in loaded["rollouts"]} - {None}) == 3
+    assert max(rollout["gap"] for rollout in loaded["rollouts"]) < TOLERANCE
+
+
 def test_what_is_wrong_with_a_prompt_is_vllms_own_error(report: dict[str, Any]) -> None:
     name, text = report["hands"]["too_long"]
     assert not name.startswith("RayTaskError")

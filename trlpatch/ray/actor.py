@@ -268,9 +268,5 @@ def _address() -> str:
 
 
 def _devices() -> tuple[str, ...]:
-    try:
-        import ray
-
-        return tuple(str(device) for device in ray.get_gpu_ids())
-    except Exception:  # used without Ray
-        return ()
+    """The GPUs that Ray gave to this process."""
+    return tuple(one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip())

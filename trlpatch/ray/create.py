@@ -17,7 +17,7 @@ from trlpatch.ray.calls import first_line, own_error
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.environment import engine_environment
 from trlpatch.ray.messages import EngineInfo
-from trlpatch.ray.plan import Need, require_room
+from trlpatch.ray.plan import Need, require_others, require_room
 from trlpatch.ray.timeouts import Timeouts
 
 _THREADS = {CONTROL: 4, ROLLOUTS: 64}
@@ -99,7 +99,8 @@ def start_engines(
     ray = cluster.join(ray_options)
     devices = cluster.on_devices()
     need = Need(parallel if devices else 0, parallel)
-    require_room(cluster.nodes(), num_engines, need)
+    trainer = cluster.trainer_device() if devices else None
+    require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION)
     started = Started(ray, need, group, arguments, variables, lora_layers)
@@ -107,6 +108,8 @@ def start_engines(
     try:
         handles += [started.actor(index) for index in range(num_engines)]
         infos = wait_ready(handles, limits.init)
+        if trainer is not None:
+            require_others((cluster.host(), trainer), [(info.node, info.devices) for info in infos])
     except BaseException:
         for handle in handles:
             ray.kill(handle)

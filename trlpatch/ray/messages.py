@@ -86,7 +86,7 @@ class EngineInfo:
     """IP address of the node."""
     pid: int
     devices: tuple[str, ...]
-    """Identifiers of the GPUs that Ray gave it."""
+    """The GPUs that Ray gave it, as CUDA_VISIBLE_DEVICES names them."""
     seconds: float
     """From the start of the build."""
     lora_layers: str | None = None
