@@ -115,9 +115,13 @@ class LogNormal:
 
 @lru_cache(maxsize=4096)
 def _longest_lognormal(lengths: LogNormal, n: int) -> float:
-    step = lengths.limit / _GRID
-    tail = [1 - lengths.below(at * step) ** n for at in range(_GRID + 1)]
-    return step * (sum(tail) - (tail[0] + tail[-1]) / 2)
+    tail = [1 - below**n for below in _on_grid(lengths)]
+    return lengths.limit / _GRID * (sum(tail) - (tail[0] + tail[-1]) / 2)
+
+
+@lru_cache(maxsize=64)
+def _on_grid(lengths: LogNormal) -> list[float]:
+    return [lengths.below(at * lengths.limit / _GRID) for at in range(_GRID)] + [1.0]
 
 
 @dataclass(frozen=True)
