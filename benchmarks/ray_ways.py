@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ _AS_STEP_WAYS = {"colocated": "trlpatch", "stock": "stock"}
 """Ways of bench_step.py, on the trainer's GPU alone."""
 
 _SERVER_UP_S = 300
+_RAY_ATTEMPTS = 6
 _KEPT = ("loss", "reward", "completions/mean_length", "sampling/sampling_logp_difference/mean")
 _PREFIXES = ("ray/", "perf/", "sample/", "rollout/", "num_steps_off_policy", "async")
 """What of a trainer's log is written down."""
@@ -95,12 +97,30 @@ def _engines(way: Way, order: Order, gpus: int, **more: Any) -> Iterator[Any]:
         "logprobs_mode": "processed_logprobs", **({} if order.cuda else {"dtype": "float32", "enforce_eager": True}),
     }  # fmt: skip
     if not order.cuda:
-        settings["ray_options"] = {"num_cpus": 4, "object_store_memory": 200 * 2**20}
+        _start_ray()
     engines = trlpatch.ray.create_engines(order.model, **{**settings, **way.engine, **more})
     try:
         yield engines
     finally:
         trlpatch.ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Start a small cluster; on a busy machine Ray gives up at times, and does it when asked again."""
+    import ray
+
+    for attempt in range(_RAY_ATTEMPTS):
+        try:
+            ray.init(
+                num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False,
+                _temp_dir=tempfile.mkdtemp(prefix="ray", dir="/tmp"),
+            )  # fmt: skip
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt + 1 == _RAY_ATTEMPTS:
+                raise
+            time.sleep(2)
 
 
 @contextmanager

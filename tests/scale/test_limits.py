@@ -101,13 +101,13 @@ def test_one_busy_engine_gives_asynchronously_what_it_can() -> None:
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))
-@pytest.mark.parametrize("engines", [1, 4, 16, 64])
+@pytest.mark.parametrize("engines", [1, 4, 64])
 @pytest.mark.parametrize("completions", [64, 512])
 def test_the_closed_form_is_near_the_simulation_with_a_long_tail(mode: Mode, engines: int, completions: int) -> None:
     setting = Setting(mode=mode, trainer_gpus=4, rollout_gpus=engines, completions=completions, lengths=TAIL)
     if mode == "colocated":
         setting = setting.with_(trainer_gpus=engines)
-    runs = [simulate(setting, steps=10, seed=seed) for seed in range(3)]
+    runs = [simulate(setting, steps=8, seed=seed) for seed in range(2)]
     assert predict(setting).step_s == pytest.approx(fmean(run.step_s for run in runs), rel=0.16)
 
 

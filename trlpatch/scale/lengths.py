@@ -80,12 +80,12 @@ class LogNormal:
     sigma: float
     limit: int
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """E[min(L, limit)]."""
         return self._moment(1)
 
-    @property
+    @cached_property
     def mean_square(self) -> float:
         """E[min(L, limit)^2]."""
         return self._moment(2)
@@ -104,7 +104,11 @@ class LogNormal:
             return 0.0
         if tokens >= self.limit:
             return 1.0
-        return NormalDist(math.log(self.median), self.sigma).cdf(math.log(tokens))
+        return self._logarithm.cdf(math.log(tokens))
+
+    @cached_property
+    def _logarithm(self) -> NormalDist:
+        return NormalDist(math.log(self.median), self.sigma)
 
     def _moment(self, power: int) -> float:
         mu, unit = math.log(self.median), NormalDist()
@@ -141,12 +145,12 @@ class Measured:
             raise ValueError(f"lengths: expected at least one, all of 1 token or more; found {list(lengths)[:5]}")
         return cls(tuple(sorted(lengths)))
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """E[L]."""
         return sum(self.lengths) / len(self.lengths)
 
-    @property
+    @cached_property
     def mean_square(self) -> float:
         """E[L^2]."""
         return sum(length**2 for length in self.lengths) / len(self.lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from trlpatch.errors import InvalidSetting
@@ -162,7 +163,7 @@ class Setting:
         """All of them."""
         return self.trainer_gpus + (0 if self.mode == "colocated" else self.rollout_gpus)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Sequences that one engine decodes at once: `max_num_seqs`, or what its KV cache holds on average."""
         each = (self.prompt_tokens + self.lengths.mean) * self.shape.kv_bytes
