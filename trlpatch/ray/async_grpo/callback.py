@@ -46,6 +46,8 @@ class RolloutsCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take from the trainer what the user has told it: its arguments and its tokenizer."""
         self._trainer = trainer = self._from_stack()
+        # There is no data to skip on resume: TRL 1.11 and newer say so, before samples would be made and thrown away.
+        args.ignore_data_skip = True
         if self._worker is None:
             return
         check_engines(self._infos, args)
@@ -107,9 +109,11 @@ class RolloutsCallback(TrainerCallback):  # type: ignore[misc]
         done = Progress(found["position"], tuple(found["beyond"]))
         self._worker.resume_from(done, found["model_version"])
         self._trainer.model_version = found["model_version"]
-        # From TRL 1.11 on, of the prompts that `num_train_epochs` asks for, these are done.
+        # Of the prompts that `num_train_epochs` asks for, these are done. Before TRL 1.9 it becomes `max_steps`.
         if hasattr(self._trainer, "_groups_before_resume"):
             self._trainer._groups_before_resume = done.position + len(done.beyond)
+        elif hasattr(self._trainer, "_trained_groups"):
+            self._trainer._trained_groups.update(range(done.position), done.beyond)
         logger.info("rollouts go on at prompt %d with policy version %d", done.position, found["model_version"])
 
     def _from_stack(self) -> Any:
@@ -117,8 +121,8 @@ class RolloutsCallback(TrainerCallback):  # type: ignore[misc]
         frame = _outward(sys._getframe(1), lambda self_: self in _callbacks(self_))
         if frame is None:
             raise AsyncNotSupported(
-                "the callback of `trlpatch.ray.async_grpo(...)` was told that a trainer is made, and finds none; "
-                "expected `AsyncGRPOTrainer(model, **trlpatch.ray.async_grpo(...))`"
+                "the callback of `trlpatch.ray.async_rollouts(...)` was told that a trainer is made, and finds none; "
+                "expected `AsyncGRPOTrainer(model, **trlpatch.ray.async_rollouts(...))`"
             )
         return frame.f_locals["self"]
 

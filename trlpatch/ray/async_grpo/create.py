@@ -1,4 +1,4 @@
-"""`async_grpo`: one call that makes AsyncGRPOTrainer roll out on Ray engines."""
+"""`async_rollouts`: one call that makes AsyncGRPOTrainer roll out on Ray engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trlpatch.ray.async_grpo.versions import PolicyVersions
 from trlpatch.ray.async_grpo.worker import RayRolloutWorker
 
 
-def async_grpo(
+def async_rollouts(
     engines: AsyncEngines | None,
     reward_funcs: Any,
     train_dataset: Any,
@@ -25,7 +25,7 @@ def async_grpo(
 ) -> dict[str, Any]:
     """Make the keyword arguments with which `AsyncGRPOTrainer` rolls out on these engines.
 
-        AsyncGRPOTrainer(model, **trlpatch.ray.async_grpo(engines, reward, dataset, args=config))
+        AsyncGRPOTrainer(model, **trlpatch.ray.async_rollouts(engines, reward, dataset, args=config))
 
     `reward_funcs` are called in this process, lambdas and coroutines among them. `sampling_params` are arguments of
     `vllm.SamplingParams` beside those of AsyncGRPOConfig. All other arguments go to the trainer as they are. `engines`

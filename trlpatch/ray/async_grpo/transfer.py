@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class RayWeightTransfer:
     """Sends the policy to every engine, between two of their steps: requests in flight go on with it.
 
-    Given to `AsyncGRPOTrainer(weight_transfer=...)` by `trlpatch.ray.async_grpo`.
+    Given to `AsyncGRPOTrainer(weight_transfer=...)` by `trlpatch.ray.async_rollouts`.
     """
 
     def __init__(self, engines: AsyncEngines, versions: PolicyVersions, sender: Any = None) -> None:

@@ -32,7 +32,7 @@ _STOP = 30.0
 class RayRolloutWorker:
     """Asks the engines for completions while the trainer trains, scores them, and queues them for it.
 
-    Given to `AsyncGRPOTrainer(rollout_worker=...)`; `trlpatch.ray.async_grpo` makes one. It has no process of its own:
+    Given to `AsyncGRPOTrainer(rollout_worker=...)`; `trlpatch.ray.async_rollouts` makes one. It has no process of its own:
     reward functions may be lambdas, hold locks, files or models on any device.
 
     Attributes:
@@ -100,7 +100,7 @@ class RayRolloutWorker:
         """Begin to ask. Called once the engines have the policy.
 
         Raises:
-            RolloutWorkerFailed: the callback that `trlpatch.ray.async_grpo` returns is not among the trainer's.
+            RolloutWorkerFailed: the callback that `trlpatch.ray.async_rollouts` returns is not among the trainer's.
         """
         if self._loop is not None:
             return
@@ -154,8 +154,8 @@ class RayRolloutWorker:
     def _configured(self) -> RolloutTools:
         if self._tools is None:
             raise RolloutWorkerFailed(
-                "the rollout worker has no settings; expected the callback that `trlpatch.ray.async_grpo(...)` "
-                "returns among the trainer's: `AsyncGRPOTrainer(model, **trlpatch.ray.async_grpo(...))`"
+                "the rollout worker has no settings; expected the callback that `trlpatch.ray.async_rollouts(...)` "
+                "returns among the trainer's: `AsyncGRPOTrainer(model, **trlpatch.ray.async_rollouts(...))`"
             )
         return self._tools
 
