@@ -59,6 +59,8 @@ class RayEngines:
         """That the last adapter took to every engine."""
         self._live: LoraRequest | None = None
         self._release = release
+        if release is not None:  # the actors end with their handles; what was reserved for them does not
+            weakref.finalize(self, release).atexit = False
         self.llm_engine = RayLLMEngine(self)
         _all.add(self)
 
