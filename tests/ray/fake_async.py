@@ -17,7 +17,7 @@ LOGPROB = -0.5
 class FakeAsyncEngines:
     """One engine that answers at once with made-up tokens; `gate` holds answers back, `held` is its version."""
 
-    def __init__(self, *, max_model_len: int = 64, lora: Any = None, logprobs_mode: str = "processed_logprobs") -> None:
+    def __init__(self, *, max_model_len: int = 64, lora: Any = None, logprobs_mode: str = "processed_logprobs"):
         model = SimpleNamespace(max_model_len=max_model_len, logprobs_mode=logprobs_mode)
         self.handles = [object()]
         self.infos: list[Any] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -105,9 +106,7 @@ class RayWeightTransfer:
 
     def _full_weights(self) -> Any:
         if self._sender is None:
-            from trlpatch.ray.transfer.sender import WeightSender
-
-            self._sender = WeightSender(self._engines)
+            self._sender = importlib.import_module("trlpatch.ray.transfer.sender").WeightSender(self._engines)
         return self._sender
 
     def _reason_for_weights(self) -> str | None:

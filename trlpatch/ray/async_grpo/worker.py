@@ -32,8 +32,8 @@ _STOP = 30.0
 class RayRolloutWorker:
     """Asks the engines for completions while the trainer trains, scores them, and queues them for it.
 
-    Given to `AsyncGRPOTrainer(rollout_worker=...)`; `trlpatch.ray.async_rollouts` makes one. It has no process of its own:
-    reward functions may be lambdas, hold locks, files or models on any device.
+    Given to `AsyncGRPOTrainer(rollout_worker=...)`; `trlpatch.ray.async_rollouts` makes one. It has no process of
+    its own: reward functions may be lambdas, hold locks, files or models on any device.
 
     Attributes:
         rollout_buffer: the queue that the trainer takes `RolloutSample`s from.
@@ -104,7 +104,8 @@ class RayRolloutWorker:
         """
         if self._loop is not None:
             return
-        tools = self._configured()
+        # An engine that was told to drop what has a key takes no more of it.
+        self._tools = tools = replace(self._configured(), key=uuid.uuid4().hex)
         self._failure = None
         self.rollout_buffer.restart()
         self._loop = RolloutLoop(tools, self._has_failed)
