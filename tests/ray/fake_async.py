@@ -29,6 +29,8 @@ class FakeAsyncEngines:
         self.held = Version()
         self.gate = threading.Event()
         self.gate.set()
+        self.arrived = threading.Semaphore(0)
+        """Released by every request."""
         self.calls: list[str] = []
         self.asked: list[RolloutRequest] = []
         self.published: list[Any] = []
@@ -43,6 +45,7 @@ class FakeAsyncEngines:
     def ask(self, request: RolloutRequest) -> RolloutResponse:
         self.asked.append(request)
         first = self.version
+        self.arrived.release()
         self.gate.wait()
         if self.failure is not None:
             raise self.failure
