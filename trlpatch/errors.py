@@ -262,6 +262,18 @@ class WrongVersion(RayError, RuntimeError):
     """A response was sampled with another version of adapter or weights than was asked for."""
 
 
+class AsyncNotSupported(RayError, ValueError):
+    """AsyncGRPOTrainer cannot roll out on Ray engines as asked, with the reason; nothing was set up."""
+
+
+class RolloutWorkerFailed(RayError, RuntimeError):
+    """The worker that makes rollouts beside training ended with an error, or makes no progress."""
+
+
+class PrefetchNotSupported(RayError, ValueError):
+    """Rollouts cannot be made one batch ahead for this trainer, with the reason."""
+
+
 class InvalidSetting(TrlpatchError, ValueError):
     """`trlpatch scale` or a calibration is asked about a setting that cannot be."""
 
