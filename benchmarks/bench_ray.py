@@ -23,6 +23,9 @@ lie beside the training and do not add up to a step. `to engines` is what an ada
 sent and taken. Tokens per second are those of completions that are trained on. Predicted is what trlpatch/scale says
 of the same setting, with the calibration that is packaged: docs/scaling.md.
 
+TRL's asynchronous trainer takes FlashAttention 3 from the hub. `--attention sdpa` puts torch's in its place, sequence
+by sequence, for a machine without network: slower, and what ran is in the JSON.
+
 On a CPU the ways share two cores with each other's engines: that it runs is what is learned, no ratio. This script has
 not run on a GPU yet.
 """
@@ -45,7 +48,7 @@ if __package__ in (None, ""):  # run as a script
 
 from benchmarks.bench_step import ROOT, SHAPES, command_line, random_model
 from benchmarks.ray_summary import calibrate, summary, table
-from benchmarks.ray_ways import RAY_WAYS, parse, run
+from benchmarks.ray_ways import RAY_WAYS, Beside, parse, run
 from benchmarks.step_timers import Lines
 from benchmarks.step_ways import Order, environment
 from tests.runs.judge import last_error
@@ -60,6 +63,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
     parser.add_argument("--gpus", type=int, default=2, help="one trains, the others generate")
     parser.add_argument("--staleness", type=int, default=4, help="of ray-async")
+    parser.add_argument("--attention", choices=("flash", "sdpa"), default="flash", help="of ray-async, see below")
     parser.add_argument("--tokens", type=int, default=256, help="length of every completion")
     parser.add_argument("--completions", type=int, default=64, help="a step")
     parser.add_argument("--per-device", type=int, default=16, help="completions of one micro-batch")
@@ -105,14 +109,15 @@ def main() -> int:
     document: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command_line(sys.argv[1:], script="bench_ray.py"),
-        "gpus": given.gpus, "shape": given.shape, "staleness": given.staleness,
+        "gpus": given.gpus, "shape": given.shape, "staleness": given.staleness, "attention": given.attention,
         "settings": {**asdict(order), "model": given.shape}, "results": [],
     }  # fmt: skip
     if given.logs:
         given.logs.mkdir(parents=True, exist_ok=True)
+    beside = Beside(given.gpus, given.staleness, sdpa=given.attention == "sdpa" or not cuda)
     for number, way in enumerate(ways):
         log = given.logs and (given.logs / f"{number}-{way.split('+')[0]}.log").resolve()
-        result = measure(way, order, given.gpus, given.staleness, given.timeout, log)
+        result = measure(way, order, beside, given.timeout, log)
         document["results"].append(result)
         print("RESULT", json.dumps({name: result[name] for name in result if name != "steps"}), flush=True)
         if given.out:
@@ -121,9 +126,9 @@ def main() -> int:
     return int(any("error" in result for result in document["results"]))
 
 
-def measure(way: str, order: Order, gpus: int, staleness: int, timeout: int, log: Path | None) -> dict[str, Any]:
+def measure(way: str, order: Order, beside: Beside, timeout: int, log: Path | None) -> dict[str, Any]:
     """Run one way in a process of its own; what it reported before it failed is kept, with the error."""
-    devices = {} if not order.cuda else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))}
+    devices = {} if not order.cuda else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(beside.gpus)))}
     if way.split("+")[0] in ("colocated", "stock") and order.cuda:
         devices = {"CUDA_VISIBLE_DEVICES": "0"}
     environ = {
@@ -133,7 +138,7 @@ def measure(way: str, order: Order, gpus: int, staleness: int, timeout: int, log
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as scratch:
         events, printed = Path(scratch) / "events.jsonl", log or Path(scratch) / "log"
-        asked = json.dumps({"way": way, "order": asdict(order), "gpus": gpus, "staleness": staleness})
+        asked = json.dumps({"way": way, "order": asdict(order), "beside": asdict(beside)})
         command = [sys.executable, str(Path(__file__).resolve()), "--child", asked, str(events)]
         with printed.open("w", encoding="utf-8") as file:
             child = subprocess.Popen(command, env=environ, cwd=scratch, stdout=file, stderr=subprocess.STDOUT)
@@ -158,6 +163,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child = json.loads(sys.argv[2])
         lines = Lines(Path(sys.argv[3]))
-        run(child["way"], Order(**child["order"]), child["gpus"], child["staleness"], lines)
+        run(child["way"], Order(**child["order"]), Beside(**child["beside"]), lines)
     else:
         sys.exit(main())

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,22 @@ _PREFIXES = ("ray/", "perf/", "sample/", "rollout/", "num_steps_off_policy", "as
 """What of a trainer's log is written down."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What bench_ray.py is asked beside an `Order`.
+
+    Attributes:
+        gpus: one trains, the others generate.
+        staleness: `max_staleness` of ray-async.
+        sdpa: ray-async computes attention by torch, segment by segment, where the kernel that TRL takes from the hub
+            (FlashAttention 3) cannot be had.
+    """
+
+    gpus: int
+    staleness: int
+    sdpa: bool
+
+
 def parse(spec: str, cuda: bool) -> Way:
     """Read NAME+KEY=VALUE+... as `Way.parse` does: KEY of PatchFastRL, engine.KEY of `create_engines`, config.KEY.
 
@@ -50,7 +67,7 @@ def parse(spec: str, cuda: bool) -> Way:
     return Way(spec, stands_in, parsed.options, parsed.engine, parsed.config, parsed.slow, parsed.env)
 
 
-def run(spec: str, order: Order, gpus: int, staleness: int, lines: Lines) -> None:
+def run(spec: str, order: Order, beside: Beside, lines: Lines) -> None:
     """In the child: build, train, and report to `lines`."""
     import torch
 
@@ -62,12 +79,12 @@ def run(spec: str, order: Order, gpus: int, staleness: int, lines: Lines) -> Non
         import trlpatch
         from benchmarks.ray_probe import LENGTHS, probe
 
-        with _engines(way, order, gpus, max_model_len=order.tokens * max(LENGTHS) + 64) as engines:
+        with _engines(way, order, beside, max_model_len=order.tokens * max(LENGTHS) + 64) as engines:
             policy, _ = plain_policy(way, order)
             probe(trlpatch.attach_engine(policy, engines), engines, order, lines)
         lines.write("done", device=_device(order), versions=versions())
         return
-    with _BUILDERS[name](way, order, gpus, staleness) as (trainer, engines):
+    with _BUILDERS[name](way, order, beside) as (trainer, engines):
         lines.write("loaded", seconds={"all": time.perf_counter() - started})
         watch = _Steps(trainer, engines, order, lines)
         trainer.add_callback(watch.callback())
@@ -82,17 +99,17 @@ def _device(order: Order) -> str:
 
 
 @contextmanager
-def _colocated(way: Way, order: Order, gpus: int, staleness: int) -> Iterator[tuple[Any, Any]]:
+def _colocated(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any, Any]]:
     model, words = MODELS[way.name](way, order)
     yield grpo_trainer(way, order, model, words), None
 
 
 @contextmanager
-def _engines(way: Way, order: Order, gpus: int, **more: Any) -> Iterator[Any]:
+def _engines(way: Way, order: Order, beside: Beside, **more: Any) -> Iterator[Any]:
     import trlpatch.ray
 
     settings: dict[str, Any] = {
-        "num_engines": max(1, gpus - 1) if order.cuda else 1, "max_lora_rank": max(order.rank, 8),
+        "num_engines": max(1, beside.gpus - 1) if order.cuda else 1, "max_lora_rank": max(order.rank, 8),
         "enable_lora": bool(order.rank), "max_model_len": order.length, "seed": 0,
         "logprobs_mode": "processed_logprobs", **({} if order.cuda else {"dtype": "float32", "enforce_eager": True}),
     }  # fmt: skip
@@ -124,38 +141,42 @@ def _start_ray() -> None:
 
 
 @contextmanager
-def _on_ray(way: Way, order: Order, gpus: int, staleness: int, **patch: Any) -> Iterator[tuple[Any, Any]]:
+def _on_ray(way: Way, order: Order, beside: Beside, **more: Any) -> Iterator[tuple[Any, Any]]:
     import trlpatch
 
-    trlpatch.PatchFastRL("grpo", **{**way.options, **patch})
-    with _engines(way, order, gpus) as engines:
+    trlpatch.PatchFastRL("grpo", **way.options)
+    with _engines(way, order, beside, **more) as engines:
         policy, words = plain_policy(way, order)
         yield grpo_trainer(way, order, trlpatch.attach_engine(policy, engines), words), engines
 
 
 @contextmanager
-def _asynchronous(way: Way, order: Order, gpus: int, staleness: int) -> Iterator[tuple[Any, Any]]:
+def _asynchronous(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any, Any]]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
     import trlpatch.ray
+    from tests.ray.async_runs import stand_in
 
+    if beside.sdpa:
+        stand_in()
+    trlpatch.PatchFastRL(**way.options)
     settings: dict[str, Any] = {
         "output_dir": str(Path(order.model) / "out"), "per_device_train_batch_size": order.per_device,
         "gradient_accumulation_steps": order.completions // order.per_device, "num_generations": order.generations,
         "max_completion_length": order.tokens, "max_steps": order.warmup + order.steps, "logging_steps": 1,
         "learning_rate": order.learning_rate, "lr_scheduler_type": "constant", "seed": 0, "report_to": [],
         "save_strategy": "no", "bf16": order.cuda, "use_cpu": not order.cuda, "disable_tqdm": True,
-        "max_staleness": staleness, "weight_sync_steps": 1, "token_budget": order.length * order.per_device,
+        "max_staleness": beside.staleness, "weight_sync_steps": 1, "token_budget": order.length * order.per_device,
     }  # fmt: skip
     known = AsyncGRPOConfig.__dataclass_fields__
     config = AsyncGRPOConfig(**{**{name: settings[name] for name in settings if name in known}, **way.config})
     one_device(config)
     lora = LoraConfig(r=order.rank, lora_alpha=order.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
-    with _engines(way, order, gpus) as engines:
-        arguments = trlpatch.ray.async_grpo(
+    with _engines(way, order, beside) as engines:
+        arguments = trlpatch.ray.async_rollouts(
             engines, odd_tokens, Dataset.from_dict({"prompt": PROMPTS * 64}),
             sampling_params={"ignore_eos": True}, args=config, **({"peft_config": lora} if order.rank else {}),
             processing_class=AutoTokenizer.from_pretrained(order.model),
@@ -164,16 +185,16 @@ def _asynchronous(way: Way, order: Order, gpus: int, staleness: int) -> Iterator
 
 
 @contextmanager
-def _server(way: Way, order: Order, gpus: int, staleness: int) -> Iterator[tuple[Any, Any]]:
+def _server(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any, Any]]:
     """TRL's own server on the other GPUs, stock: merge, push every parameter, unmerge."""
     port = 8000 + os.getpid() % 1000
     settings = {
         "--model": order.model, "--port": port, "--dtype": "bfloat16", "--gpu-memory-utilization": 0.9,
-        "--max-model-len": order.length, "--data-parallel-size": max(1, gpus - 1),
+        "--max-model-len": order.length, "--data-parallel-size": max(1, beside.gpus - 1),
     }  # fmt: skip
     command = [sys.executable, "-c", "from trl.cli import main; main()", "vllm-serve"]
     command += [str(word) for setting in settings.items() for word in setting]
-    others = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(1, gpus)))}
+    others = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(1, beside.gpus)))}
     server = subprocess.Popen(command, env=others, start_new_session=True)
     try:
         _wait_for(server, f"http://localhost:{port}/health/")
