@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,9 @@ def run(way: Way, order: Order, lines: Lines) -> None:
     clock = [time.perf_counter()]
     _import(way, order)
     clock.append(time.perf_counter())
-    model, words = _MODELS[way.name](way, order)
+    model, words = MODELS[way.name](way, order)
     clock.append(time.perf_counter())
-    trainer = _trainer(way, order, model, words)
+    trainer = grpo_trainer(way, order, model, words)
     clock.append(time.perf_counter())
     names = ("import", "model", "trainer")
     lines.write("loaded", seconds={name: clock[at + 1] - clock[at] for at, name in enumerate(names)})
@@ -144,7 +145,8 @@ def _import(way: Way, order: Order) -> None:
         torch.set_num_threads(1)
 
 
-def _plain_policy(way: Way, order: Order) -> tuple[Any, Any]:
+def plain_policy(way: Way, order: Order) -> tuple[Any, Any]:
+    """Load the model with transformers, give it an adapter, and load the tokenizer."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -169,7 +171,7 @@ def _attached(way: Way, order: Order) -> tuple[Any, Any]:
         "enable_sleep_mode": order.sleep, **({} if order.cuda else {"dtype": "float32"}),
     }  # fmt: skip
     engine = LLM(model=order.model, **{**settings, **way.engine})
-    policy, words = _plain_policy(way, order)
+    policy, words = plain_policy(way, order)
     return trlpatch.attach_engine(policy, engine), words
 
 
@@ -203,9 +205,9 @@ def _unsloth(way: Way, order: Order) -> tuple[Any, Any]:
     return adapted, words
 
 
-_MODELS = {
-    "stock": _plain_policy,
-    "drop-in": _plain_policy,
+MODELS: dict[str, Callable[[Way, Order], tuple[Any, Any]]] = {
+    "stock": plain_policy,
+    "drop-in": plain_policy,
     "trlpatch": _fast,
     "trlpatch-separate": _fast,
     "trlpatch-attached": _attached,
@@ -213,7 +215,8 @@ _MODELS = {
 }
 
 
-def _trainer(way: Way, order: Order, model: Any, words: Any) -> Any:
+def grpo_trainer(way: Way, order: Order, model: Any, words: Any) -> Any:
+    """Build a GRPOTrainer with the settings that all ways share and the way's own."""
     import transformers
     import trl
     from datasets import Dataset
@@ -236,15 +239,23 @@ def _trainer(way: Way, order: Order, model: Any, words: Any) -> Any:
         settings["vllm_sampling_params"] = vLLMSamplingParams(**full_length)
     known = trl.GRPOConfig.__dataclass_fields__
     arguments = {name: value for name, value in settings.items() if name in known or name == "vllm_sampling_params"}
+    config = trl.GRPOConfig(**{**arguments, **way.config})
+    one_device(config)
     trainer = trl.GRPOTrainer(
         model=model,
-        args=trl.GRPOConfig(**{**arguments, **way.config}),
+        args=config,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 64}),
         processing_class=words,
         reward_funcs=odd_tokens,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def one_device(config: Any) -> None:
+    """Train on the first device alone: without a launcher transformers uses all that are visible, by DataParallel."""
+    if config.n_gpu > 1:
+        config._n_gpu = 1
 
 
 def environment(way: Way, order: Order) -> dict[str, str]:

@@ -262,6 +262,7 @@ class WrongVersion(RayError, RuntimeError):
     """A response was sampled with another version of adapter or weights than was asked for."""
 
 
+<<<<<<< HEAD
 class EngineHung(EngineLost):
     """A rollout engine has requests and ends no step, or its actor answers nothing; it was killed."""
 
@@ -290,3 +291,37 @@ class RolloutFailed(RayError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[RolloutFailed], tuple[str, BaseException, BaseException]]:
         return type(self), (str(self), self.first, self.second)
+=======
+class AsyncNotSupported(RayError, ValueError):
+    """AsyncGRPOTrainer cannot roll out on Ray engines as asked, with the reason; nothing was set up."""
+
+
+class RolloutWorkerFailed(RayError, RuntimeError):
+    """The worker that makes rollouts beside training ended with an error, or makes no progress."""
+
+
+class PrefetchNotSupported(RayError, ValueError):
+    """Rollouts cannot be made one batch ahead for this trainer, with the reason."""
+
+
+class InvalidSetting(TrlpatchError, ValueError):
+    """`trlpatch scale` or a calibration is asked about a setting that cannot be."""
+
+    def __init__(self, name: str, found: object, expected: str) -> None:
+        self.name, self.found, self.expected = name, found, expected
+        super().__init__(f"{name}: expected {expected}; found {found!r}")
+
+    def __reduce__(self) -> tuple[type[InvalidSetting], tuple[str, object, str]]:
+        return type(self), (self.name, self.found, self.expected)
+
+
+class CalibrationError(TrlpatchError, ValueError):
+    """A calibration file cannot be read, or is not of the form of trlpatch/scale/calibration.json."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(f"calibration {path} {reason}; its form is that of trlpatch/scale/calibration.json")
+
+    def __reduce__(self) -> tuple[type[CalibrationError], tuple[object, str]]:
+        return type(self), (self.path, self.reason)
+>>>>>>> ray-scale

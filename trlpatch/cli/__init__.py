@@ -19,6 +19,7 @@ import click
 from trlpatch.cli import export, patches, running, serving
 from trlpatch.cli.common import BAD_INPUT, DRIFT, INTERRUPTED
 from trlpatch.cli.doctor import doctor
+from trlpatch.cli.scale import scale
 from trlpatch.errors import PatchError, TrlpatchError
 
 
@@ -45,6 +46,7 @@ for _command in (
     serving.serve,
     doctor,
     export.export,
+    scale,
 ):
     cli.add_command(_command)
 

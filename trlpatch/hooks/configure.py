@@ -91,6 +91,10 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
             ranks.require_process_group(trainer)
             check_frozen(model)
             _match(trainer, args, engine)
+            # Engines that have something to do beside each step of a trainer.
+            prepare = getattr(engine, "prepare_trainer", None)
+            if callable(prepare):
+                prepare(trainer, args)
     elif wanted:
         log_once(
             trainer,

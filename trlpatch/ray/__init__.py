@@ -11,16 +11,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trlpatch.ray.async_grpo.create import async_rollouts
     from trlpatch.ray.create import create_engines, shutdown
     from trlpatch.ray.engines import RayEngines
+    from trlpatch.ray.progress import monitor
     from trlpatch.ray.timeouts import Timeouts
 
-__all__ = ["RayEngines", "Timeouts", "create_engines", "shutdown"]
+__all__ = ["RayEngines", "Timeouts", "async_rollouts", "create_engines", "monitor", "shutdown"]
 
 _PLACES = {
     "RayEngines": "trlpatch.ray.engines",
     "Timeouts": "trlpatch.ray.timeouts",
+    "async_rollouts": "trlpatch.ray.async_grpo.create",
     "create_engines": "trlpatch.ray.create",
+    "monitor": "trlpatch.ray.progress",
     "shutdown": "trlpatch.ray.create",
 }
 

@@ -33,6 +33,7 @@ def create_engines(
     max_lora_rank: int = 64,
     enable_lora: bool = True,
     lora_layers: str = "auto",
+    prefetch: int = 0,
     timeouts: Timeouts | None = None,
     environment: Mapping[str, str] | None = None,
     ray_options: Mapping[str, Any] | None = None,
@@ -48,6 +49,7 @@ def create_engines(
         max_lora_rank: the largest rank of an adapter; rounded up to one that vLLM allows.
         enable_lora: False: full weights are all that these engines are given.
         lora_layers: as of `PatchFastRL`.
+        prefetch: 1: GRPOTrainer's next batch is generated while it trains on this one, see docs/async.md.
         timeouts: of the start, health checks, updates and rollouts.
         environment: variables for the engines' processes, which win over the trainer's and over the defaults.
         ray_options: of `ray.init`, where Ray does not run in this process yet.
@@ -66,7 +68,7 @@ def create_engines(
         gpu_memory_utilization,
         max_lora_rank if enable_lora else None,
     )
-    return start_engines(
+    engines = start_engines(
         arguments,
         num_engines,
         lora_layers=lora_layers,
@@ -74,6 +76,8 @@ def create_engines(
         environment=environment,
         ray_options=ray_options,
     )
+    engines.prefetch = prefetch
+    return engines
 
 
 def start_engines(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trlpatch.engine.backend import RolloutBackend
     from trlpatch.engine.protocols import LoraRequest
     from trlpatch.ray.packed import PackedAdapter
+    from trlpatch.ray.prefetch import Prefetch
     from trlpatch.ray.protocols import WeightSender
 
 
@@ -68,6 +69,9 @@ class RayEngines:
         """That the last adapter took to every engine."""
         self.up = True
         """Until `shutdown`."""
+        self.prefetch = 0
+        """How many batches GRPOTrainer's are generated ahead."""
+        self._prefetched: Prefetch | None = None
         self._live: LoraRequest | None = None
         self._release = release
         if release is not None:  # the actors end with their handles; what was reserved for them does not
@@ -95,6 +99,18 @@ class RayEngines:
         from trlpatch.ray.backend import RayBackend
 
         return RayBackend(self)
+
+    def prepare_trainer(self, trainer: Any, args: Any) -> None:
+        """A trainer that rolls out here is about to be initialised.
+
+        Raises:
+            PrefetchNotSupported: prefetch is on, and this trainer's batches cannot be generated ahead.
+        """
+        if self.prefetch:
+            from trlpatch.ray.prefetch import Prefetch, refuse_prefetch
+
+            refuse_prefetch(trainer, args, self.prefetch)
+            self._prefetched = Prefetch(trainer, self.generate_now, self.chat_now)
 
     @property
     def location(self) -> str:
@@ -124,6 +140,25 @@ class RayEngines:
         **arguments: Any,
     ) -> list[Any]:
         """As `vllm.LLM.generate`: one `RequestOutput` a prompt, in order."""
+        if priority is not None:
+            arguments["priority"] = priority
+        if self._prefetched is not None:
+            return self._prefetched.asked(
+                "generate", prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments
+            )
+        return self.generate_now(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments)
+
+    def generate_now(
+        self,
+        prompts: Any,
+        sampling_params: Any = None,
+        *,
+        use_tqdm: Any = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        **arguments: Any,
+    ) -> list[Any]:
+        """As `generate`, and nothing that was generated ahead."""
         each = one_each(priority, len(found := as_prompts(prompts)), "priority")
         return self._asked("generate", found, sampling_params, use_tqdm, lora_request, arguments, each)
 
@@ -136,6 +171,21 @@ class RayEngines:
         **arguments: Any,
     ) -> list[Any]:
         """As `vllm.LLM.chat`; the engine's process renders the conversations."""
+        if self._prefetched is not None:
+            return self._prefetched.asked(
+                "chat", messages, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments
+            )
+        return self.chat_now(messages, sampling_params, use_tqdm, lora_request, **arguments)
+
+    def chat_now(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        use_tqdm: Any = True,
+        lora_request: Any = None,
+        **arguments: Any,
+    ) -> list[Any]:
+        """As `chat`, and nothing that was generated ahead."""
         return self._asked("chat", as_conversations(messages), sampling_params, use_tqdm, lora_request, arguments, [])
 
     def _asked(

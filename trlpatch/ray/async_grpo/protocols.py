@@ -1,0 +1,44 @@
+"""What the worker and the transfer of AsyncGRPOTrainer touch of the engines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from trlpatch.errors import EngineLost
+from trlpatch.ray.messages import EngineHealth, EngineInfo, RolloutRequest, Version
+from trlpatch.ray.timeouts import Timeouts
+
+if TYPE_CHECKING:
+    from trlpatch.engine.backend import RolloutBackend
+
+
+class AsyncEngines(Protocol):
+    """`RayEngines`, as far as it is used here."""
+
+    handles: list[Any]
+    infos: list[EngineInfo]
+    timeouts: Timeouts
+    supervisor: Any
+    weights_version: str
+
+    @property
+    def version(self) -> Version:
+        """What every engine holds."""
+
+    def submit(self, index: int, request: RolloutRequest) -> Any:
+        """Send one engine a request; the `ObjectRef` of its RolloutResponse."""
+
+    def on_each(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Any]:
+        """Call a method of every `LLMRayActor`."""
+
+    def health(self, timeout: float | None = None) -> list[EngineHealth | BaseException]:
+        """How every engine does; its exception in the place of one that cannot say."""
+
+    def abort(self, key: str | None = None) -> None:
+        """Tell every engine to drop the requests with that key, or all; does not wait."""
+
+    def replaced(self, error: EngineLost, index: int | None = None) -> None:
+        """Have the supervisor replace lost engines."""
+
+    def rollout_backend(self) -> RolloutBackend:
+        """The backend that hands adapters over."""
