@@ -260,3 +260,7 @@ class RolloutTimeout(RayError, TimeoutError):
 
 class WrongVersion(RayError, RuntimeError):
     """A response was sampled with another version of adapter or weights than was asked for."""
+
+
+class WeightsRefused(RayError, ValueError):
+    """A rollout engine can take no full weights, with the reason; it has those that it had."""

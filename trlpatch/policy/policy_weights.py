@@ -69,7 +69,7 @@ def policy_weights(model: Any, *, adapters: bool = True) -> list[PolicyWeight]:
             raise NotMergeable(f"{type(config).__name__} learns a prompt, which no weight holds")
     found = list(_walk(base_of(model), "", adapters))
     for weight in found:
-        for tensor in _tensors(weight):
+        for tensor in parts_of(weight):
             _require_here(weight.path, tensor)
     return found
 
@@ -181,7 +181,8 @@ def _checked(path: str, owner: Module, parameter: Any) -> Tensor:
     return parameter
 
 
-def _tensors(weight: PolicyWeight) -> Iterator[Tensor]:
+def parts_of(weight: PolicyWeight) -> Iterator[Tensor]:
+    """Every tensor that a parameter is computed from, the base first."""
     yield weight.base
     for term in weight.terms:
         yield term.left
@@ -219,7 +220,7 @@ class ContentMark:
             (one.path, one.base.data_ptr(), one.base.dtype, [term.scale for term in one.terms], one.magnitude is None)
             for one in weights
         ]
-        factors = [tensor for one in weights if not one.plain for tensor in list(_tensors(one))[1:]]
+        factors = [tensor for one in weights if not one.plain for tensor in list(parts_of(one))[1:]]
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
             self._sums: list[Sums] = ContentSums(factors).now() if factors else []

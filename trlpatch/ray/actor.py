@@ -24,6 +24,8 @@ from trlpatch.ray.messages import (
     Version,
 )
 from trlpatch.ray.stepping import Prompt, Stepper
+from trlpatch.ray.transfer.methods import WeightTransferMethods
+from trlpatch.ray.transfer.updates import WeightUpdates
 
 if TYPE_CHECKING:
     from trlpatch.engine.adapter_sync.protocol import AdapterSync
@@ -34,7 +36,7 @@ CONTROL, ROLLOUTS = "control", "rollouts"
 """Concurrency groups of the actor: what must be answered at once, and what waits for completions."""
 
 
-class LLMRayActor:
+class LLMRayActor(WeightTransferMethods):
     """One rollout engine. Every method but `generate` and `ready` is short; none of them steps the engine itself."""
 
     def __init__(
@@ -49,6 +51,7 @@ class LLMRayActor:
         """The weights that `_adapter_sync` got last: it refers to them weakly."""
         arguments, make = dict(engine_arguments), build or _build
         self.stepper = Stepper(lambda: make(arguments), index=index)
+        self.weights = WeightUpdates(self.stepper, self._forget_adapter)
 
     # Life.
 
@@ -142,6 +145,7 @@ class LLMRayActor:
     # In the stepping thread.
 
     def _prompts(self, request: RolloutRequest) -> list[Prompt]:
+        self.weights.refuse_torn()
         held = self.stepper.version
         wanted = request.adapter
         if wanted not in (None, BASE_ADAPTER, held.adapter) or request.weights not in (None, held.weights):
@@ -199,8 +203,11 @@ class LLMRayActor:
         llm.sleep(level)
         self.stepper.asleep = level > 0
         if level >= 2:
-            self._live, self._adapter_sync = None, None
+            self._forget_adapter()
             self.stepper.version = Version(BASE_ADAPTER, "discarded")
+
+    def _forget_adapter(self) -> None:
+        self._live, self._adapter_sync = None, None
 
     def _wake_up(self, llm: Any, tags: Sequence[str] | None) -> None:
         llm.wake_up(None if tags is None else list(tags))

@@ -1,0 +1,102 @@
+"""Send a model's policy, whole, to engines on Ray actors: what no adapter request can carry, and full fine-tuning.
+
+What the weights are is `policy_weights`' answer, from the trained tensors; nothing is merged into the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from trlpatch.engine.weights_in_place.plan import NotInPlace, refuse_adapted_twins
+from trlpatch.engine.weights_in_place.reload import checkpoint_tensors
+from trlpatch.errors import WeightsRefused
+from trlpatch.policy.policy_weights import PolicyWeight, parts_of
+from trlpatch.ray.transfer.sender import Engines, Sent, WeightSender
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class PolicySource:
+    """(name, tensor) of a policy, anew each time it is iterated over; tied parameters once."""
+
+    def __init__(self, weights: list[PolicyWeight], dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of the engine; merged parameters are rounded to it once, all others go as they are."""
+        self._weights = weights
+        self._dtype = dtype
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        merged = {one.path for one in self._weights if not one.plain}
+        for name, tensor in checkpoint_tensors(self._weights):
+            yield name, tensor.to(self._dtype) if self._dtype is not None and name in merged else tensor
+
+    def mark(self) -> list[tuple[int, int]]:
+        """Address and version counter of every tensor: equal as long as none is written in place."""
+        return [(tensor.data_ptr(), tensor._version) for one in self._weights for tensor in parts_of(one)]
+
+
+class PolicyTransfer:
+    """Sends policies, and counts them: the versions of the weights are "1", "2", ..."""
+
+    def __init__(self, engines: Engines, sender: WeightSender | None = None) -> None:
+        self._engines = engines
+        self.sender = sender or WeightSender(engines)
+        self.sent: Sent | None = None
+        """What was sent last; None before."""
+        self._count = 0
+
+    @property
+    def description(self) -> str:
+        """For `trlpatch.status()`."""
+        if self.sent is None:
+            return "none sent yet"
+        sent = self.sent
+        size = f"{sent.bytes / 2**20:.0f} MiB in {sent.seconds:.2f} s"
+        return f"sent to {len(sent.engines)} engines (version {sent.version}, {size})"
+
+    def send(self, weights: list[PolicyWeight]) -> str | None:
+        """Send a policy to all engines; why not, where that cannot be and none has changed.
+
+        Raises:
+            EngineLost, EngineBusy, EngineAsleep: see WeightSender.send.
+        """
+        try:
+            self.sent = self.sender.send(self.source(weights), self._next())
+        except (NotInPlace, WeightsRefused) as refusal:
+            return str(refusal)
+        return None
+
+    def start(self, weights: list[PolicyWeight]) -> str:
+        """Begin to send, see WeightSender.start; the version.
+
+        Raises:
+            NotInPlace: tied parameters that are not to be the same.
+        """
+        version = self._next()
+        self.sender.start(self.source(weights), version)
+        return version
+
+    def finish(self) -> Sent:
+        """Wait for what `start` began; see WeightSender.finish."""
+        self.sent = self.sender.finish()
+        return self.sent
+
+    def source(self, weights: list[PolicyWeight]) -> PolicySource:
+        """As what is sent.
+
+        Raises:
+            NotInPlace: as `start`.
+        """
+        refuse_adapted_twins(weights)
+        return PolicySource(weights, self._dtype())
+
+    def _next(self) -> str:
+        self._count += 1
+        return str(self._count)
+
+    def _dtype(self) -> Any:
+        infos = getattr(self._engines, "infos", None)
+        config = infos[0].vllm_config if infos else None
+        return getattr(getattr(config, "model_config", None), "dtype", None)
