@@ -9,7 +9,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any
 
-from trlpatch.errors import RolloutTimeout
+from trlpatch.errors import EngineLost, RolloutTimeout
 from trlpatch.ray.timeouts import Timeouts
 
 
@@ -52,3 +52,12 @@ class LocalEngines:
 
     handles: list[Any]
     timeouts: Timeouts = field(default_factory=Timeouts)
+    weights_version: str = "0"
+    lost: list[int] = field(default_factory=list)
+
+    def took_weights(self, version: str) -> None:
+        self.weights_version = version
+
+    def replaced(self, error: EngineLost, index: int) -> None:
+        self.lost.append(index)
+        raise error

@@ -45,14 +45,20 @@ def actor(checkpoint: Path) -> Iterator[LLMRayActor]:
         route = shapes.route_for("cpu")
         return tiny.engine(checkpoint, enable_lora=False, **arguments, **shapes.engine_arguments(route))
 
-    made = LLMRayActor(0, {}, build)
+    made = LLMRayActor(0, {}, build=build)
     made.ready()
     yield made
     made.shutdown()
 
 
-def sender_to(actor: Any, **changes: Any) -> WeightSender:
-    return WeightSender(LocalEngines([actor]), calls=LocalCalls(**changes), chunk_bytes=PARTS)
+@pytest.fixture
+def engines(actor: LLMRayActor) -> LocalEngines:
+    return LocalEngines([actor])
+
+
+@pytest.fixture
+def sender(engines: LocalEngines) -> WeightSender:
+    return WeightSender(engines, calls=LocalCalls(), chunk_bytes=PARTS)
 
 
 def trained(checkpoint: Path, seed: int, **lora: Any) -> Any:
@@ -81,11 +87,13 @@ def gap(model: Any, response: RolloutResponse, since: int = 0) -> float:
 
 
 @pytest.mark.parametrize("names", ["named_parameters", "state_dict"])
-def test_the_engine_samples_with_what_was_sent(names: str, actor: LLMRayActor, checkpoint: Path) -> None:
+def test_the_engine_samples_with_what_was_sent(
+    names: str, actor: LLMRayActor, sender: WeightSender, checkpoint: Path
+) -> None:
     model = trained(checkpoint, seed=len(names))
     control = gap(model, rollout(actor))  # also leaves a prefix in the cache
     pairs = model.named_parameters() if names == "named_parameters" else model.state_dict().items()
-    sent = sender_to(actor).send(pairs, version=names)
+    sent = sender.send(pairs, version=names)
     response = rollout(actor, weights=names)
     assert gap(model, response) < TOLERANCE < 0.1 < control
     assert actor.get_weight_version() == response.first_version.weights == response.last_version.weights == names
@@ -96,22 +104,24 @@ def test_the_engine_samples_with_what_was_sent(names: str, actor: LLMRayActor, c
 @pytest.mark.parametrize(
     "lora", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {}], ids=["DoRA", "modules_to_save", "all weights"]
 )
-def test_a_policy_is_sent_from_its_trained_tensors(lora: Any, actor: LLMRayActor, checkpoint: Path) -> None:
+def test_a_policy_is_sent_from_its_trained_tensors(
+    lora: Any, actor: LLMRayActor, engines: LocalEngines, sender: WeightSender, checkpoint: Path
+) -> None:
     model = trained(checkpoint, seed=3, **lora)
     before = gap(model, rollout(actor))
-    engines = LocalEngines([actor])
-    transfer = PolicyTransfer(engines, WeightSender(engines, calls=LocalCalls(), chunk_bytes=PARTS))
+    transfer = PolicyTransfer(engines, sender)
     held = [parameter.detach().clone() for parameter in model.parameters()]
     transfer.start(policy_weights(model))
     sent = transfer.finish()
     assert gap(model, rollout(actor, weights=sent.version)) < TOLERANCE < 0.1 < before
     assert all(torch.equal(*pair) for pair in zip(held, model.parameters(), strict=True))
-    assert "sent to 1 engines (version 1, " in transfer.description
+    assert f"sent to 1 engines (version {engines.weights_version}, " in transfer.description
 
 
-def test_what_is_written_while_it_is_sent_is_sent_again(actor: LLMRayActor, checkpoint: Path) -> None:
+def test_what_is_written_while_it_is_sent_is_sent_again(
+    actor: LLMRayActor, engines: LocalEngines, checkpoint: Path
+) -> None:
     model = trained(checkpoint, seed=4)
-    engines = LocalEngines([actor])
 
     def train(handle: Any, method: str, args: Any) -> None:
         if method == "update_weights" and not trained_once:
@@ -120,18 +130,19 @@ def test_what_is_written_while_it_is_sent_is_sent_again(actor: LLMRayActor, chec
                 model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
 
     trained_once: list[bool] = []
-    transfer = PolicyTransfer(engines, WeightSender(engines, calls=LocalCalls(train), chunk_bytes=PARTS))
+    sender = WeightSender(engines, calls=LocalCalls(train), chunk_bytes=PARTS)
+    transfer = PolicyTransfer(engines, sender)
     transfer.start(policy_weights(model))
     assert gap(model, rollout(actor, weights=transfer.finish().version)) < TOLERANCE
     assert trained_once
 
 
 def test_requests_in_flight_go_on_with_the_new_weights(
-    actor: LLMRayActor, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    actor: LLMRayActor, sender: WeightSender, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And with keys and values of theirs: what is sampled after the update is the new model's, given all before."""
     old, new = trained(checkpoint, seed=5), trained(checkpoint, seed=6)
-    sender_to(actor).send(old.named_parameters(), "old")
+    sender.send(old.named_parameters(), "old")
     reached, updated = threading.Event(), threading.Event()
     inner = actor.call(lambda llm: llm.llm_engine)
     step = inner.step
@@ -151,7 +162,7 @@ def test_requests_in_flight_go_on_with_the_new_weights(
         running = threads.submit(rollout, actor, 200)
         assert reached.wait(60)
         try:
-            sender_to(actor).send(new.named_parameters(), "new")
+            sender.send(new.named_parameters(), "new")
         finally:
             updated.set()
         response = running.result()
@@ -167,7 +178,9 @@ def test_requests_in_flight_go_on_with_the_new_weights(
     assert (engine - tiny.trainer_logprobs(old, *given))[:switch].abs().max() < TOLERANCE
 
 
-def test_an_interrupted_update_is_never_sampled_from(actor: LLMRayActor, checkpoint: Path) -> None:
+def test_an_interrupted_update_is_never_sampled_from(
+    actor: LLMRayActor, sender: WeightSender, checkpoint: Path
+) -> None:
     model = trained(checkpoint, seed=7)
 
     def interrupted() -> Any:
@@ -177,20 +190,22 @@ def test_an_interrupted_update_is_never_sampled_from(actor: LLMRayActor, checkpo
             yield pair
 
     with pytest.raises(KeyboardInterrupt):
-        sender_to(actor).send(interrupted(), "half")
+        sender.send(interrupted(), "half")
     with pytest.raises(StaleAdapter, match="half-written"):
         rollout(actor)
-    sender_to(actor).send(model.named_parameters(), "whole")
+    sender.send(model.named_parameters(), "whole")
     assert gap(model, rollout(actor, weights="whole")) < TOLERANCE
 
 
-def test_an_engine_whose_update_failed_is_lost(actor: LLMRayActor, checkpoint: Path) -> None:
+def test_an_engine_whose_update_failed_is_lost(
+    actor: LLMRayActor, engines: LocalEngines, sender: WeightSender, checkpoint: Path
+) -> None:
     """The last test of this engine."""
     model = trained(checkpoint, seed=8)
     weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
     weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
     with pytest.raises(EngineLost, match=r"lost rollout engines 0 .*no engine is left"):
-        sender_to(actor).send(weights.items(), "wrong")
+        sender.send(weights.items(), "wrong")
     with pytest.raises(EngineLost, match="has to be replaced"):
         rollout(actor)
     assert actor.health().state == "lost"

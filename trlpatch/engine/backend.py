@@ -129,7 +129,14 @@ def backend_of(engine: RolloutEngine) -> RolloutBackend:
 
 
 def choose_backend(engine: RolloutEngine) -> RolloutBackend:
-    """Look where the executor and its workers are: the only place that does."""
+    """Look where the executor and its workers are: the only place that does.
+
+    An engine of another kind brings its backend along: `engine.rollout_backend()`.
+    """
+    own = getattr(engine, "rollout_backend", None)
+    if callable(own):
+        brought: RolloutBackend = own()
+        return brought
     executor = probes.executor(engine)
     if executor is None:
         return WorkersBackend(engine)

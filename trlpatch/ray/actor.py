@@ -11,10 +11,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.engine import probes
 from trlpatch.engine.drain import drain
 from trlpatch.errors import AdapterNotExpressible, EngineBusy, EngineMismatch, WrongVersion
+from trlpatch.ray.capture import Addition, additions
 from trlpatch.ray.messages import (
     BASE_ADAPTER,
     EngineHealth,
@@ -23,7 +26,8 @@ from trlpatch.ray.messages import (
     RolloutResponse,
     Version,
 )
-from trlpatch.ray.stepping import Prompt, Stepper
+from trlpatch.ray.stepping import Stepper
+from trlpatch.ray.transfer import shapes
 from trlpatch.ray.transfer.methods import WeightTransferMethods
 from trlpatch.ray.transfer.updates import WeightUpdates
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from trlpatch.engine.adapter_sync.protocol import AdapterSync
     from trlpatch.engine.protocols import LoraRequest
     from trlpatch.policy.adapter_tensors import AdapterTensors
+    from trlpatch.ray.packed import PackedAdapter
 
 CONTROL, ROLLOUTS = "control", "rollouts"
 """Concurrency groups of the actor: what must be answered at once, and what waits for completions."""
@@ -40,16 +45,28 @@ class LLMRayActor(WeightTransferMethods):
     """One rollout engine. Every method but `generate` and `ready` is short; none of them steps the engine itself."""
 
     def __init__(
-        self, index: int, engine_arguments: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any] | None = None
+        self,
+        index: int,
+        engine_arguments: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+        *,
+        layers: str = "auto",
+        weight_transfer: str = "auto",
+        build: Callable[[Mapping[str, Any]], Any] | None = None,
     ) -> None:
-        """Begin to build `vllm.LLM(**engine_arguments)`; `ready` waits for it. `build` stands in for vLLM's."""
+        """Begin to build `vllm.LLM(**engine_arguments)`; `ready` waits for it.
+
+        `environment` is set first. `layers` says whose LoRA layers it has, `weight_transfer` how full weights come to
+        it, and `build` stands in for `build_engine`.
+        """
+        os.environ.update(environment or {})  # torch and vLLM, which read it, are not imported yet
         self.index = index
         self._started = time.monotonic()
         self._adapter_sync: AdapterSync | None = None
         self._live: LoraRequest | None = None
         self._source: Any = None
         """The weights that `_adapter_sync` got last: it refers to them weakly."""
-        arguments, make = dict(engine_arguments), build or _build
+        arguments, make = dict(engine_arguments), build or partial(_build, layers, weight_transfer)
         self.stepper = Stepper(lambda: make(arguments), index=index)
         self.weights = WeightUpdates(self.stepper, self._forget_adapter)
 
@@ -85,7 +102,9 @@ class LLMRayActor(WeightTransferMethods):
             WrongVersion: the engine does not hold the version that is asked for; nothing was sampled.
             EngineLost: it answers nothing any more.
         """
-        answers = self.stepper.generate(lambda _: self._prompts(request), len(request.prompts)).result()
+        answers = self.stepper.generate(
+            lambda llm: self._additions(llm, request), len(request.prompts), request.key
+        ).result()
         return RolloutResponse(
             answers.outputs,
             answers.first_version,
@@ -95,9 +114,9 @@ class LLMRayActor(WeightTransferMethods):
             answers.tokens,
         )
 
-    def abort(self) -> int:
-        """Drop every request; how many there were. Their callers get CancelledError."""
-        return self.stepper.abort()
+    def abort(self, key: str | None = None) -> int:
+        """Drop the requests with that key, or all; how many there were. Their callers get CancelledError."""
+        return self.stepper.abort(key)
 
     def pause(self) -> None:
         """Step no further; requests in flight are kept, with their KV cache."""
@@ -109,7 +128,7 @@ class LLMRayActor(WeightTransferMethods):
 
     # Adapter.
 
-    def publish_adapter(self, adapter: AdapterTensors, version: int) -> Version:
+    def publish_adapter(self, adapter: AdapterTensors | PackedAdapter, version: int) -> Version:
         """Take an adapter between two steps; requests in flight go on with it. Returns what the engine holds then.
 
         Raises:
@@ -144,7 +163,7 @@ class LLMRayActor(WeightTransferMethods):
 
     # In the stepping thread.
 
-    def _prompts(self, request: RolloutRequest) -> list[Prompt]:
+    def _additions(self, llm: Any, request: RolloutRequest) -> list[Addition]:
         self.weights.refuse_torn()
         held = self.stepper.version
         wanted = request.adapter
@@ -153,21 +172,12 @@ class LLMRayActor(WeightTransferMethods):
                 f"rollout engine {self.index}: asked for adapter {wanted} on weights {request.weights or '(any)'}, it "
                 f"holds {held}; nothing was sampled. Publish to every engine before rolling out"
             )
-        live = None if wanted == BASE_ADAPTER else self._live
-        saved = request.lora_requests or [None] * len(request.prompts)
-        priorities = request.priority or [0] * len(request.prompts)
-        prompts = []
-        for prompt, params, lora, priority in zip(
-            request.prompts, request.sampling_params, saved, priorities, strict=True
-        ):
-            given = lora or live
-            arguments: dict[str, Any] = {} if given is None else {"lora_request": given}
-            if priority:
-                arguments["priority"] = priority
-            prompts.append(Prompt(prompt, params, arguments))
-        return prompts
+        lora = request.lora_request or (None if wanted == BASE_ADAPTER else self._live)
+        arguments = {**request.arguments, "lora_request": lora}
+        params = None if request.sampling_params is None else list(request.sampling_params)
+        return additions(llm, request.method, list(request.prompts), params, arguments)
 
-    def _publish(self, llm: Any, adapter: AdapterTensors, version: int) -> Version:
+    def _publish(self, llm: Any, adapter: AdapterTensors | PackedAdapter, version: int) -> Version:
         from trlpatch.engine.adapter_sync import registry
         from trlpatch.engine.backend import backend_of
         from trlpatch.ray.adapter_source import lora_weights
@@ -182,7 +192,7 @@ class LLMRayActor(WeightTransferMethods):
             )
         drain(llm)
         try:
-            weights = lora_weights(adapter, self._source)
+            weights = lora_weights(adapter, self._source, device=_device_of(llm))
             self._live = sync.publish(weights)
             self._source = weights
             if not registry.names_separate_prefixes() and llm.reset_prefix_cache() is False:
@@ -236,10 +246,21 @@ def describe(llm: Any, index: int, seconds: float) -> EngineInfo:
     )
 
 
-def _build(arguments: Mapping[str, Any]) -> Any:
+def _build(layers: str, weight_transfer: str, arguments: Mapping[str, Any]) -> Any:
+    import torch
+
     from trlpatch.engine.build import build_engine
 
-    return build_engine(arguments)
+    route = shapes.route_for("cuda" if torch.cuda.is_available() else "cpu", weight_transfer)
+    ranks = int(arguments.get("tensor_parallel_size") or 1)
+    return build_engine({**shapes.engine_arguments(route, tensor_parallel_size=ranks), **arguments}, layers=layers)
+
+
+def _device_of(llm: Any) -> Any:
+    """Where the worker's parameters are, if it is in this process."""
+    module = probes.engine_module(llm)
+    parameter = None if module is None else next(iter(module.parameters()), None)
+    return "cpu" if parameter is None else parameter.device
 
 
 def _address() -> str:

@@ -2,26 +2,204 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Mapping
 from typing import Any
 
-from trlpatch.ray.engines import RayEngines
+from trlpatch.engine.build import lora_arguments
+from trlpatch.engine.cudagraphs import compilation_config
+from trlpatch.errors import EngineInitFailed
+from trlpatch.log import logger
+from trlpatch.ray import cluster
+from trlpatch.ray.actor import CONTROL, ROLLOUTS, LLMRayActor
+from trlpatch.ray.calls import first_line, own_error
+from trlpatch.ray.engines import RayEngines, all_engines
+from trlpatch.ray.environment import engine_environment
+from trlpatch.ray.messages import EngineInfo
+from trlpatch.ray.plan import Need, require_room
 from trlpatch.ray.timeouts import Timeouts
+from trlpatch.ray.transfer.sender import WeightSender
+
+_THREADS = {CONTROL: 4, ROLLOUTS: 64}
+"""Calls that an actor answers at a time. The default group has one: updates keep their order."""
+_RESERVATION = 60.0
+"""Seconds for a placement group whose resources are free."""
 
 
 def create_engines(
-    model: str,
+    model: str | os.PathLike[str],
     num_engines: int = 1,
     tensor_parallel_size: int = 1,
     gpu_memory_utilization: float = 0.9,
     *,
+    max_lora_rank: int = 64,
+    enable_lora: bool = True,
+    lora_layers: str = "auto",
+    weight_transfer: str = "auto",
     timeouts: Timeouts | None = None,
+    environment: Mapping[str, str] | None = None,
+    ray_options: Mapping[str, Any] | None = None,
     **engine_arguments: Any,
 ) -> RayEngines:
     """Build `num_engines` engines of `model`, each a `vllm.LLM` in a Ray actor with GPUs of its own.
 
+    Args:
+        model: as `vllm.LLM`'s; every node must be able to read it.
+        num_engines: each answers a part of the prompts.
+        tensor_parallel_size: GPUs of one engine, all on one node.
+        gpu_memory_utilization: as in vLLM; nothing else runs on these GPUs.
+        max_lora_rank: the largest rank of an adapter; rounded up to one that vLLM allows.
+        enable_lora: False: full weights are all that these engines are given.
+        lora_layers: as of `PatchFastRL`.
+        weight_transfer: how full weights travel: "nccl" by vLLM's own transfer, "tensors" by Ray's object store, "auto"
+            by NCCL on GPUs, where this vLLM has it. Adapters always go by the object store.
+        timeouts: of the start, health checks, updates and rollouts.
+        environment: variables for the engines' processes, which win over the trainer's and over the defaults.
+        ray_options: of `ray.init`, where Ray does not run in this process yet.
+        **engine_arguments: any other of `vllm.LLM`. `seed` is the first engine's; each has another one.
+
+    The cluster is the one of RAY_ADDRESS, with nodes of other hosts, or is started on this host with all GPUs but the
+    trainer's.
+
     Raises:
         RayNotInstalled: Ray is missing.
-        NotEnoughResources: the cluster has too few GPUs or CPUs.
-        EngineInitFailed: an engine did not come up in `timeouts.init` seconds.
+        NotEnoughResources: the cluster has too few GPUs or CPUs, with what is missing and what would fit.
+        EngineInitFailed: an engine did not come up, or not in `timeouts.init` seconds; none is left.
     """
-    raise NotImplementedError
+    if num_engines < 1 or tensor_parallel_size < 1:
+        raise ValueError(
+            f"create_engines(num_engines={num_engines}, tensor_parallel_size={tensor_parallel_size}): expected 1 or "
+            "more of each"
+        )
+    limits = timeouts or Timeouts()
+    ray = cluster.join(ray_options)
+    devices = cluster.on_devices()
+    need = Need(tensor_parallel_size if devices else 0, tensor_parallel_size)
+    require_room(cluster.nodes(), num_engines, need)
+    arguments = _arguments(
+        {"model": os.fspath(model), "tensor_parallel_size": tensor_parallel_size, **engine_arguments},
+        gpu_memory_utilization,
+        max_lora_rank if enable_lora else None,
+    )
+    variables = engine_environment(devices=devices) | dict(environment or {})
+    group = cluster.placed(ray, num_engines, need, _RESERVATION)
+    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
+    handles: list[Any] = []
+    try:
+        handles += [started.actor(index) for index in range(num_engines)]
+        infos = wait_ready(handles, limits.init)
+    except BaseException:
+        for handle in handles:
+            ray.kill(handle)
+        started.release()
+        raise
+    engines = RayEngines(handles, infos, limits, release=started.release)
+    engines.started = started
+    engines.weight_sender = WeightSender(engines)
+    logger.info("%r is up", engines)
+    return engines
+
+
+class Started:
+    """How the engines were started, to start one of them again."""
+
+    def __init__(
+        self,
+        ray: Any,
+        need: Need,
+        group: Any,
+        arguments: Mapping[str, Any],
+        environment: Mapping[str, str],
+        lora_layers: str,
+        weight_transfer: str,
+    ) -> None:
+        self._ray = ray
+        self._need = need
+        self._group = group
+        self._arguments = arguments
+        self._environment = environment
+        self._lora_layers = lora_layers
+        self._weight_transfer = weight_transfer
+
+    def actor(self, index: int) -> Any:
+        """Start the engine at `index` in its place; `ready` of the handle waits for it."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        make = self._ray.remote(concurrency_groups=_THREADS, max_restarts=0)(LLMRayActor)
+        seed = self._arguments.get("seed")
+        arguments = {**self._arguments, "seed": int(seed or 0) + index}
+        return make.options(
+            num_cpus=self._need.cpus,
+            num_gpus=self._need.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=self._group,
+                placement_group_bundle_index=index,
+                placement_group_capture_child_tasks=True,
+            ),
+        ).remote(
+            index,
+            arguments,
+            dict(self._environment),
+            layers=self._lora_layers,
+            weight_transfer=self._weight_transfer,
+        )
+
+    def release(self) -> None:
+        """Give the reserved resources back."""
+        if self._ray.is_initialized():
+            self._ray.util.remove_placement_group(self._group)
+
+
+def wait_ready(handles: list[Any], timeout: float) -> list[EngineInfo]:
+    """Wait until every engine is up.
+
+    Raises:
+        EngineInitFailed: one did not come up, in time or at all; the first that fails is named.
+    """
+    import ray
+
+    refs = [handle.ready.options(concurrency_group=CONTROL).remote() for handle in handles]
+    left = list(refs)
+    infos: dict[Any, EngineInfo] = {}
+    deadline = time.monotonic() + timeout
+    while left:
+        ready, left = ray.wait(left, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [index for index, ref in enumerate(refs) if ref in left]
+            raise EngineInitFailed(
+                f"create_engines: engine{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} did not come up in "
+                f"{timeout:g} s (timeouts.init): loading a large model from a slow disk takes longer; "
+                "create_engines(timeouts=trlpatch.ray.Timeouts(init=...))"
+            )
+        for ref in ready:
+            index = refs.index(ref)
+            try:
+                infos[ref] = ray.get(ref)
+            except Exception as error:
+                own = own_error(error, index, "create_engines")
+                cause = getattr(own, "cause", None) or own
+                raise EngineInitFailed(
+                    f"create_engines: engine {index} did not come up: {type(cause).__name__}: {first_line(cause)}"
+                ) from own
+    return [infos[ref] for ref in refs]
+
+
+def shutdown() -> None:
+    """End all engines of this process, and the Ray cluster if it was started for them."""
+    for engines in all_engines():
+        engines.shutdown()
+    cluster.leave()
+
+
+def _arguments(given: dict[str, Any], gpu_memory_utilization: float, max_lora_rank: int | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization, "disable_log_stats": True}
+    lora = lora_arguments(max_lora_rank or 8)
+    if max_lora_rank is None:
+        lora = {name: value for name, value in lora.items() if "lora" not in name}
+    if given["tensor_parallel_size"] > 1:
+        arguments["distributed_executor_backend"] = "mp"
+    arguments |= {**lora, **given}
+    if graphs := compilation_config(arguments):
+        arguments["compilation_config"] = graphs
+    return arguments

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from trlpatch.engine.protocols import LoraRequest
 
@@ -32,16 +32,23 @@ class RolloutRequest:
     """Some prompts for one engine, answered together."""
 
     prompts: Sequence[Any]
-    """As `vllm.LLM.generate` takes them: texts, `{"prompt_token_ids": [...]}`, multi-modal dictionaries."""
-    sampling_params: Sequence[Any]
-    """One `vllm.SamplingParams` a prompt; all `n` completions of a prompt are made by the same engine."""
+    """As `vllm.LLM.generate` takes them: texts, `{"prompt_token_ids": [...]}`, multi-modal dictionaries; conversations
+    for "chat"."""
+    sampling_params: Sequence[Any] | None
+    """One `vllm.SamplingParams` a prompt; all `n` completions of a prompt are made by the same engine. None: the
+    model's defaults."""
     adapter: int | None = BASE_ADAPTER
     """Version of the live adapter to sample with; BASE_ADAPTER for none; None for whatever the engine holds."""
-    lora_requests: Sequence[LoraRequest | None] = ()
-    """Saved adapters, one entry a prompt; empty when no prompt has one. They come before `adapter`."""
+    lora_request: LoraRequest | None = None
+    """A saved adapter, which every node can read; it comes before `adapter`."""
     weights: str | None = None
     """Version of the base weights to sample with; None for whatever the engine holds."""
-    priority: Sequence[int] = ()
+    method: str = "generate"
+    """Of `vllm.LLM`: "generate" or "chat"."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of it."""
+    key: str = ""
+    """For `abort`."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from trlpatch.engine.occupancy import abort_requests, requests
 from trlpatch.errors import EngineLost, RolloutTimeout
 from trlpatch.log import logger
+from trlpatch.ray.capture import Addition
 from trlpatch.ray.messages import EngineHealth, Version
 
 T = TypeVar("T")
@@ -38,17 +38,7 @@ class Steppable(Protocol):
         """Tell whether a step has something to do."""
 
     def abort_request(self, request_ids: list[str]) -> None:
-        """Drop requests."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One request as `LLMEngine.add_request` takes it; `params` ask for final output only."""
-
-    prompt: Any
-    params: Any
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """Further keyword arguments: `lora_request`, `priority`."""
+        """Drop requests, by the names that they were added with."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +55,9 @@ class Answers:
 class _Group:
     """Prompts that are answered together."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, key: str) -> None:
         self.size = size
+        self.key = key
         self.outputs: list[Any] = [None] * size
         self.left = size
         self.first_version = Version()
@@ -96,7 +87,7 @@ class Stepper:
         self._queued: set[_Group] = set()
         self._paused = self._stopping = self._updating = False
         self._lost: BaseException | str | None = None
-        self._names = self._steps = self._tokens = 0
+        self._steps = self._tokens = 0
         self._busy_since = time.monotonic()
         self._llm: Any = None
         self._thread = threading.Thread(target=self._run, name=f"engine-{index}", daemon=True)
@@ -104,16 +95,16 @@ class Stepper:
 
     # Any thread.
 
-    def generate(self, make: Callable[[Any], Sequence[Prompt]], size: int) -> Future[Answers]:
+    def generate(self, make: Callable[[Any], Sequence[Addition]], size: int, key: str = "") -> Future[Answers]:
         """Add a group of requests between two steps; the future gives their outputs in order.
 
-        `make(llm)` runs in the stepping thread, gives the `size` prompts as the engine is then, and refuses the group
-        by raising.
+        `make(llm)` runs in the stepping thread, gives the `size` requests as the engine is then, and refuses the group
+        by raising. `key` is for `abort`.
 
         Raises:
             EngineLost: the engine answers nothing any more.
         """
-        group = _Group(size)
+        group = _Group(size, key)
         with self._wake:
             self._refuse_lost()
             self._queued.add(group)
@@ -151,9 +142,9 @@ class Stepper:
         """Step again."""
         self.between_steps(lambda _: self._set_paused(False))
 
-    def abort(self) -> int:
-        """Drop every request, their futures are cancelled; how many there were."""
-        return self.between_steps(self._abort)
+    def abort(self, key: str | None = None) -> int:
+        """Drop the requests of the groups with that key, or all; their futures are cancelled. How many there were."""
+        return self.between_steps(lambda llm: self._abort(llm, key))
 
     def lose(self, reason: BaseException | str) -> None:
         """Answer nothing any more: every request and command, also those under way, raises EngineLost."""
@@ -301,18 +292,15 @@ class Stepper:
         seconds = time.monotonic() - group.started
         _settle(group.answer, Answers(group.outputs, group.first_version, self.version, seconds, tokens))
 
-    def _add(self, llm: Any, make: Callable[[Any], Sequence[Prompt]], group: _Group) -> None:
+    def _add(self, llm: Any, make: Callable[[Any], Sequence[Addition]], group: _Group) -> None:
         names: list[str] = []
         try:
             group.first_version, group.added_in_update = self.version, self._updating
-            prompts = make(llm)
-            for place, prompt in enumerate(prompts):
-                self._names += 1
-                name = f"{self.index}-{self._names}"
-                llm.llm_engine.add_request(name, prompt.prompt, prompt.params, **prompt.arguments)
-                names.append(name)
+            for place, addition in enumerate(make(llm)):
+                addition.add_to(llm.llm_engine)
+                names.append(addition.request_id)
                 with self._wake:
-                    self._requests[name] = group, place
+                    self._requests[addition.request_id] = group, place
         except BaseException as error:
             self._drop(llm, names)
             _settle(group.answer, error=error)
@@ -329,18 +317,14 @@ class Stepper:
         if left:
             llm.llm_engine.abort_request(left)
 
-    def _abort(self, llm: Any) -> int:
+    def _abort(self, llm: Any, key: str | None) -> int:
         with self._wake:
-            groups = {group for group, _ in self._requests.values()} | self._queued
-            count = len(self._requests) + sum(group.size for group in self._queued)
-            self._requests.clear()
-            self._queued.clear()
-        left = requests(llm.llm_engine)
-        if left:
-            abort_requests(llm.llm_engine, left)
+            names = [name for name, (group, _) in self._requests.items() if key in (None, group.key)]
+            groups = {self._requests[name][0] for name in names}
+        self._drop(llm, names)
         for group in groups:
             group.answer.cancel()
-        return count
+        return len(names)
 
     def _set_paused(self, paused: bool) -> None:
         self._paused = paused

@@ -53,6 +53,11 @@ def compare_logprobs(model: Any, llm: RolloutEngine, prompts: list[list[int]], l
     Raises:
         EngineMismatch: as there.
     """
+    # Engines on other devices stand as one: each is compared.
+    return max(_compared(model, one, prompts, logprobs) for one in getattr(llm, "replicas", None) or [llm])
+
+
+def _compared(model: Any, llm: RolloutEngine, prompts: list[list[int]], logprobs: list[Tensor]) -> float:
     import torch
 
     theirs = _engine_logprobs(llm, prompts)

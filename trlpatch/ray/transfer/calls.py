@@ -1,12 +1,15 @@
-"""Calls of several actors at once, each with an answer or an error of its own. The only module here that knows Ray."""
+"""Calls of several actors at once, each with an answer or an error of its own."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from trlpatch.errors import RolloutTimeout
+from trlpatch.ray.calls import own_error
+
+_CONTROL = "control"
+"""The actor's concurrency group for what must be answered at once."""
 
 
 class Calls(Protocol):
@@ -32,23 +35,22 @@ class RayCalls:
         return ray.put(value)
 
     def ask(self, handle: Any, method: str, *args: Any) -> Any:
-        """See Calls."""
-        return getattr(handle, method).remote(*args)
+        """See Calls. `lose` goes by the group that answers while all others wait."""
+        called = getattr(handle, method)
+        return (called.options(concurrency_group=_CONTROL) if method == "lose" else called).remote(*args)
 
     def settle(self, pending: Sequence[Any], timeout: float) -> list[Any]:
         """See Calls; `ray.get` of several waits for the first one's answer before it raises the second one's error."""
         import ray
 
-        started = time.monotonic()
-        done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=timeout)
-        answered = set(done)
+        answered = set(ray.wait(list(pending), num_returns=len(pending), timeout=timeout)[0]) if pending else set()
         answers: list[Any] = []
-        for reference in pending:
+        for index, reference in enumerate(pending):
             if reference not in answered:
-                answers.append(RolloutTimeout(f"no answer in {time.monotonic() - started:.0f} s"))
+                answers.append(RolloutTimeout(f"no answer in {timeout:g} s (timeouts.sync)"))
                 continue
             try:
                 answers.append(ray.get(reference))
             except Exception as error:
-                answers.append(error)
+                answers.append(own_error(error, index, "sending weights"))
         return answers

@@ -95,14 +95,15 @@ class Update:
                 self.lost[index] = answer
                 self._calls.ask(self.live.pop(index), "lose", f"an update of its weights failed: {answer}")
 
-    def raise_lost(self, version: str) -> None:
-        """Raise EngineLost if any is."""
-        if self.lost:
-            which = ", ".join(f"{index} ({error})" for index, error in self.lost.items())
-            have = f"engines {', '.join(map(str, self.live))} have them" if self.live else "no engine is left"
-            raise EngineLost(
-                f"sending weights {version}: lost rollout engines {which}; {have}. Replace what was lost"
-            ) from next(iter(self.lost.values()))
+    def error(self, version: str) -> EngineLost | None:
+        """What to raise for those that are lost; None when none is."""
+        if not self.lost:
+            return None
+        which = ", ".join(f"{index} ({error})" for index, error in self.lost.items())
+        have = f"engines {', '.join(map(str, self.live))} have them" if self.live else "no engine is left"
+        lost = EngineLost(f"sending weights {version}: lost rollout engines {which}; {have}")
+        lost.__cause__ = next(iter(self.lost.values()))
+        return lost
 
     def require(self, answers: dict[int, Any]) -> None:
         """Raise the first exception among answers."""

@@ -5,12 +5,13 @@ What the weights are is `policy_weights`' answer, from the trained tensors; noth
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.weights_in_place.plan import NotInPlace, refuse_adapted_twins
 from trlpatch.engine.weights_in_place.reload import checkpoint_tensors
-from trlpatch.errors import WeightsRefused
+from trlpatch.errors import EngineLost, WeightsRefused
 from trlpatch.policy.policy_weights import PolicyWeight, parts_of
 from trlpatch.ray.transfer.sender import Engines, Sent, WeightSender
 
@@ -38,14 +39,13 @@ class PolicySource:
 
 
 class PolicyTransfer:
-    """Sends policies, and counts them: the versions of the weights are "1", "2", ..."""
+    """Sends policies; versions of the weights are counted, "1", "2", ..."""
 
-    def __init__(self, engines: Engines, sender: WeightSender | None = None) -> None:
-        self._engines = engines
-        self.sender = sender or WeightSender(engines)
+    def __init__(self, engines: Engines, sender: WeightSender) -> None:
+        self._engines = weakref.ref(engines)
+        self._sender = weakref.ref(sender)  # which knows the engines, whose backend has this
         self.sent: Sent | None = None
         """What was sent last; None before."""
-        self._count = 0
 
     @property
     def description(self) -> str:
@@ -92,11 +92,23 @@ class PolicyTransfer:
         refuse_adapted_twins(weights)
         return PolicySource(weights, self._dtype())
 
+    @property
+    def sender(self) -> WeightSender:
+        """Of these engines.
+
+        Raises:
+            EngineLost: they are gone.
+        """
+        sender = self._sender()
+        if sender is None:
+            raise EngineLost("sending weights: the rollout engines were deleted; create new ones and attach them")
+        return sender
+
     def _next(self) -> str:
-        self._count += 1
-        return str(self._count)
+        engines = self._engines()
+        return "" if engines is None else str(int(engines.weights_version) + 1)
 
     def _dtype(self) -> Any:
-        infos = getattr(self._engines, "infos", None)
+        infos = getattr(self._engines(), "infos", None)
         config = infos[0].vllm_config if infos else None
         return getattr(getattr(config, "model_config", None), "dtype", None)

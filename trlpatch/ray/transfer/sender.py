@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from trlpatch.engine.weights_in_place.merge import float32_products
-from trlpatch.errors import EngineBusy
+from trlpatch.errors import EngineBusy, EngineLost
 from trlpatch.log import logger
 from trlpatch.ray.timeouts import Timeouts
 from trlpatch.ray.transfer.calls import Calls, RayCalls
@@ -30,8 +31,22 @@ if TYPE_CHECKING:
 class Engines(Protocol):
     """`RayEngines`, as far as weights are sent to it."""
 
-    handles: list[Any]
     timeouts: Timeouts
+    weights_version: str
+
+    @property
+    def handles(self) -> list[Any]:
+        """The actors, by index."""
+
+    def took_weights(self, version: str) -> None:
+        """Note that the engines have them."""
+
+    def replaced(self, error: EngineLost, index: int) -> None:
+        """Have a lost engine replaced; the one in its place gets its weights from `WeightSender.restore`.
+
+        Raises:
+            EngineLost: it cannot be.
+        """
 
 
 @dataclass(frozen=True)
@@ -57,51 +72,75 @@ class WeightSender:
     """Sends to all engines, or to some."""
 
     def __init__(self, engines: Engines, *, calls: Calls | None = None, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self._engines = engines
+        self._of = weakref.ref(engines)  # which have this
         self._calls = calls or RayCalls()
         self._chunk_bytes = chunk_bytes
         self._group: NcclGroup | None = None
-        self._underway: tuple[Any, str, Sequence[int] | None, Future[Sent | None]] | None = None
+        self._underway: tuple[Any, str, Future[Sent | None]] | None = None
+        self._last: tuple[Any, str, Any] | None = None
+        """What was sent last, its name and its mark, where it can be sent again; kept until others are."""
 
-    def send(self, weights: Iterable[tuple[str, Tensor]], version: str, *, only: Sequence[int] | None = None) -> Sent:
+    @property
+    def _engines(self) -> Engines:
+        engines = self._of()
+        if engines is None:
+            raise EngineLost("sending weights: the rollout engines were deleted; create new ones and attach them")
+        return engines
+
+    def send(self, weights: Iterable[tuple[str, Tensor]], version: str) -> Sent:
         """Send, and wait until every engine samples with them. Requests in flight are kept, and go on with them.
 
         `weights` are (name, tensor) as checkpoints have them and TRL pushes them, whole, every parameter: what is not
-        among them keeps its value. Tied ones may come once or under each name. `only`: indices of engines.
+        among them keeps its value. Tied ones may come once or under each name.
 
         Raises:
             WeightsRefused, EngineAsleep, EngineBusy: an engine cannot take weights now; none has changed.
-            EngineLost: engines were lost by it; the others have the weights.
+            EngineLost: engines were lost by it, and could not be replaced; the others have the weights.
         """
-        if self._underway is not None:
-            raise EngineBusy("sending weights: others are being sent; call finish() first")
-        return self._required(self._send(weights, version, only))
+        self._require_free()
+        return self._required(self._send(weights, version))
 
-    def start(self, weights: Iterable[tuple[str, Tensor]], version: str, *, only: Sequence[int] | None = None) -> None:
+    def start(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Begin to send in a thread of its own. The tensors must stay as they are until `finish` returns."""
-        if self._underway is not None:
-            raise EngineBusy("sending weights: others are being sent; call finish() first")
+        self._require_free()
         _wait_for_device()
         answer: Future[Sent | None] = Future()
-        self._underway = weights, version, only, answer
+        self._underway = weights, version, answer
         threading.Thread(target=self._fill, args=self._underway, name="send-weights", daemon=True).start()
 
     def finish(self) -> Sent:
         """Wait for what `start` began, and raise what `send` would have raised.
 
-        Where the tensors can tell that they were written meanwhile (`moved()`), they are sent again.
+        Where the weights can tell that they were written meanwhile (by `mark()`), they are sent again.
         """
         if self._underway is None:
             raise EngineBusy("sending weights: nothing is being sent; call start() first")
-        weights, version, only, answer = self._underway
+        weights, version, answer = self._underway
         try:
             sent = answer.result()
             if sent is None:
                 logger.warning("weights were written while they were sent as %s; they are sent again", version)
-                sent = self._required(self._send(weights, version, only))
+                sent = self._required(self._send(weights, version))
             return sent
         finally:
             self._underway = None
+
+    def restore(self, handle: Any, index: int, version: str) -> bool:
+        """Send an engine that took a lost one's place what the others have; False when that is not there any more.
+
+        Raises:
+            EngineLost: it could not take them.
+        """
+        if self._last is None or self._last[1] != version or self._last[2] != _mark(self._last[0]):
+            return False
+        update = Update(self._calls, {index: handle}, self._engines.timeouts.sync)
+        if self._filled(update, self._last[0]) is None:
+            return False
+        update.finish(version)
+        error = update.error(version)
+        if error is not None:
+            raise error
+        return True
 
     def close(self) -> None:
         """Leave the transfer group of the workers, where there is one."""
@@ -118,29 +157,49 @@ class WeightSender:
             )
         return sent
 
-    def _fill(self, weights: Any, version: str, only: Sequence[int] | None, answer: Future[Sent | None]) -> None:
+    def _require_free(self) -> None:
+        if self._underway is not None:
+            raise EngineBusy("sending weights: others are being sent; call finish() first")
+
+    def _fill(self, weights: Any, version: str, answer: Future[Sent | None]) -> None:
         try:
-            answer.set_result(self._send(weights, version, only))
+            answer.set_result(self._send(weights, version))
         except BaseException as error:
             answer.set_exception(error)
 
-    def _send(self, weights: Any, version: str, only: Sequence[int] | None) -> Sent | None:
-        """None when the tensors changed meanwhile."""
+    def _send(self, weights: Any, version: str) -> Sent | None:
+        """None when the tensors changed meanwhile: the engines are torn then."""
+        begun = time.monotonic()
+        self._last = None
+        update = Update(self._calls, dict(enumerate(self._engines.handles)), self._engines.timeouts.sync)
+        filled = self._filled(update, weights)
+        if filled is None:
+            return None
+        update.finish(version)
+        if update.live:
+            self._engines.took_weights(version)
+            mark = _mark(weights)
+            self._last = None if mark is None else (weights, version, mark)
+        error = update.error(version)
+        if error is not None:
+            if not update.live:
+                raise error
+            for index in update.lost:
+                self._engines.replaced(error, index)
+        return Sent(version, *filled, time.monotonic() - begun, tuple(update.live))
+
+    def _filled(self, update: Update, weights: Any) -> tuple[int, int] | None:
+        """Begin an update and send its parts: (bytes, parts); None when the tensors changed meanwhile."""
         import torch
 
-        begun = time.monotonic()
-        handles = self._engines.handles
-        chosen = range(len(handles)) if only is None else only
-        update = Update(self._calls, {index: handles[index] for index in chosen}, self._engines.timeouts.sync)
         routes = update.routes()
-        group = self._joined(update, routes) if routes == {"nccl"} else None
+        group = self._joined(update) if routes == {"nccl"} else None
         update.begin()
         size = parts = 0
         try:
             mark = _mark(weights)
             with torch.inference_mode(False), torch.no_grad(), float32_products():
-                limit = self._chunk_bytes
-                for part in chunks(weights, limit, "cpu" if group is None else group.device):
+                for part in chunks(weights, self._chunk_bytes, "cpu" if group is None else group.device):
                     size, parts = size + sum(tensor.nbytes for _, tensor in part), parts + 1
                     if group is None:
                         update.load(part)
@@ -154,11 +213,9 @@ class WeightSender:
         except BaseException:
             update.abandon()
             raise
-        update.finish(version)
-        update.raise_lost(version)
-        return Sent(version, size, parts, time.monotonic() - begun, tuple(update.live))
+        return size, parts
 
-    def _joined(self, update: Update, routes: set[str]) -> NcclGroup:
+    def _joined(self, update: Update) -> NcclGroup:
         """The group of all these engines' workers, made anew when they are others."""
         if self._group is None or not self._group.of(update.live):
             self.close()
@@ -167,7 +224,9 @@ class WeightSender:
 
 
 def _mark(weights: Any) -> Any:
-    """What is equal while tensors that can tell are not written."""
+    """What is equal while the tensors are not written in place; None for what can be iterated over only once."""
+    if isinstance(weights, (list, tuple)):
+        return [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
     mark = getattr(weights, "mark", None)
     return mark() if callable(mark) else None
 

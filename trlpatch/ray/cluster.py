@@ -1,0 +1,154 @@
+"""The Ray cluster: joined where one runs, else started on this host with the GPUs that training leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trlpatch.errors import NotEnoughResources, RayNotInstalled
+from trlpatch.log import logger
+from trlpatch.ray.environment import RAY_DEFAULTS
+from trlpatch.ray.plan import Need, Node, rollout_devices
+
+_DEVICES = "CUDA_VISIBLE_DEVICES"
+
+_started_here = False
+
+
+def import_ray() -> Any:
+    """Ray, or RayNotInstalled."""
+    try:
+        import ray
+    except ImportError as error:
+        raise RayNotInstalled(
+            f'rollout engines on Ray actors need Ray, which cannot be imported ({error}): pip install "trlpatch[ray]"'
+        ) from error
+    return ray
+
+
+def join(options: Mapping[str, Any] | None = None) -> Any:
+    """Join the cluster that RAY_ADDRESS names or that this process has joined already, else start one on this host.
+
+    `options` are `ray.init`'s. A cluster that is started here has this host's GPUs but for the one that this process
+    trains on; where a cluster runs already, its nodes say what they have.
+
+    Raises:
+        RayNotInstalled: Ray is missing.
+        NotEnoughResources: this process is one of several ranks and there is no common cluster.
+    """
+    global _started_here
+    ray = import_ray()
+    if ray.is_initialized():
+        return ray
+    options = dict(options or {})
+    if os.environ.get("RAY_ADDRESS") or options.get("address"):
+        ray.init(**{"log_to_driver": True, **options})
+        return ray
+    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    if ranks > 1:
+        raise NotEnoughResources(
+            f"create_engines: this process is rank {os.environ.get('RANK', '?')} of {ranks}, and each would start a "
+            "Ray cluster of its own with the same GPUs; expected one cluster for all: ray start --head (with "
+            f"{_DEVICES} set to the GPUs for rollouts), and RAY_ADDRESS=auto for every rank; each has engines of its "
+            "own then"
+        )
+    free = _rollout_devices()
+    given: dict[str, Any] = {"include_dashboard": False}
+    if free is not None:
+        given["num_gpus"] = len(free)
+    with _environment({**RAY_DEFAULTS, **({} if free is None else {_DEVICES: ",".join(free)})}):
+        ray.init(**{**given, **options})
+    _started_here = True
+    return ray
+
+
+def leave() -> None:
+    """Stop the cluster that was started here; one that was joined goes on."""
+    global _started_here
+    if _started_here:
+        _started_here = False
+        import_ray().shutdown()
+
+
+def nodes() -> list[Node]:
+    """The hosts of the cluster that are alive, with what is free on each."""
+    ray = import_ray()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    free = _free_by_node(ray, alive)
+    return [
+        Node(
+            str(node.get("NodeManagerAddress", "?")),
+            node["Resources"].get("GPU", 0.0),
+            node["Resources"].get("CPU", 0.0),
+            free[node["NodeID"]].get("GPU", 0.0),
+            free[node["NodeID"]].get("CPU", 0.0),
+        )
+        for node in alive
+    ]
+
+
+def _free_by_node(ray: Any, alive: list[Any]) -> dict[str, dict[str, float]]:
+    if len(alive) == 1:
+        return {alive[0]["NodeID"]: ray.available_resources()}
+    try:  # no public call says it by node
+        found: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+        return {node["NodeID"]: found.get(node["NodeID"], {}) for node in alive}
+    except Exception as error:
+        logger.debug("what is free on each node of the Ray cluster is not known: %r", error)
+        return {node["NodeID"]: node["Resources"] for node in alive}
+
+
+def placed(ray: Any, engines: int, need: Need, timeout: float) -> Any:
+    """Reserve a bundle for each engine, close together.
+
+    Raises:
+        NotEnoughResources: Ray does not give them.
+    """
+    group = ray.util.placement_group([need.bundle] * engines, strategy="PACK")
+    ready, _ = ray.wait([group.ready()], timeout=timeout)
+    if not ready:
+        ray.util.remove_placement_group(group)
+        raise NotEnoughResources(
+            f"create_engines: Ray did not reserve {engines} times {need.bundle} in {timeout:g} s, though that much "
+            "was free; others may have taken it: ray status says what runs"
+        )
+    return group
+
+
+def on_devices() -> bool:
+    """Do engines run on GPUs? Not where torch has none to run on (vLLM's CPU backend)."""
+    import torch
+
+    return torch.version.cuda is not None or getattr(torch.version, "hip", None) is not None
+
+
+def _rollout_devices() -> list[str] | None:
+    """The GPUs of this host that training leaves; None where there is none at all."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    visible = os.environ.get(_DEVICES)
+    devices = [one.strip() for one in visible.split(",")] if visible else [str(place) for place in range(count)]
+    trainer = torch.cuda.current_device() if torch.cuda.is_initialized() else int(os.environ.get("LOCAL_RANK") or 0)
+    return rollout_devices(devices, [trainer])
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """For the time of a `with`; but for the devices, what the user has set stays."""
+    before = {name: os.environ.get(name) for name in values}
+    for name, value in values.items():
+        if name == _DEVICES or name not in os.environ:
+            os.environ[name] = value
+    try:
+        yield
+    finally:
+        for name, was in before.items():
+            if was is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = was
