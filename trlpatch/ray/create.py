@@ -52,8 +52,8 @@ def create_engines(
         max_lora_rank: the largest rank of an adapter; rounded up to one that vLLM allows.
         enable_lora: False: full weights are all that these engines are given.
         lora_layers: as of `PatchFastRL`.
-        weight_transfer: how full weights travel: "nccl" by vLLM's own transfer, "tensors" by Ray's object store, "auto"
-            by NCCL on GPUs, where this vLLM has it. Adapters always go by the object store.
+        weight_transfer: how full weights travel: "nccl" by vLLM's transfer, "tensors" by Ray's object store, "auto" by
+            NCCL on GPUs, where this vLLM has it. Adapters always go by the object store.
         timeouts: of the start, health checks, updates and rollouts.
         environment: variables for the engines' processes, which win over the trainer's and over the defaults.
         ray_options: of `ray.init`, where Ray does not run in this process yet.

@@ -37,6 +37,13 @@ class PolicySource:
         """Address and version counter of every tensor: equal as long as none is written in place."""
         return [(tensor.data_ptr(), tensor._version) for one in self._weights for tensor in parts_of(one)]
 
+    def like(self, other: PolicySource) -> bool:
+        """Are the same tensors put together in the same way?"""
+        ours, theirs = (
+            [(one.path, *(term.scale for term in one.terms)) for one in of._weights] for of in (self, other)
+        )
+        return ours == theirs
+
 
 class PolicyTransfer:
     """Sends policies; versions of the weights are counted, "1", "2", ..."""
@@ -46,6 +53,7 @@ class PolicyTransfer:
         self._sender = weakref.ref(sender)  # which knows the engines, whose backend has this
         self.sent: Sent | None = None
         """What was sent last; None before."""
+        self._underway: tuple[PolicySource, list[tuple[int, int]]] | None = None
 
     @property
     def description(self) -> str:
@@ -57,38 +65,46 @@ class PolicyTransfer:
         return f"sent to {len(sent.engines)} engines (version {sent.version}, {size})"
 
     def send(self, weights: list[PolicyWeight]) -> str | None:
-        """Send a policy to all engines; why not, where that cannot be and none has changed.
+        """See WeightTransfer; also raises what WeightSender.send raises.
 
-        Raises:
-            EngineLost, EngineBusy, EngineAsleep: see WeightSender.send.
+        Joins what `start` began, and sends again where that was another policy.
         """
         try:
-            self.sent = self.sender.send(self.source(weights), self._next())
+            source = self._source(weights)
+            if self._joined(source):
+                return None
+            self.sent = self.sender.send(source, self._next())
         except (NotInPlace, WeightsRefused) as refusal:
             return str(refusal)
         return None
 
-    def start(self, weights: list[PolicyWeight]) -> str:
-        """Begin to send, see WeightSender.start; the version.
+    def start(self, weights: list[PolicyWeight]) -> str | None:
+        """See WeightTransfer."""
+        try:
+            source = self._source(weights)
+        except NotInPlace as refusal:
+            return str(refusal)
+        self._joined(source)
+        self.sender.start(source, self._next())
+        self._underway = source, source.mark()
+        return None
 
-        Raises:
-            NotInPlace: tied parameters that are not to be the same.
-        """
-        version = self._next()
-        self.sender.start(self.source(weights), version)
-        return version
-
-    def finish(self) -> Sent:
-        """Wait for what `start` began; see WeightSender.finish."""
-        self.sent = self.sender.finish()
+    def finish(self) -> Sent | None:
+        """Wait for what `start` began; what was sent last."""
+        if self._underway is not None:
+            self._underway = None
+            self.sent = self.sender.finish()
         return self.sent
 
-    def source(self, weights: list[PolicyWeight]) -> PolicySource:
-        """As what is sent.
+    def _joined(self, source: PolicySource) -> bool:
+        """Wait for what is under way, and tell whether it is this one, unchanged."""
+        if self._underway is None:
+            return False
+        begun, mark = self._underway
+        self.finish()
+        return mark == source.mark() and begun.like(source)
 
-        Raises:
-            NotInPlace: as `start`.
-        """
+    def _source(self, weights: list[PolicyWeight]) -> PolicySource:
         refuse_adapted_twins(weights)
         return PolicySource(weights, self._dtype())
 
