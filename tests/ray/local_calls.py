@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,31 +12,40 @@ from trlpatch.ray.timeouts import Timeouts
 
 
 class LocalCalls:
-    """Calls methods of plain objects, each call in a thread; `hook(handle, method, args)` runs before it."""
+    """Calls methods of plain objects, each call in a thread; `hook(handle, method, args)` runs before it.
 
-    def __init__(self, hook: Callable[[Any, str, tuple[Any, ...]], None] | None = None) -> None:
+    What `silent` names, engine and method, has not been answered when the time is over. No clock is looked at.
+    """
+
+    def __init__(
+        self,
+        hook: Callable[[Any, str, tuple[Any, ...]], None] | None = None,
+        silent: Collection[tuple[Any, str]] = (),
+    ) -> None:
         self._threads = ThreadPoolExecutor()
         self._hook = hook
-        self.made: list[tuple[Any, str]] = []
+        self._silent = silent
 
     def put(self, value: Any) -> Any:
         return value
 
-    def ask(self, handle: Any, method: str, *args: Any) -> Future[Any]:
-        self.made.append((handle, method))
+    def ask(self, handle: Any, method: str, *args: Any) -> Future[Any] | None:
+        if (handle, method) in self._silent:
+            return None
         return self._threads.submit(self._call, handle, method, args)
 
-    def settle(self, pending: Sequence[Future[Any]], timeout: float) -> list[Any]:
+    def settle(self, pending: Sequence[Future[Any] | None], timeout: float) -> list[Any]:
         answers: list[Any] = []
-        end = time.monotonic() + timeout
         for future in pending:
             try:
-                answers.append(future.result(max(0.0, end - time.monotonic())))
-            except FutureTimeout:
-                answers.append(RolloutTimeout("no answer"))
+                answers.append(RolloutTimeout(f"no answer in {timeout:g} s") if future is None else future.result())
             except Exception as error:
                 answers.append(error)
         return answers
+
+    def close(self) -> None:
+        """Wait for every call."""
+        self._threads.shutdown()
 
     def _call(self, handle: Any, method: str, args: tuple[Any, ...]) -> Any:
         if self._hook is not None:

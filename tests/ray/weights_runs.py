@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
-
 from typing import Any
 
 

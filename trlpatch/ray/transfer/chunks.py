@@ -29,9 +29,9 @@ def chunks(
     size = 0
     for name, tensor in weights:
         with torch.no_grad():
-            whole = tensor.detach()
-            if whole.is_meta or hasattr(whole, "full_tensor") or hasattr(tensor, "ds_id"):
+            if tensor.is_meta or hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id"):
                 raise ValueError(f"{name!r} is sharded or has no data in this process; expected whole tensors")
+            whole = tensor.detach()
             own = torch.empty(whole.shape, dtype=whole.dtype, device=device).copy_(whole)
         if part and size + own.nbytes > limit:
             yield part

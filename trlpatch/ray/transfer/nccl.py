@@ -28,12 +28,10 @@ class NcclGroup:
     """The trainer as rank 0 and each engine's workers behind one another; all of them, or none, have what is sent."""
 
     def __init__(self, update: Update) -> None:
-        import torch
-
         self._members = dict(update.live)
         self._update = update
         self._timeout = update.timeout
-        self.device: torch.device | str = torch.device("cuda", torch.cuda.current_device())
+        self.device = _device()
         self._side: Any = _Trainer(self) if shapes.nccl_side() == "trainer" else _Static(self)
         self._within(self._connect, "joining the transfer group")
 
@@ -44,6 +42,7 @@ class NcclGroup:
     def send(self, part: list[tuple[str, Tensor]], update: Update) -> None:
         """Broadcast one part while the engines receive it; every engine is lost when that fails."""
         self._update = update
+        _wait()
         try:
             self._within(lambda: self._side.send(part), "a broadcast")
         except Exception as error:
@@ -208,6 +207,20 @@ def _in_thread(function: Callable[[], None]) -> Future[None]:
 
     threading.Thread(target=run, name="weight-calls", daemon=True).start()
     return done
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _wait() -> None:
+    """For what has made the tensors: vLLM packs them on streams of its own, which do not."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def _address() -> str:
