@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ ENGINE = frozenset({"enforce_eager", "max_num_seqs", "quantization", "revision",
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The packages that seem to be installed; a test takes some away."""
-    there = {"torch", "transformers", "peft", "vllm", "bitsandbytes"}
+    there = {"torch", "transformers", "peft", "vllm", "bitsandbytes", "ray"}
     real = importlib.util.find_spec
 
     def find(name: str, package: str | None = None) -> Any:
-        if name in ("torch", "transformers", "peft", "vllm", "bitsandbytes"):
+        if name in ("torch", "transformers", "peft", "vllm", "bitsandbytes", "ray"):
             return importlib.machinery.ModuleSpec(name, None) if name in there else None
         return real(name, package)
 
@@ -37,14 +38,14 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return there
 
 
-def ask(**changes: Any) -> load_config.LoadConfig:
+def ask(given: Collection[str] | None = None, **changes: Any) -> load_config.LoadConfig:
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(FastLanguageModel.from_pretrained).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     }
     named = {name: changes.pop(name, value) for name, value in defaults.items()}
-    return parse_arguments(named, changes)
+    return parse_arguments(named, changes, given)
 
 
 def test_the_signature_is_the_documented_one() -> None:
@@ -78,7 +79,7 @@ def test_the_signature_is_the_documented_one() -> None:
         "use_gradient_checkpointing",
     ]
     through_kwargs = {"revision", "trust_remote_code", "enable_sleep_mode", "share_weights", "lora_layers"}
-    assert {*parameters} - {"kwargs"} | through_kwargs == OWN
+    assert {*parameters} - {"kwargs"} | through_kwargs | {"num_engines"} == OWN
 
 
 def test_arguments_go_to_whom_they_concern() -> None:
@@ -122,6 +123,20 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(given: dict[str, Any
     assert issubclass(UnknownArgument, TypeError)
 
 
+def test_engines_elsewhere_have_their_devices_to_themselves() -> None:
+    config = ask(("load_in_4bit", "num_engines"), load_in_4bit=False, num_engines=2)
+    assert (config.num_engines, config.gpu_memory_utilization) == (2, 0.9)
+    assert config.why_separate == "the engines are on devices of their own"
+    assert ask(("gpu_memory_utilization",), load_in_4bit=False, num_engines=2).gpu_memory_utilization == 0.5
+    assert ask(load_in_4bit=False).num_engines is None
+
+
+def test_engines_elsewhere_need_ray(installed: set[str]) -> None:
+    installed.remove("ray")
+    with pytest.raises(MissingPackage, match=r"Ray is not installed. Run: pip install .*\[ray\]"):
+        ask(load_in_4bit=False, num_engines=2)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
@@ -140,6 +155,9 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(given: dict[str, Any
         ({"share_weights": True}, "share_weights=True, but 4-bit weights"),
         ({"share_weights": True, "full_finetuning": True, "load_in_4bit": False}, "shared ones cannot be trained"),
         ({"share_weights": True, "load_in_4bit": False, "fast_inference": False}, "builds no engine"),
+        ({"num_engines": 0}, "num_engines=0: expected a whole number of at least 1"),
+        ({"num_engines": 2, "fast_inference": False}, "the engines are vLLM's"),
+        ({"num_engines": 2, "share_weights": True, "load_in_4bit": False}, "engines are on devices of their own"),
     ],
 )
 def test_values_that_cannot_be_followed(given: dict[str, Any], says: str) -> None:

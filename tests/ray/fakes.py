@@ -59,12 +59,12 @@ class FakeInner:
         if self.steps == self.fail_at:
             raise RuntimeError("CUDA error: an illegal memory access")
         ended = []
-        for name, (prompt, params, _, tokens) in list(self.running.items()):
+        for name, (prompt, params, lora, tokens) in list(self.running.items()):
             tokens.append(self.holds)
             if len(tokens) == params.max_tokens:
                 del self.running[name]
                 completions = [SimpleNamespace(token_ids=list(tokens)) for _ in range(params.n)]
-                ended.append(FakeOutput(name, prompt, completions))
+                ended.append(FakeOutput(name, prompt, completions, lora=getattr(lora, "lora_name", "")))
         return ended
 
 
@@ -74,6 +74,9 @@ class FakeLLM:
     def __init__(self, **settings: Any) -> None:
         self.llm_engine = FakeInner(**settings)
         self._count = 0
+
+    def reset_prefix_cache(self) -> bool:
+        return True
 
     def generate(
         self, prompts: list[Any], sampling_params: Any = None, use_tqdm: bool = True, lora_request: Any = None

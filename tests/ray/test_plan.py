@@ -6,7 +6,7 @@ import pytest
 
 from trlpatch.errors import NotEnoughResources
 from trlpatch.ray.environment import DEFAULTS, engine_environment
-from trlpatch.ray.plan import Need, Node, fitting, require_room, rollout_devices
+from trlpatch.ray.plan import Need, Node, fitting, require_others, require_room
 
 TWO = [Node("10.0.0.1", 4, 32, 4, 32), Node("10.0.0.2", 4, 32, 1, 32)]
 
@@ -73,9 +73,16 @@ def test_what_is_missing_is_said_exactly(nodes: list[Node], engines: int, need: 
     assert str(caught.value) == said
 
 
-def test_a_cluster_that_is_started_here_leaves_the_trainers_gpu_out() -> None:
-    assert rollout_devices(["0", "1", "2"], [0]) == ["1", "2"]
-    assert rollout_devices(["5", "GPU-abc"], [1]) == ["5"]
+def test_that_the_trainers_gpu_is_not_counted_is_said() -> None:
+    with pytest.raises(NotEnoughResources, match=r": 0 of 0\); GPU 0 trains and is not counted; add a node"):
+        require_room([Node("10.0.0.1", 0, 8, 0, 8)], 1, Need(1, 1), trainer="0")
+
+
+def test_no_engine_may_have_the_trainers_gpu() -> None:
+    elsewhere = [("10.0.0.1", ["1"]), ("10.0.0.2", ["0"])]
+    require_others(("10.0.0.1", "0"), elsewhere)
+    with pytest.raises(NotEnoughResources, match=r"gave engine 2 GPU 0 of 10\.0\.0\.1, which this process trains on"):
+        require_others(("10.0.0.1", "0"), [*elsewhere, ("10.0.0.1", ["0"])])
 
 
 def test_the_users_environment_wins_over_the_defaults() -> None:

@@ -103,6 +103,13 @@ def test_groups_are_aborted_by_key(stepper: Stepper, llm: FakeLLM, gate: threadi
     assert others.result(LONG).tokens == 2
 
 
+def test_what_arrives_of_a_group_after_it_was_aborted_is_not_begun(stepper: Stepper, llm: FakeLLM) -> None:
+    assert stepper.abort("mine") == 0
+    with pytest.raises(CancelledError):
+        ask(stepper, "a", key="mine").result(LONG)
+    assert not llm.llm_engine.running
+
+
 def test_what_is_wrong_with_one_prompt_ends_its_group_and_no_other(
     stepper: Stepper, llm: FakeLLM, gate: threading.Semaphore
 ) -> None:

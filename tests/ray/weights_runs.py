@@ -11,10 +11,16 @@ def full_weights(rig: Any) -> dict[str, Any]:
 
     import trlpatch
     from trlpatch.engine.weights_publisher import start_policy, write_policy
+    from trlpatch.errors import WeightsRefused
     from trlpatch.ray.transfer.policy_transfer import PolicyTransfer
 
     engines = rig.engines
-    found: dict[str, Any] = {"trained": _trained(rig), "version": engines.weights_version}
+    before = engines.weights_version
+    try:
+        found: dict[str, Any] = {"trained": _trained(rig)}
+    except WeightsRefused as refusal:
+        return {"refused": str(refusal), "version": [before, engines.weights_version]}
+    found["version"] = [before, engines.weights_version]
     found["versions"] = engines.on_each("get_weight_version")
     found["status"] = " ".join(str(trlpatch.status()).split())
     send = PolicyTransfer.send
@@ -43,6 +49,6 @@ def _trained(rig: Any) -> dict[str, Any]:
     recorder.close()
     return {
         "gaps": [rollout["gap"] for rollout in recorder.rollouts],
-        "adapters": [rollout.get("adapter") for rollout in recorder.rollouts],
+        "adapters": [rollout["adapter"] for rollout in recorder.rollouts],
         "witness": logged(trainer, "sampling/sampling_logp_difference/max"),
     }

@@ -38,8 +38,12 @@ OWN = frozenset(
         "enable_sleep_mode",
         "share_weights",
         "lora_layers",
+        "num_engines",
     }
 )
+
+ALONE = 0.9
+"""`gpu_memory_utilization` of engines on devices of their own."""
 
 INSTEAD = {
     "model": "model_name",
@@ -105,6 +109,7 @@ class LoadConfig:
         random_state: the seed of the engine, where it is not vLLM's default.
         refuse_images: refuse a checkpoint that reads images or sound before anything is built.
         without_effect: engine arguments that were given although no engine is built.
+        num_engines: how many engines are built on other devices, as Ray actors; None: one in this process.
     """
 
     model_name: str
@@ -135,6 +140,7 @@ class LoadConfig:
     refuse_images: bool = False
     patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
+    num_engines: int | None = None
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -149,6 +155,8 @@ class LoadConfig:
     @property
     def why_separate(self) -> str | None:
         """Why the base weights cannot or shall not be shared, as far as the arguments say; None where they may be."""
+        if self.num_engines is not None:
+            return "the engines are on devices of their own"
         if self.full_finetuning:
             return "full_finetuning=True trains every weight, and shared ones cannot be trained"
         if self.load_in_8bit:
@@ -188,6 +196,9 @@ def parse_arguments(
     named["enable_sleep_mode"] = extra.pop("enable_sleep_mode", None)
     named["share_weights"] = extra.pop("share_weights", None)
     named["lora_layers"] = extra.pop("lora_layers", "auto")
+    named["num_engines"] = extra.pop("num_engines", None)
+    if named["num_engines"] is not None and given is not None and "gpu_memory_utilization" not in given:
+        named["gpu_memory_utilization"] = ALONE  # nothing else runs on the engines' devices
     take_unsloth_arguments(named, extra, named.keys() if given is None else given)
     check_values(named)
     fast = bool(named["fast_inference"])
@@ -219,7 +230,8 @@ def check_values(named: Mapping[str, Any]) -> None:
         raise ConflictingArguments(
             f"model_name={name!r}: expected a directory or the id of a model on the hub, found {type(name).__name__}"
         )
-    for key in ("max_seq_length", "max_lora_rank"):
+    counts = ("max_seq_length", "max_lora_rank", *(["num_engines"] if named["num_engines"] is not None else []))
+    for key in counts:
         value = named[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConflictingArguments(f"{key}={value!r}: expected a whole number of at least 1")
@@ -279,6 +291,10 @@ def check_combination(config: LoadConfig) -> None:
             f"quantized; set {flag}=False"
         )
     _check_quantized_once(config)
+    if config.num_engines is not None and not config.fast_inference:
+        raise ConflictingArguments(
+            f"num_engines={config.num_engines} and fast_inference=False: the engines are vLLM's; leave one of them out"
+        )
     if config.resize_model_vocab is not None and config.fast_inference:
         raise ConflictingArguments(
             f"resize_model_vocab={config.resize_model_vocab}: the engine has the checkpoint's vocabulary. Resize the "
@@ -321,6 +337,11 @@ def check_packages(config: LoadConfig) -> None:
         raise MissingPackage(
             "trlpatch: fast_inference=True needs vLLM, which is not installed. Run: pip install vllm, or set "
             "fast_inference=False to generate with transformers"
+        )
+    if config.num_engines is not None and importlib.util.find_spec("ray") is None:
+        raise MissingPackage(
+            f"trlpatch: num_engines={config.num_engines} puts engines on Ray actors, and Ray is not installed. Run: "
+            f"{pip_install('ray')}, or leave num_engines out for one engine in this process"
         )
     if (config.load_in_4bit or config.load_in_8bit) and importlib.util.find_spec("bitsandbytes") is None:
         flag, default = ("load_in_4bit", " (the default)") if config.load_in_4bit else ("load_in_8bit", "")

@@ -52,7 +52,9 @@ def load(config: LoadConfig) -> tuple[Any, Any]:
             # The frames of the exception hold tensors, some of which view the engine's memory: they go first.
             forget_frames(error)
             made.pop("model", None)
-            if "engine" in made:
+            if "engine" in made and config.num_engines is not None:
+                made.pop("engine").shutdown()
+            elif "engine" in made:
                 shut_down(made.pop("engine"), groups)
             free_memory(groups)
             raise
@@ -105,11 +107,11 @@ def _load_with_engine(
         arguments = engine_arguments(config, dtype)
         arguments |= engine_tokenizer(config, hf_config, made["tokenizer"])
     device = _device_memory()
-    if device is not None:
+    if device is not None and config.num_engines is None:
         require_memory(config.model_name, device, need)
-    with show.stage("building the engine"):
+    with show.stage("building the engine" if config.num_engines is None else f"building {config.num_engines} engines"):
         try:
-            made["engine"] = build_engine(arguments, layers=config.lora_layers)
+            made["engine"] = _build(config, arguments)
         except Exception as error:
             raise translate(error, config) from error
     keep(made["tokenizer"], made["engine"])
@@ -130,6 +132,14 @@ def _load_with_engine(
         state_of(made["engine"]).why_separate = reason
     sleeps = "with sleep mode" if probes.sleep_enabled(made["engine"]) else "without sleep mode"
     return [f"vLLM {installed_version('vllm')}", _weights_fact(config, reason), sleeps]
+
+
+def _build(config: LoadConfig, arguments: dict[str, Any]) -> Any:
+    if config.num_engines is None:
+        return build_engine(arguments, layers=config.lora_layers)
+    from trlpatch.ray.create import start_engines
+
+    return start_engines(arguments, config.num_engines, lora_layers=config.lora_layers)
 
 
 def _share(config: LoadConfig, hf_config: Any, made: dict[str, Any]) -> str | None:

@@ -110,9 +110,10 @@ class FastLanguageModel:
                 installed. It stays patched also if loading fails after that.
             **kwargs: `revision`; `trust_remote_code`; `enable_sleep_mode` (None: TRLPATCH_SLEEP, else on where it can
                 be); `share_weights` (None: where it can be; True: or an error; False: never); `lora_layers` ("auto":
-                trlpatch's for one adapter where they fit; "trlpatch": or an error; "vllm": vLLM's own); any argument
-                of the installed vLLM's `LLM`, and of transformers' `from_pretrained`; Unsloth's, see
-                docs/coming-from-unsloth.md.
+                trlpatch's for one adapter where they fit; "trlpatch": or an error; "vllm": vLLM's own); `num_engines`
+                (that many engines on Ray actors with GPUs of their own instead, see docs/guides/ray.md;
+                gpu_memory_utilization is 0.9 then); any argument of the installed vLLM's `LLM`, and of transformers'
+                `from_pretrained`; Unsloth's, see docs/coming-from-unsloth.md.
 
         Raises:
             UnknownArgument, ConflictingArguments: an argument that nobody knows, or that cannot be followed.
@@ -120,6 +121,7 @@ class FastLanguageModel:
             ModelNotFound, LoraNotSupported, NotEnoughMemory, EngineWithoutSleep: found before anything is built.
             EngineBuildFailed: vLLM failed, with its reason.
             CannotShare: share_weights=True, and they cannot be.
+            NotEnoughResources, EngineInitFailed: with num_engines, GPUs are missing or an engine did not come up.
             EngineMismatch: engine and model do not compute the same.
             AdapterNotExpressible: the engine shares its weights and cannot serve the adapter of `model_name`.
             PatchError and others of `PatchFastRL`: TRL is installed and cannot be patched; nothing was loaded.

@@ -186,6 +186,8 @@ def sleep_mode(config: LoadConfig) -> bool:
 
     Raises EngineWithoutSleep when it was asked for and cannot be had.
     """
+    if config.num_engines is not None and config.enable_sleep_mode is None:
+        return False  # the engines have devices of their own
     wanted = sleep_default() if config.enable_sleep_mode is None else config.enable_sleep_mode
     reason = why_no_sleep_mode() if wanted else None
     if reason is None:

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine import probes
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
     from trlpatch.engine.protocols import LoraRequest
     from trlpatch.policy.adapter_tensors import AdapterTensors
     from trlpatch.ray.packed import PackedAdapter
+
+_CONFIGURATION = (
+    "model_config", "cache_config", "parallel_config", "scheduler_config", "device_config", "load_config",
+    "lora_config", "quant_config", "offload_config",
+)  # fmt: skip
+"""What the trainer's process is told of a `VllmConfig`. Its compilation_config refers to the engine's layers and to
+the KV cache in them."""
 
 CONTROL, ROLLOUTS = "control", "rollouts"
 """Concurrency groups of the actor: what must be answered at once, and what waits for completions."""
@@ -230,11 +238,12 @@ def describe(llm: Any, index: int, seconds: float) -> EngineInfo:
 
     from trlpatch.engine.backend import backend_of
 
-    config = llm.llm_engine.vllm_config
+    whole = llm.llm_engine.vllm_config
+    config = SimpleNamespace(**{name: getattr(whole, name) for name in _CONFIGURATION if hasattr(whole, name)})
     tasks = getattr(llm, "supported_tasks", None) or ("generate",)
     return EngineInfo(
         index=index,
-        model=str(config.model_config.model),
+        model=str(whole.model_config.model),
         vllm_config=config,
         vllm_version=str(vllm.__version__),
         node=_address(),
@@ -273,9 +282,5 @@ def _address() -> str:
 
 
 def _devices() -> tuple[str, ...]:
-    try:
-        import ray
-
-        return tuple(str(device) for device in ray.get_gpu_ids())
-    except Exception:  # used without Ray
-        return ()
+    """The GPUs that Ray gave to this process."""
+    return tuple(one.strip() for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one.strip())

@@ -9,13 +9,20 @@ from typing import Any
 from trlpatch.errors import EngineLost, RolloutTimeout, TrlpatchError
 
 
-def own_error(error: BaseException, index: int, doing: str) -> BaseException:
+def own_error(error: Exception, index: int, doing: str) -> Exception:
     """The exception to raise for what `ray.get` raised of an actor's call."""
     from ray import exceptions
 
+    found: Exception = error
     if isinstance(error, exceptions.RayTaskError):
+        # Ray raises a class of its own that inherits from the cause's; whose text is the traceback.
         cause: object = getattr(error, "cause", None)
-        return cause if isinstance(cause, TrlpatchError) else error
+        if isinstance(cause, TrlpatchError):
+            return cause
+        if isinstance(cause, Exception) and "ray" not in type(cause).__module__.split("."):
+            cause.__cause__ = error
+            return cause
+        return found
     if isinstance(error, exceptions.RayActorError):  # ActorDiedError and ActorUnavailableError
         lost = EngineLost(f"{doing}: rollout engine {index} is lost, its actor has died: {first_line(error)}")
         lost.__cause__ = error

@@ -10,11 +10,17 @@ from typing import Any
 from trlpatch.errors import NotEnoughResources, RayNotInstalled
 from trlpatch.log import logger
 from trlpatch.ray.environment import RAY_DEFAULTS
-from trlpatch.ray.plan import Need, Node, rollout_devices
+from trlpatch.ray.plan import Need, Node
+from trlpatch.versions import pip_install
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 
 _started_here = False
+
+
+def started_here() -> bool:
+    """Was the cluster started by this process, with the trainer's GPU left out?"""
+    return _started_here
 
 
 def import_ray() -> Any:
@@ -23,7 +29,7 @@ def import_ray() -> Any:
         import ray
     except ImportError as error:
         raise RayNotInstalled(
-            f'rollout engines on Ray actors need Ray, which cannot be imported ({error}): pip install "trlpatch[ray]"'
+            f"rollout engines on Ray actors need Ray, which cannot be imported ({error}): {pip_install('ray')}"
         ) from error
     return ray
 
@@ -118,23 +124,40 @@ def placed(ray: Any, engines: int, need: Need, timeout: float) -> Any:
 
 
 def on_devices() -> bool:
-    """Do engines run on GPUs? Not where torch has none to run on (vLLM's CPU backend)."""
+    """Do engines run on GPUs? Not with vLLM built for CPUs, whatever torch it runs on."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
+
+
+def trainer_device() -> str | None:
+    """The GPU that this process trains on, as CUDA_VISIBLE_DEVICES names it; None where there is none."""
     import torch
 
-    return torch.version.cuda is not None or getattr(torch.version, "hip", None) is not None
+    count = torch.cuda.device_count()
+    if not count:
+        return None
+    place = torch.cuda.current_device() if torch.cuda.is_initialized() else int(os.environ.get("LOCAL_RANK") or 0)
+    devices = _visible(count)
+    return devices[place] if place < len(devices) else None
+
+
+def _visible(count: int) -> list[str]:
+    named = os.environ.get(_DEVICES)
+    return [one.strip() for one in named.split(",")] if named else [str(place) for place in range(count)]
 
 
 def _rollout_devices() -> list[str] | None:
     """The GPUs of this host that training leaves; None where there is none at all."""
     import torch
 
-    count = torch.cuda.device_count()
-    if not count:
-        return None
-    visible = os.environ.get(_DEVICES)
-    devices = [one.strip() for one in visible.split(",")] if visible else [str(place) for place in range(count)]
-    trainer = torch.cuda.current_device() if torch.cuda.is_initialized() else int(os.environ.get("LOCAL_RANK") or 0)
-    return rollout_devices(devices, [trainer])
+    trainer = trainer_device()
+    return None if trainer is None else [one for one in _visible(torch.cuda.device_count()) if one != trainer]
+
+
+def host() -> str:
+    """The address of this host, as Ray knows it."""
+    return str(import_ray().util.get_node_ip_address())
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from trlpatch.ray.calls import first_line, own_error
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.environment import engine_environment
 from trlpatch.ray.messages import EngineInfo
-from trlpatch.ray.plan import Need, require_room
+from trlpatch.ray.plan import Need, require_others, require_room
 from trlpatch.ray.timeouts import Timeouts
 from trlpatch.ray.transfer.sender import WeightSender
 
@@ -67,21 +67,46 @@ def create_engines(
         NotEnoughResources: the cluster has too few GPUs or CPUs, with what is missing and what would fit.
         EngineInitFailed: an engine did not come up, or not in `timeouts.init` seconds; none is left.
     """
-    if num_engines < 1 or tensor_parallel_size < 1:
-        raise ValueError(
-            f"create_engines(num_engines={num_engines}, tensor_parallel_size={tensor_parallel_size}): expected 1 or "
-            "more of each"
-        )
-    limits = timeouts or Timeouts()
-    ray = cluster.join(ray_options)
-    devices = cluster.on_devices()
-    need = Need(tensor_parallel_size if devices else 0, tensor_parallel_size)
-    require_room(cluster.nodes(), num_engines, need)
     arguments = _arguments(
         {"model": os.fspath(model), "tensor_parallel_size": tensor_parallel_size, **engine_arguments},
         gpu_memory_utilization,
         max_lora_rank if enable_lora else None,
     )
+    return start_engines(
+        arguments,
+        num_engines,
+        lora_layers=lora_layers,
+        weight_transfer=weight_transfer,
+        timeouts=timeouts,
+        environment=environment,
+        ray_options=ray_options,
+    )
+
+
+def start_engines(
+    arguments: Mapping[str, Any],
+    num_engines: int,
+    *,
+    lora_layers: str = "auto",
+    weight_transfer: str = "auto",
+    timeouts: Timeouts | None = None,
+    environment: Mapping[str, str] | None = None,
+    ray_options: Mapping[str, Any] | None = None,
+) -> RayEngines:
+    """As `create_engines`, with all arguments of `vllm.LLM` as they are."""
+    parallel = int(arguments.get("tensor_parallel_size") or 1)
+    if num_engines < 1 or parallel < 1:
+        raise ValueError(
+            f"create_engines(num_engines={num_engines}, tensor_parallel_size={parallel}): expected 1 or more of each"
+        )
+    if parallel > 1:
+        arguments = {"distributed_executor_backend": "mp", **arguments}
+    limits = timeouts or Timeouts()
+    ray = cluster.join(ray_options)
+    devices = cluster.on_devices()
+    need = Need(parallel if devices else 0, parallel)
+    trainer = cluster.trainer_device() if devices else None
+    require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION)
     started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
@@ -89,6 +114,8 @@ def create_engines(
     try:
         handles += [started.actor(index) for index in range(num_engines)]
         infos = wait_ready(handles, limits.init)
+        if trainer is not None:
+            require_others((cluster.host(), trainer), [(info.node, info.devices) for info in infos])
     except BaseException:
         for handle in handles:
             ray.kill(handle)
@@ -197,8 +224,6 @@ def _arguments(given: dict[str, Any], gpu_memory_utilization: float, max_lora_ra
     lora = lora_arguments(max_lora_rank or 8)
     if max_lora_rank is None:
         lora = {name: value for name, value in lora.items() if "lora" not in name}
-    if given["tensor_parallel_size"] > 1:
-        arguments["distributed_executor_backend"] = "mp"
     arguments |= {**lora, **given}
     if graphs := compilation_config(arguments):
         arguments["compilation_config"] = graphs

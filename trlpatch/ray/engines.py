@@ -59,6 +59,8 @@ class RayEngines:
         """That the last adapter took to every engine."""
         self._live: LoraRequest | None = None
         self._release = release
+        if release is not None:  # the actors end with their handles; what was reserved for them does not
+            weakref.finalize(self, release).atexit = False
         self.llm_engine = RayLLMEngine(self)
         _all.add(self)
 
@@ -283,7 +285,8 @@ class RayEngines:
 
     def took_weights(self, version: str) -> None:
         """Note that every engine samples with these weights, and has no live adapter any more."""
-        self.weights_version, self._live = version, None
+        self.weights_version = version
+        self.adapter_version, self.adapter_ref, self._live = 0, None, None
 
     def replaced(self, error: EngineLost, index: int | None = None) -> None:
         """Have the supervisor replace lost engines.

@@ -79,13 +79,14 @@ class EngineInfo:
     index: int
     model: str
     vllm_config: Any
-    """The engine's own `VllmConfig`, so that the trainer's process can ask it what it asks of any engine."""
+    """The parts of the engine's own `VllmConfig` that are configuration alone, so that the trainer's process can ask
+    what it asks of any engine."""
     vllm_version: str
     node: str
     """IP address of the node."""
     pid: int
     devices: tuple[str, ...]
-    """Identifiers of the GPUs that Ray gave it."""
+    """The GPUs that Ray gave it, as CUDA_VISIBLE_DEVICES names them."""
     seconds: float
     """From the start of the build."""
     lora_layers: str | None = None

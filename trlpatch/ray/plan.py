@@ -43,8 +43,8 @@ def _on(node: Node, need: Need, free: bool) -> int:
     return min(rooms, default=0)
 
 
-def require_room(nodes: Sequence[Node], engines: int, need: Need) -> None:
-    """See that `engines` engines fit into what is free.
+def require_room(nodes: Sequence[Node], engines: int, need: Need, *, trainer: str | None = None) -> None:
+    """See that `engines` engines fit into what is free; `trainer` is a GPU that was left out for training.
 
     Raises:
         NotEnoughResources: they do not; the message says what is missing and what would fit.
@@ -62,6 +62,8 @@ def require_room(nodes: Sequence[Node], engines: int, need: Need) -> None:
         f"which {free:g} {'is' if free == 1 else 'are'} free ({_nodes(nodes, what)})"
     )
     said = [wants]
+    if what == "GPU" and trainer is not None:
+        said.append(f"GPU {trainer} trains and is not counted")
     if free >= engines * each:
         said.append(f"an engine needs its {_count(each, what)} on one node, so {room} fit")
     ways = [f"num_engines={room}"] if room else []
@@ -93,9 +95,20 @@ def _nodes(nodes: Sequence[Node], what: str) -> str:
     return ", ".join(counts[:8]) + (f" and {len(counts) - 8} more nodes" if len(counts) > 8 else "") or "no nodes"
 
 
-def rollout_devices(visible: Sequence[str], trainer: Sequence[int]) -> list[str]:
-    """The devices for a cluster that is started here: those visible, but for the trainer's.
+def require_others(trainer: tuple[str, str], engines: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """See that no engine has the GPU that this process trains on.
 
-    `visible` is CUDA_VISIBLE_DEVICES in order, `trainer` the places in it that training runs on.
+    `trainer` is the address of its host and its GPU, `engines` those of each engine; GPUs as CUDA_VISIBLE_DEVICES
+    names them.
+
+    Raises:
+        NotEnoughResources: one has it.
     """
-    return [device for place, device in enumerate(visible) if place not in trainer]
+    host, device = trainer
+    for index, (node, devices) in enumerate(engines):
+        if node == host and device in devices:
+            raise NotEnoughResources(
+                f"create_engines: Ray gave engine {index} GPU {device} of {host}, which this process trains on; "
+                "expected the cluster to leave it out: start Ray on this host without it, "
+                "CUDA_VISIBLE_DEVICES=<the other GPUs> ray start ..."
+            )

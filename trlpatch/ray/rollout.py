@@ -38,7 +38,8 @@ class Rollout:
         scheduler = getattr(engines.infos[0].vllm_config, "scheduler_config", None)
         window = int(getattr(scheduler, "max_num_seqs", 0) or 256)
         self._spread = Spread(self._groups(window), range(len(engines.handles)), window)
-        self._pending: dict[Any, tuple[int, Group]] = {}
+        self._pending: dict[Any, tuple[int, Group, Any]] = {}
+        """What was sent and not answered: to which engine, and its handle then."""
 
     def outputs(self) -> list[Any]:
         """One `RequestOutput` a request, in order.
@@ -110,7 +111,8 @@ class Rollout:
     def _send(self) -> None:
         while (taken := self._spread.take()) is not None:
             engine, group = taken
-            self._pending[self._engines.submit(engine, self._request(group))] = engine, group
+            handle = self._engines.handles[engine]
+            self._pending[self._engines.submit(engine, self._request(group))] = engine, group, handle
 
     def _receive(self) -> None:
         import ray
@@ -119,11 +121,11 @@ class Rollout:
         if not ready and self._engines.supervisor is not None:
             self._engines.supervisor.check()
         for ref in ready:
-            engine, group = self._pending.pop(ref)
+            engine, group, handle = self._pending.pop(ref)
             try:
                 response = ray.get(ref)
             except Exception as error:
-                self._failed(engine, group, error)
+                self._failed(engine, group, handle, error)
                 continue
             self._check(response)
             self._spread.done(engine, group)
@@ -132,14 +134,14 @@ class Rollout:
             if self._bar is not None:
                 self._bar.update(len(group.places))
 
-    def _failed(self, engine: int, group: Group, error: BaseException) -> None:
+    def _failed(self, engine: int, group: Group, handle: Any, error: Exception) -> None:
         from trlpatch.ray.calls import own_error
 
         own = own_error(error, engine, self._method)
         if not isinstance(own, EngineLost) or group.places in self._asked_twice:
             raise own
         self._asked_twice.add(group.places)
-        if not any(other == engine for other, _ in self._pending.values()):
+        if self._engines.handles[engine] is handle:  # the first of its messages to fail
             self._engines.replaced(own, engine)
         self._spread.again(engine, group)
 

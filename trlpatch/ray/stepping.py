@@ -24,6 +24,8 @@ from trlpatch.ray.messages import EngineHealth, Version
 
 T = TypeVar("T")
 
+_REMEMBERED = 1024
+
 
 class Steppable(Protocol):
     """`vllm.LLM`'s `llm_engine`, as far as it is stepped."""
@@ -85,6 +87,8 @@ class Stepper:
         self._wake = threading.Condition()
         self._requests: dict[str, tuple[_Group, int]] = {}
         self._queued: set[_Group] = set()
+        self._aborted: deque[str] = deque(maxlen=_REMEMBERED)
+        """Keys of groups that were dropped: what arrives of them afterwards is not begun."""
         self._paused = self._stopping = self._updating = False
         self._lost: BaseException | str | None = None
         self._steps = self._tokens = 0
@@ -295,6 +299,9 @@ class Stepper:
     def _add(self, llm: Any, make: Callable[[Any], Sequence[Addition]], group: _Group) -> None:
         names: list[str] = []
         try:
+            if group.key in self._aborted:
+                group.answer.cancel()
+                return
             group.first_version, group.added_in_update = self.version, self._updating
             for place, addition in enumerate(make(llm)):
                 addition.add_to(llm.llm_engine)
@@ -321,6 +328,8 @@ class Stepper:
         with self._wake:
             names = [name for name, (group, _) in self._requests.items() if key in (None, group.key)]
             groups = {self._requests[name][0] for name in names}
+            if key is not None:
+                self._aborted.append(key)
         self._drop(llm, names)
         for group in groups:
             group.answer.cancel()
