@@ -69,7 +69,7 @@ def policy_weights(model: Any, *, adapters: bool = True) -> list[PolicyWeight]:
             raise NotMergeable(f"{type(config).__name__} learns a prompt, which no weight holds")
     found = list(_walk(base_of(model), "", adapters))
     for weight in found:
-        for tensor in parts_of(weight):
+        for tensor in _tensors(weight):
             _require_here(weight.path, tensor)
     return found
 
@@ -181,8 +181,7 @@ def _checked(path: str, owner: Module, parameter: Any) -> Tensor:
     return parameter
 
 
-def parts_of(weight: PolicyWeight) -> Iterator[Tensor]:
-    """Every tensor that a parameter is computed from, the base first."""
+def _tensors(weight: PolicyWeight) -> Iterator[Tensor]:
     yield weight.base
     for term in weight.terms:
         yield term.left
@@ -220,16 +219,25 @@ class ContentMark:
             (one.path, one.base.data_ptr(), one.base.dtype, [term.scale for term in one.terms], one.magnitude is None)
             for one in weights
         ]
-        factors = [tensor for one in weights if not one.plain for tensor in list(parts_of(one))[1:]]
+        factors = [tensor for one in weights if not one.plain for tensor in list(_tensors(one))[1:]]
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
             self._sums: list[Sums] = ContentSums(factors).now() if factors else []
-            for device in sorted({str(tensor.device) for tensor in whole.values()}):
-                there = [tensor for tensor in whole.values() if str(tensor.device) == device]
-                sums = [as_integers(tensor).sum(dtype=torch.int64) for tensor in there]
-                self._sums.append(Sums(torch.stack(sums)))
+            self._sums += bit_sums(list(whole.values()))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ContentMark):
             return NotImplemented
         return self._structure == other._structure and self._sums == other._sums
+
+
+def bit_sums(tensors: list[Tensor]) -> list[Sums]:
+    """Sums of each tensor's bits, by device; they see what version counters do not, as a fused optimizer's step."""
+    import torch
+
+    found = []
+    with torch.inference_mode(False), torch.no_grad():
+        for device in sorted({str(tensor.device) for tensor in tensors}):
+            there = [tensor.detach() for tensor in tensors if str(tensor.device) == device]
+            found.append(Sums(torch.stack([as_integers(tensor).sum(dtype=torch.int64) for tensor in there])))
+    return found

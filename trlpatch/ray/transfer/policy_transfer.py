@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.engine.weights_in_place.plan import NotInPlace, refuse_adapted_twins
 from trlpatch.engine.weights_in_place.reload import checkpoint_tensors
 from trlpatch.errors import EngineLost, WeightsRefused
-from trlpatch.policy.policy_weights import PolicyWeight, parts_of
+from trlpatch.policy.policy_weights import ContentMark, PolicyWeight
 from trlpatch.ray.transfer.sender import Engines, Sent, WeightSender
 
 if TYPE_CHECKING:
@@ -33,16 +33,9 @@ class PolicySource:
         for name, tensor in checkpoint_tensors(self._weights):
             yield name, tensor.to(self._dtype) if self._dtype is not None and name in merged else tensor
 
-    def mark(self) -> list[tuple[int, int]]:
-        """Address and version counter of every tensor: equal as long as none is written in place."""
-        return [(tensor.data_ptr(), tensor._version) for one in self._weights for tensor in parts_of(one)]
-
-    def like(self, other: PolicySource) -> bool:
-        """Are the same tensors put together in the same way?"""
-        ours, theirs = (
-            [(one.path, *(term.scale for term in one.terms)) for one in of._weights] for of in (self, other)
-        )
-        return ours == theirs
+    def mark(self) -> ContentMark:
+        """By content: the step of a fused optimizer moves no version counter."""
+        return ContentMark(self._weights)
 
 
 class PolicyTransfer:
@@ -53,7 +46,8 @@ class PolicyTransfer:
         self._sender = weakref.ref(sender)  # which knows the engines, whose backend has this
         self.sent: Sent | None = None
         """What was sent last; None before."""
-        self._underway: tuple[PolicySource, list[tuple[int, int]]] | None = None
+        self._underway: ContentMark | None = None
+        """Of what `start` began to send."""
 
     @property
     def description(self) -> str:
@@ -85,8 +79,9 @@ class PolicyTransfer:
         except NotInPlace as refusal:
             return str(refusal)
         self._joined(source)
+        mark = source.mark()
         self.sender.start(source, self._next())
-        self._underway = source, source.mark()
+        self._underway = mark
         return None
 
     def finish(self) -> Sent | None:
@@ -98,11 +93,11 @@ class PolicyTransfer:
 
     def _joined(self, source: PolicySource) -> bool:
         """Wait for what is under way, and tell whether it is this one, unchanged."""
-        if self._underway is None:
+        mark = self._underway
+        if mark is None:
             return False
-        begun, mark = self._underway
         self.finish()
-        return mark == source.mark() and begun.like(source)
+        return mark == source.mark()
 
     def _source(self, weights: list[PolicyWeight]) -> PolicySource:
         refuse_adapted_twins(weights)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trlpatch.engine.weights_in_place.merge import float32_products
 from trlpatch.errors import EngineBusy, EngineLost
 from trlpatch.log import logger
+from trlpatch.policy.policy_weights import bit_sums
 from trlpatch.ray.timeouts import Timeouts
 from trlpatch.ray.transfer.calls import Calls, RayCalls
 from trlpatch.ray.transfer.chunks import CHUNK_BYTES, chunks
@@ -224,9 +225,9 @@ class WeightSender:
 
 
 def _mark(weights: Any) -> Any:
-    """What is equal while the tensors are not written in place; None for what can be iterated over only once."""
+    """What is equal as long as the tensors' contents are; None for what can be iterated over only once."""
     if isinstance(weights, (list, tuple)):
-        return [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
+        return [name for name, _ in weights], bit_sums([tensor for _, tensor in weights])
     mark = getattr(weights, "mark", None)
     return mark() if callable(mark) else None
 
