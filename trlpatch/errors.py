@@ -262,7 +262,6 @@ class WrongVersion(RayError, RuntimeError):
     """A response was sampled with another version of adapter or weights than was asked for."""
 
 
-<<<<<<< HEAD
 class EngineHung(EngineLost):
     """A rollout engine has requests and ends no step, or its actor answers nothing; it was killed."""
 
@@ -291,7 +290,8 @@ class RolloutFailed(RayError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[RolloutFailed], tuple[str, BaseException, BaseException]]:
         return type(self), (str(self), self.first, self.second)
-=======
+
+
 class AsyncNotSupported(RayError, ValueError):
     """AsyncGRPOTrainer cannot roll out on Ray engines as asked, with the reason; nothing was set up."""
 
@@ -324,4 +324,7 @@ class CalibrationError(TrlpatchError, ValueError):
 
     def __reduce__(self) -> tuple[type[CalibrationError], tuple[object, str]]:
         return type(self), (self.path, self.reason)
->>>>>>> ray-scale
+
+
+class WeightsRefused(RayError, ValueError):
+    """A rollout engine can take no full weights, with the reason; it has those that it had."""

@@ -21,6 +21,7 @@ from typing import Any
 
 from tests.cpu.features import TEMPLATE
 from tests.ray import fault_cases
+from tests.ray.weights_runs import full_weights
 
 ENGINES = 2
 MAX_SEQS = 8
@@ -419,6 +420,7 @@ CASES: dict[str, Callable[[Rig], Any]] = {
     "loaded": loaded,
     "toy_faults": lambda rig: fault_cases.toy_faults(),
     "killed_driver": lambda rig: fault_cases.killed_driver(),
+    "full_weights": full_weights,
 }
 ON_REQUEST: dict[str, Callable[[Rig], Any]] = {"all_features": all_features}
 

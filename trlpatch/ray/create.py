@@ -17,6 +17,7 @@ from trlpatch.ray.fleet import RayCluster
 from trlpatch.ray.plan import Need, require_others, require_room
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
+from trlpatch.ray.transfer.sender import WeightSender
 
 _THREADS = {CONTROL: 4, ROLLOUTS: 64}
 """Calls that an actor answers at a time. The default group has one: updates keep their order."""
@@ -34,6 +35,7 @@ def create_engines(
     enable_lora: bool = True,
     lora_layers: str = "auto",
     prefetch: int = 0,
+    weight_transfer: str = "auto",
     timeouts: Timeouts | None = None,
     environment: Mapping[str, str] | None = None,
     ray_options: Mapping[str, Any] | None = None,
@@ -50,6 +52,8 @@ def create_engines(
         enable_lora: False: full weights are all that these engines are given.
         lora_layers: as of `PatchFastRL`.
         prefetch: 1: GRPOTrainer's next batch is generated while it trains on this one, see docs/async.md.
+        weight_transfer: how full weights travel: "nccl" by vLLM's transfer, "tensors" by Ray's object store, "auto" by
+            NCCL on GPUs, where this vLLM has it. Adapters always go by the object store.
         timeouts: of the start, health checks, updates and rollouts.
         environment: variables for the engines' processes, which win over the trainer's and over the defaults.
         ray_options: of `ray.init`, where Ray does not run in this process yet.
@@ -72,6 +76,7 @@ def create_engines(
         arguments,
         num_engines,
         lora_layers=lora_layers,
+        weight_transfer=weight_transfer,
         timeouts=timeouts,
         environment=environment,
         ray_options=ray_options,
@@ -85,6 +90,7 @@ def start_engines(
     num_engines: int,
     *,
     lora_layers: str = "auto",
+    weight_transfer: str = "auto",
     timeouts: Timeouts | None = None,
     environment: Mapping[str, str] | None = None,
     ray_options: Mapping[str, Any] | None = None,
@@ -105,7 +111,7 @@ def start_engines(
     require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION)
-    started = Started(ray, need, group, arguments, variables, lora_layers)
+    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
     supervisor = Supervisor(started.actor, num_engines, limits, cluster=RayCluster(CONTROL))
     try:
         infos = supervisor.start()
@@ -117,6 +123,7 @@ def start_engines(
         raise
     handles = [place.actor for place in supervisor.places]
     engines = RayEngines(handles, infos, limits, release=started.release, supervisor=supervisor)
+    engines.weight_sender = WeightSender(engines)
     logger.info("%r is up", engines)
     return engines
 
@@ -132,6 +139,7 @@ class Started:
         arguments: Mapping[str, Any],
         environment: Mapping[str, str],
         lora_layers: str,
+        weight_transfer: str,
     ) -> None:
         self._ray = ray
         self._need = need
@@ -139,6 +147,7 @@ class Started:
         self._arguments = arguments
         self._environment = environment
         self._lora_layers = lora_layers
+        self._weight_transfer = weight_transfer
 
     def actor(self, index: int) -> Any:
         """Start the engine at `index` in its place; `ready` of the handle waits for it."""
@@ -155,7 +164,13 @@ class Started:
                 placement_group_bundle_index=index,
                 placement_group_capture_child_tasks=True,
             ),
-        ).remote(index, arguments, dict(self._environment), layers=self._lora_layers)
+        ).remote(
+            index,
+            arguments,
+            dict(self._environment),
+            layers=self._lora_layers,
+            weight_transfer=self._weight_transfer,
+        )
 
     def release(self) -> None:
         """Give the reserved resources back."""
