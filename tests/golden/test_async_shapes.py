@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 CALLS = {
     "rollout_worker.start", "rollout_worker.stop", "rollout_worker.update_model_version",
-    "rollout_worker.check_health", "weight_transfer.init_weight_transfer", "weight_transfer.pause", "weight_transfer.send_weights",
-    "weight_transfer.resume", "weight_transfer.destroy",
+    "rollout_worker.check_health", "weight_transfer.init_weight_transfer", "weight_transfer.pause",
+    "weight_transfer.send_weights", "weight_transfer.resume", "weight_transfer.destroy",
 }  # fmt: skip
 """What the trainer asks of the two."""
 
