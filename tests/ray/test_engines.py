@@ -297,6 +297,18 @@ def _with_sleep(llm: Any) -> None:
     llm.wake_up = lambda tags: None
 
 
+def test_an_engine_that_is_awake_is_not_woken(engines: RayEngines) -> None:
+    woken: list[int] = []
+    for handle in engines.handles:
+        index = handle.actor.index
+        wake = {"sleep": lambda level: None, "wake_up": lambda tags, index=index: woken.append(index)}
+        handle.actor.stepper.between_steps(lambda llm, wake=wake: vars(llm).update(wake))
+    engines.handles[0].actor.sleep(1)
+    engines.wake_up()
+    assert woken == [0], "the other one took a lost one's place while all slept"
+    assert [health.state for health in engines.health()] == ["running"] * 2
+
+
 def test_full_weights_need_a_sender(engines: RayEngines) -> None:
     model = engines.llm_engine.model_executor.driver_worker.model_runner.model
     with pytest.raises(AdapterNotExpressible, match="no way for them"):

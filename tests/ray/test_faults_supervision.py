@@ -385,14 +385,24 @@ def test_a_loss_that_was_seen_before_costs_no_second_engine() -> None:
     assert len(cluster.actors) == 4
 
 
-def test_a_replacement_that_never_comes_up_is_an_error_for_who_waits_for_it() -> None:
+def test_who_waits_for_a_replacement_goes_on_with_the_others_when_it_never_comes_up() -> None:
     def broken(cluster: Simulated, index: int, number: int) -> Actor:
         return Actor(cluster, index, replies={"ready": Never()} if number > 1 else {})
 
     supervisor, _ = supervisor_of(2, broken)
-    with pytest.raises(NoEngineLeft, match="engine 1 hung"):
-        supervisor.lost(1, ActorDiedError("dead"))
+    supervisor.lost(1, ActorDiedError("dead"))
+    assert "engine 1 was given up" in supervisor.degraded
     assert rolled(supervisor, 4) == right(4)
+    with pytest.raises(NoEngineLeft, match="engine 0 hung"):
+        supervisor.lost(0, ActorDiedError("dead"))
+
+
+def test_who_waits_for_a_replacement_does_not_wait_for_weights_that_nobody_has() -> None:
+    supervisor, _ = supervisor_of(2, restore=lambda actor, index: False)
+    supervisor.lost(1, ActorDiedError("dead"))
+    assert "engine 1 waits for the current weights" in supervisor.degraded
+    with pytest.raises(NoEngineLeft, match="have to be published"):
+        supervisor.lost(0, ActorDiedError("dead"))
 
 
 @pytest.mark.parametrize("seed", range(30))

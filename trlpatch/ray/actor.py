@@ -230,6 +230,9 @@ class LLMRayActor(WeightTransferMethods):
         self._live, self._adapter_sync = None, None
 
     def _wake_up(self, llm: Any, tags: Sequence[str] | None) -> None:
+        if not self.stepper.asleep:
+            # It took a lost one's place while the others slept; below vLLM 0.28 waking would map its memory twice.
+            return
         llm.wake_up(None if tags is None else list(tags))
         self.stepper.asleep = bool(tags is not None and "kv_cache" not in tags and self.stepper.asleep)
 
