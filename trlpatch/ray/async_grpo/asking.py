@@ -68,8 +68,7 @@ class Asker:
         except Exception as error:
             return own_error(error, index, "generate")
         while not ray.wait([ref], timeout=_LOOK)[0]:
-            if self._engines.supervisor is not None:
-                self._engines.supervisor.check()
+            self._engines.supervisor.check()
             if deadline is not None and time.monotonic() > deadline:
                 raise RolloutTimeout(
                     f"rollout engine {index}: a prompt was not answered in {limit:g} s (timeouts.rollout)"
