@@ -150,14 +150,22 @@ def test_a_class_has_it_for_all_public_methods_and_the_inherited_ones() -> None:
     assert inspect.unwrap(LLMRayActor.generate) is not LLMRayActor.generate
 
 
+ARGUMENTS: dict[type, tuple[Any, ...]] = {
+    RolloutFailed: ("text", ValueError("a"), KeyError("b")),
+    errors.InvalidSetting: ("length", -1, "1 or more"),
+    errors.CalibrationError: ("calibration.json", "has no key `gpu`"),
+}
+"""Of errors that take more than a text."""
+
+
 def test_every_error_of_ours_arrives_as_what_it_is() -> None:
     for one in vars(errors).values():
         if not (inspect.isclass(one) and issubclass(one, TrlpatchError)):
             continue
-        error = one("text", ValueError("a"), KeyError("b")) if one is RolloutFailed else one("text")
+        error = one(*ARGUMENTS.get(one, ("text",)))
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is one
-        assert str(again) == "text"
+        assert str(again) == str(error)
     assert isinstance(pickle.loads(pickle.dumps(RolloutFailed("", ValueError(), KeyError("b")))).second, KeyError)
 
 
