@@ -16,6 +16,7 @@ from tests.fakes.models import lora_model, randomize  # noqa: E402
 from tests.fakes.owners import Since110  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.adapter_sync import registry  # noqa: E402
+from trlpatch.engine.rank_agreement import seed_alike  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.hooks.lora_request import one_ranks_request  # noqa: E402
 
@@ -96,3 +97,19 @@ def test_workers_of_vllms_own_are_driven_by_one_process(other: OtherRankDouble) 
     engine = RecordingEngineStub(tensor_parallel=2, tells_tags=False)
     assert hooks.lora_request(owner_of(engine), engine) is not None
     assert other.meetings == 0
+
+
+def test_ranks_that_sample_for_themselves_are_seeded_alike(other: OtherRankDouble) -> None:
+    engine = RecordingEngineStub(tensor_parallel=2)
+    engine.llm_engine.vllm_config.model_config.seed = 3
+    other.says = 5
+    draws = []
+    for before in (1, 2):
+        torch.manual_seed(before)  # as TRL does, with another number on each rank
+        seed_alike(engine)
+        draws.append(torch.rand(4))
+    assert torch.equal(*draws)
+    assert torch.initial_seed() == 5, "of the rank with the highest, where a user gave each another"
+    torch.manual_seed(1)
+    seed_alike(RecordingEngineStub())
+    assert torch.initial_seed() == 1

@@ -52,6 +52,25 @@ def wait_for_engine_ranks(view: LoraView, engine: RolloutEngine) -> None:
         _highest_of_engine(0)
 
 
+def seed_alike(engine: RolloutEngine) -> None:
+    """Seed the ranks of one engine alike: each samples for itself, and has to come to the same tokens.
+
+    As vLLM does when an engine is built, which is where TRL builds its own: after it has seeded each rank differently
+    (`set_seed(args.seed, device_specific=True)`). An engine that was there before has to be told again.
+    """
+    if not _spans_ranks(engine):
+        return
+    import random
+
+    import numpy
+    import torch
+
+    seed = _highest_of_engine(int(getattr(probes.model_config(engine), "seed", None) or 0))
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # every device's
+
+
 def require_together(view: LoraView, model: object) -> None:
     """Check that shards may be gathered.
 

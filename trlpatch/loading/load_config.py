@@ -105,6 +105,7 @@ class LoadConfig:
         random_state: the seed of the engine, where it is not vLLM's default.
         refuse_images: refuse a checkpoint that reads images or sound before anything is built.
         without_effect: engine arguments that were given although no engine is built.
+        why_ranks_separate: what happens to the trainer's weights on several ranks so that they cannot be the engine's.
     """
 
     model_name: str
@@ -135,6 +136,7 @@ class LoadConfig:
     refuse_images: bool = False
     patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
+    why_ranks_separate: str | None = None
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -163,7 +165,7 @@ class LoadConfig:
             return "the trainer's weights are quantized (quantization_config)"
         if self.share_weights is False:
             return "share_weights=False"
-        return None
+        return self.why_ranks_separate
 
 
 def parse_arguments(
