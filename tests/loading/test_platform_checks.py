@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trlpatch.errors import ConflictingArguments, EngineBuildFailed, EngineWithoutSleep
+from trlpatch.errors import ConflictingArguments, EngineWithoutSleep
 from trlpatch.loading import platform_checks
 from trlpatch.loading.load_config import LoadConfig
 
@@ -41,15 +41,6 @@ CONFIG = LoadConfig(
 
 def vllm_is(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(importlib.metadata, "distribution", lambda _: SimpleNamespace(version=version))
-
-
-def test_an_engine_for_each_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EngineBuildFailed, match=r"a launcher started 2 ranks .*docs/limits.md"):
-        platform_checks.require_one_rank(CONFIG)
-    platform_checks.require_one_rank(dataclasses.replace(CONFIG, fast_inference=False))
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    platform_checks.require_one_rank(CONFIG)
 
 
 def test_dgx_spark_generates_natively_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,7 @@ from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, 
 from trlpatch.policy.adapter import base_of, lora_view, unwrap
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 from trlpatch.policy.base_parameters import changed_parameter, contents
+from trlpatch.policy.sharding import filled_later
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -89,7 +90,7 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
         state.sharers.add(base)
     else:
         state.sharers.discard(base)
-        state.weights_attached[base] = contents(base)
+        state.weights_attached[base] = {} if filled_later() else contents(base)
     state.shared_weights = bool(state.sharers)  # of this model or of one attached before
     share_in_copies(llm)
     guards.install(llm, state)
@@ -214,7 +215,7 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
     The active adapter, unless `adapter_name` says another; in the dtype it is trained in.
 
     Raises:
-        AdapterNotExpressible: the model has none.
+        AdapterNotExpressible: the model has none, or it is sharded over ranks.
         ValueError: it has none of that name.
     """
     view = lora_view(self)
@@ -227,6 +228,12 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
     if name not in view.configs:
         raise ValueError(
             f"model.save_lora(adapter_name={name!r}): this model has {', '.join(view.configs) or 'no adapter'}"
+        )
+    by = view.weights(name).sharded
+    if by is not None:
+        raise AdapterNotExpressible(
+            f"model.save_lora({os.fspath(save_directory)!r}): the adapter is sharded over ranks ({by}), and this rank "
+            "has a part of it; expected trainer.save_model(directory), which every rank calls"
         )
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trlpatch.policy.adapter import LoraView
+from trlpatch.policy.sharding import piece_of, shape_of, sharded_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,8 @@ def differs(inside: Tensor, trained: list[Tensor | None]) -> bool:
     """Are an engine's values others than the trainer's, one above the other, would be after rounding to its dtype?"""
     import torch
 
+    if any(sharded_by(weight) is not None for weight in trained):
+        return _pieces_differ(inside, trained)
     exact = {torch.float32, torch.bfloat16, torch.float16}
     known = [weight for weight in trained if weight is not None and weight.dtype in exact]
     if inside.dtype not in exact or len(known) < len(trained):
@@ -85,6 +88,19 @@ def differs(inside: Tensor, trained: list[Tensor | None]) -> bool:
         # float16 against bfloat16: each rounded the checkpoint its own way, by at most 2**-8 of a value.
         error = torch.linalg.vector_norm((whole - inside).float())
         return bool(error > 2**-8 * torch.linalg.vector_norm(whole.float()))
+
+
+def _pieces_differ(inside: Tensor, trained: list[Tensor | None]) -> bool:
+    """Do the parts of sharded weights that are in this process differ? Each process looks at its own."""
+    sizes = [0 if weight is None else shape_of(weight).numel() for weight in trained]
+    if sum(sizes) != inside.numel():
+        return False
+    whole = inside.detach().reshape(-1)
+    for weight, there in zip(trained, whole.split(sizes), strict=True):
+        piece = None if weight is None else piece_of(weight)
+        if piece is not None and piece[1].numel() and differs(there[piece[0] :][: piece[1].numel()], [piece[1]]):
+            return True
+    return False
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:

@@ -16,6 +16,7 @@ from trlpatch.engine.sharing.names import EngineNames
 from trlpatch.errors import CannotShare
 from trlpatch.policy.adapter import LoraView
 from trlpatch.policy.base_parameters import base_parameters
+from trlpatch.policy.sharding import shape_of
 
 _LEAVES = ("weight", "bias")
 """Others vLLM may keep as a function of what the checkpoint has (Mamba's A is -exp(A_log))."""
@@ -37,10 +38,10 @@ def beside_mismatch(view: LoraView, engine: RolloutEngine) -> str | None:
     adapted = {path for path, _ in view.layers}
     for path, _, parameter in base_parameters(view.base):
         layer, _, leaf = path.rpartition(".")
-        if layer in adapted or leaf not in _LEAVES or parameter.is_meta or hasattr(parameter, "full_tensor"):
+        if layer in adapted or leaf not in _LEAVES or parameter.is_meta:
             continue
         try:
-            weight = names.view(path, parameter.shape)
+            weight = names.view(path, shape_of(parameter))
         except CannotShare:
             continue
         if differs(weight, [parameter]):

@@ -18,6 +18,7 @@ from trlpatch.errors import EngineBusy, EngineMismatch
 from trlpatch.log import logger
 from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import lora_view
+from trlpatch.policy.sharding import filled_later, sharded_by
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -100,7 +101,7 @@ def vocabulary_of(base: Module) -> int | None:
 def _why_not_compared(base: Module, state: EngineState) -> str | None:
     if state.policy_location in ("policy", "weights") or state.weights_lost or state.torn:
         return "the engine's weights are those that a trainer pushes"
-    if any(_elsewhere(parameter) for parameter in base.parameters()):
+    if filled_later() or any(_elsewhere(parameter) for parameter in base.parameters()):
         return "the model's weights are sharded, offloaded or not loaded yet"
     view = lora_view(base)
     if view is not None and view.merged:
@@ -110,7 +111,7 @@ def _why_not_compared(base: Module, state: EngineState) -> str | None:
 
 
 def _elsewhere(parameter: Any) -> bool:
-    return bool(parameter.is_meta or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"))
+    return bool(parameter.is_meta or sharded_by(parameter) is not None)
 
 
 def _quantization(base: Module) -> str | None:

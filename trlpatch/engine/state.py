@@ -42,7 +42,7 @@ class Published:
 
     request: LoraRequest
     fingerprint: tuple[object, ...] | None
-    """What the adapter was; None where the way of adapter sync compares by itself."""
+    """What the adapter was; None where the way of adapter sync compares by itself. Of a sharded one, the part here."""
     model: weakref.ref[object]
 
 

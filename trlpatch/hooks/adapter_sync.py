@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from trlpatch.engine import lora_limits, publisher
 from trlpatch.engine.probes import WEIGHTS
 from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.rank_agreement import agreed_reason
 from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, state_of
 from trlpatch.engine.weights_publisher import write_policy
@@ -22,6 +23,7 @@ from trlpatch.log import log_once
 from trlpatch.options import active
 from trlpatch.policy.adapter import LoraView, base_of, lora_view
 from trlpatch.policy.base_parameters import contents
+from trlpatch.policy.sharding import split_over_ranks
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class AdapterPath:
         return self.view is not None and self.reason is None
 
 
-def adapter_path(owner: Owner, engine: RolloutEngine) -> AdapterPath:
+def adapter_path(owner: Owner, engine: RolloutEngine, *, every_rank: bool = True) -> AdapterPath:
     """Decide between a LoRA request and TRL's own sync; the engine's weights must be awake.
+
+    `every_rank`: all ranks are in this call, as where TRL itself calls. With a sharded adapter they agree, then.
 
     Meanwhile the device hands over what was handed over last, which is nearly always what there is to hand over.
     """
@@ -50,11 +54,11 @@ def adapter_path(owner: Owner, engine: RolloutEngine) -> AdapterPath:
         return AdapterPath(view, 'adapter="off"')
     if active().adapter == "merge":
         return AdapterPath(view, 'adapter="merge"')
-    view = view.snapshot(underway)
-    return AdapterPath(view, lora_limits.unsupported_reason(view, engine))
+    view = view.snapshot(underway, every_rank=every_rank)
+    return AdapterPath(view, agreed_reason(view, engine, lora_limits.unsupported_reason(view, engine)))
 
 
-def hand_over(owner: Owner) -> bool:
+def hand_over(owner: Owner, *, every_rank: bool = True) -> bool:
     """Replace TRL's weight sync: True when the engine has the policy, False when TRL must push weights.
 
     The policy is handed over as an adapter, or for full fine-tuning, for adapters that vLLM cannot serve and with
@@ -74,13 +78,13 @@ def hand_over(owner: Owner) -> bool:
         return False
     doing = f"synchronising {type(owner).__name__}"
     with state_of(engine).occupancy.handing_over(engine.llm_engine, doing, abort=True):
-        return _hand_over(owner, engine)
+        return _hand_over(owner, engine, every_rank)
 
 
-def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
+def _hand_over(owner: Owner, engine: RolloutEngine, every_rank: bool) -> bool:
     state = state_of(engine)
     wake(engine, state, WEIGHTS)
-    path = adapter_path(owner, engine)
+    path = adapter_path(owner, engine, every_rank=every_rank)
     reason = path.reason
     if path.view is not None and reason is None:
         try:
@@ -106,6 +110,7 @@ def _hand_over(owner: Owner, engine: RolloutEngine) -> bool:
             'process; use PatchFastRL(adapter="auto")'
         )
     _refuse_to_push(owner, state, str(reason))
+    _refuse_alone(owner, str(reason), every_rank)
     _say(owner, path, f"TRL's own full-weight sync runs instead of LoRA requests: {reason}")
     state.backend.before_weight_push()
     state.policy_pushed()
@@ -129,14 +134,25 @@ def _refuse_to_push(owner: Owner, state: EngineState, why: str) -> None:
         )
 
 
-def resync(owner: Owner, engine: RolloutEngine, state: EngineState, why: str) -> None:
+def _refuse_alone(owner: Owner, why: str, every_rank: bool) -> None:
+    if not every_rank and split_over_ranks(base_of(model_of(owner))):
+        raise StaleAdapter(
+            f"a request made while {type(owner).__name__} runs would not use the current policy: {why}, and its "
+            "parameters are sharded: a weight sync takes every rank, and this call may be one rank's alone; expected "
+            "a call after the trainer's own rollout and before the next optimizer step"
+        )
+
+
+def resync(owner: Owner, engine: RolloutEngine, state: EngineState, why: str, *, every_rank: bool = True) -> None:
     """Run the owner's own (patched) sync now, because the engine does not hold the policy.
 
     Raises:
-        StaleAdapter: the owner has no sync, or its sync did not help.
+        StaleAdapter: the owner has no sync, or its sync did not help; or its parameters are sharded, and the other
+            ranks are not known to be here.
         SharedWeights: the engine computes with the trainer's own weights.
     """
     _refuse_to_push(owner, state, why)
+    _refuse_alone(owner, why, every_rank)
     sync = own_sync(owner)
     if sync is None or state.syncing:
         raise StaleAdapter(

@@ -13,6 +13,7 @@ from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.engine.lora_limits import MAX_CPU_LORAS
 from trlpatch.engine.model_inspection import inspected_here
 from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.rank_agreement import seed_alike
 from trlpatch.engine.single_adapter.install import lora_layers
 from trlpatch.engine.state import state_of
 from trlpatch.errors import AdapterNotExpressible
@@ -62,6 +63,7 @@ class _Reuse:
         state_of(self._engine).attached = True
         _watch(self._engine)
         share_in_copies(self._engine)
+        seed_alike(self._engine)
         ranks.restore()
         log_once(self._engine, "rollouts use the engine attached to the model; TRL builds none of its own")
         return self._engine

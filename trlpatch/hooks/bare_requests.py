@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from trlpatch.engine.protocols import LoraRequest, RolloutEngine
-from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.lora_request import one_ranks_request
 from trlpatch.hooks.trainers import engine_of
 from trlpatch.log import warn_once
 
@@ -28,7 +28,7 @@ def bare_request(engine: RolloutEngine) -> LoraRequest | None:
     no adapter, once per call of the engine's API.
 
     Raises:
-        StaleAdapter: as `lora_request`; nothing has been sampled.
+        StaleAdapter: as `one_ranks_request`; nothing has been sampled.
     """
     own = sys._getframe(1)
     trainer = _trainer_among(own, engine)
@@ -40,7 +40,7 @@ def bare_request(engine: RolloutEngine) -> LoraRequest | None:
         return None
     where, name = _caller(own), type(trainer).__name__
     try:
-        request = lora_request(trainer, engine)
+        request = one_ranks_request(trainer, engine)
     except Exception as error:
         error.add_note(f"asked for without a lora_request while {name} runs, at {where}")
         raise

@@ -19,6 +19,7 @@ from trlpatch.hooks.sampling_checks import check_sampling
 from trlpatch.hooks.trainers import is_excluded_trainer
 from trlpatch.log import log_once, warn_once
 from trlpatch.options import active
+from trlpatch.policy.adapter import base_of
 from trlpatch.trl_names import LEFT_ALONE_REASON
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
         if engine is not None:
             ranks.require_process_group(trainer)
             check_frozen(model)
+            if base_of(model) in state_of(engine).sharers:
+                ranks.require_unsharded_arguments(trainer, args)
             _match(trainer, args, engine)
             # Engines that have something to do beside each step of a trainer.
             prepare = getattr(engine, "prepare_trainer", None)

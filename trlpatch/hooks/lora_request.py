@@ -25,20 +25,36 @@ def lora_request(owner: Owner, engine: RolloutEngine | None, given: LoraRequest 
         StaleAdapter: rather than return an adapter that is not the current one.
         EngineBusy: another thread generates on the engine.
     """
+    return _request(owner, engine, given, every_rank=True)
+
+
+def one_ranks_request(owner: Owner, engine: RolloutEngine) -> LoraRequest | None:
+    """As `lora_request`, for a call that the other ranks may not make: a callback, a reward function, user code.
+
+    Raises:
+        StaleAdapter: also where only all ranks together could hand the adapter over, because it is sharded.
+        EngineBusy: another thread generates on the engine.
+    """
+    return _request(owner, engine, None, every_rank=False)
+
+
+def _request(
+    owner: Owner, engine: RolloutEngine | None, given: LoraRequest | None, *, every_rank: bool
+) -> LoraRequest | None:
     if engine is None or serves_remotely(owner):
         return given
     with state_of(engine).occupancy.handing_over(
         engine.llm_engine, f"a rollout of {type(owner).__name__}", abort=True
     ):
-        return _current(owner, engine, given)
+        return _current(owner, engine, given, every_rank)
 
 
-def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None) -> LoraRequest | None:
+def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None, every_rank: bool) -> LoraRequest | None:
     state = state_of(engine)
-    awake_with_live_weights(owner, engine, state)
+    awake_with_live_weights(owner, engine, state, every_rank=every_rank)
     if given is not None:
         return given
-    path = adapter_path(owner, engine)
+    path = adapter_path(owner, engine, every_rank=every_rank)
     if path.live and _disabled(path):
         return None
     if path.live and path.view is not None:
@@ -46,8 +62,9 @@ def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None) -> 
             request = publisher.current_request(path.view, path.view.base, engine)
         except AdapterNotExpressible:
             request = None  # another adapter than at the last sync: `hand_over` decides what becomes of it
-        if request is None and hand_over(owner):
-            request = publisher.current_request(path.view.snapshot(), path.view.base, engine)
+        if request is None and hand_over(owner, every_rank=every_rank):
+            view = path.view.snapshot(every_rank=every_rank)
+            request = publisher.current_request(view, path.view.base, engine)
             if request is None:
                 raise StaleAdapter(
                     f"a rollout of {type(owner).__name__} would not use the current adapter: it changed, or was "
@@ -55,15 +72,16 @@ def _current(owner: Owner, engine: RolloutEngine, given: LoraRequest | None) -> 
                 )
         if request is not None:
             return request
-        path = adapter_path(owner, engine)
+        path = adapter_path(owner, engine, every_rank=every_rank)
     if state.policy_location == "weights" or state.torn:
         model = model_of(owner)
         if in_place.holds_policy(model, engine) or in_place.write_policy(model, engine) is None:
             return None
-        resync(owner, engine, state, "its weights cannot be written in place any more")
+        resync(owner, engine, state, "its weights cannot be written in place any more", every_rank=every_rank)
     elif state.policy_location != "policy" and path.view is not None:
         # The adapter has become one that vLLM cannot serve, or never was: the sync has to bring merged weights.
-        resync(owner, engine, state, f"the adapter cannot be sent as a request ({path.reason})")
+        reason = f"the adapter cannot be sent as a request ({path.reason})"
+        resync(owner, engine, state, reason, every_rank=every_rank)
     return None
 
 

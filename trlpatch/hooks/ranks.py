@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
-from trlpatch.errors import EngineMismatch
+from trlpatch.errors import EngineMismatch, SharedWeights
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _before: dict[str, str | None] = {}
@@ -52,3 +53,22 @@ def require_process_group(trainer: object) -> None:
             "config, or call accelerate.PartialState(), before the engine: "
             'vllm.LLM(..., distributed_executor_backend="external_launcher")'
         )
+
+
+def require_unsharded_arguments(trainer: object, args: Any) -> None:
+    """Check that the trainer will leave base weights whole that are the engine's own memory.
+
+    Raises:
+        SharedWeights: FSDP or DeepSpeed ZeRO-3 would split and move them.
+    """
+    zero3 = getattr(getattr(args, "hf_deepspeed_config", None), "is_zero3", None)
+    if getattr(args, "fsdp", None):
+        who = f"fsdp={args.fsdp!r}"
+    elif callable(zero3) and zero3():
+        who = "DeepSpeed ZeRO-3"
+    else:
+        return
+    raise SharedWeights(
+        f"{type(trainer).__name__}: {who} would split base weights over the ranks that are the engine's own memory; "
+        "expected weights of the trainer's own: FastLanguageModel.from_pretrained(..., share_weights=False)"
+    )

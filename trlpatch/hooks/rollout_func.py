@@ -8,11 +8,13 @@ from trlpatch.engine import guards
 from trlpatch.engine.attach import attached_engine
 from trlpatch.engine.state import state_of
 from trlpatch.errors import RolloutFuncIgnored
-from trlpatch.hooks.lora_request import lora_request
+from trlpatch.hooks.lora_request import lora_request, one_ranks_request
 from trlpatch.hooks.protocols import RolloutFunc, TrainerArguments, TrainerLike
 from trlpatch.hooks.sleep import sleep
-from trlpatch.hooks.trainers import args_of, engine_of, serves_remotely
+from trlpatch.hooks.trainers import args_of, engine_of, model_of, serves_remotely
 from trlpatch.log import log_once, warn_once
+from trlpatch.policy.adapter import base_of
+from trlpatch.policy.sharding import split_over_ranks
 
 
 def rollout_func(trainer: TrainerLike, function: RolloutFunc | None) -> RolloutFunc | None:
@@ -24,7 +26,7 @@ def rollout_func(trainer: TrainerLike, function: RolloutFunc | None) -> RolloutF
     sleeps if the trainer's engines sleep: TRL leaves that to the function.
 
     Raises:
-        StaleAdapter: as `lora_request` does, where the function generates.
+        StaleAdapter: as `one_ranks_request` does, where the function generates.
     """
     if function is None:
         return None
@@ -37,7 +39,9 @@ def rollout_func(trainer: TrainerLike, function: RolloutFunc | None) -> RolloutF
         state = state_of(engine)
         guards.install(engine, state)
         log_once(engine, "what rollout_func generates without a lora_request carries the adapter being trained")
-        with state.supplying(lambda: lora_request(trainer, engine)):
+        if split_over_ranks(base_of(model_of(trainer))):
+            lora_request(trainer, engine)  # every rank is here, and need not be where the function generates
+        with state.supplying(lambda: one_ranks_request(trainer, engine)):
             result = function(*args, **kwargs)
         if getattr(args_of(trainer), "vllm_enable_sleep_mode", False):
             sleep(trainer, engine, level=2)

@@ -80,9 +80,11 @@ def reload_weights(owner: Owner, engine: RolloutEngine | None, **_: object) -> N
         )
 
 
-def awake_with_live_weights(owner: Owner, engine: RolloutEngine, state: EngineState) -> None:
+def awake_with_live_weights(
+    owner: Owner, engine: RolloutEngine, state: EngineState, *, every_rank: bool = True
+) -> None:
     """What has to be true when a rollout starts, whatever TRL did or did not do before it."""
     pools.wake(engine, state, WEIGHTS)
     if state.weights_lost:
-        resync(owner, engine, state, "a level-2 sleep discarded the engine's weights")
+        resync(owner, engine, state, "a level-2 sleep discarded the engine's weights", every_rank=every_rank)
     pools.wake(engine, state, KV_CACHE)

@@ -110,6 +110,7 @@ class LoadConfig:
         refuse_images: refuse a checkpoint that reads images or sound before anything is built.
         without_effect: engine arguments that were given although no engine is built.
         num_engines: how many engines are built on other devices, as Ray actors; None: one in this process.
+        why_ranks_separate: what happens to the trainer's weights on several ranks so that they cannot be the engine's.
     """
 
     model_name: str
@@ -141,6 +142,7 @@ class LoadConfig:
     patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
     num_engines: int | None = None
+    why_ranks_separate: str | None = None
 
     @property
     def hub(self) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class LoadConfig:
             return "the trainer's weights are quantized (quantization_config)"
         if self.share_weights is False:
             return "share_weights=False"
-        return None
+        return self.why_ranks_separate
 
 
 def parse_arguments(

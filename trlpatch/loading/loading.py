@@ -30,9 +30,11 @@ from trlpatch.loading.load_config import LoadConfig
 from trlpatch.loading.memory import DeviceMemory, MemoryRequirement, require_memory, require_memory_for_copy
 from trlpatch.loading.modes import remember_tokenizer
 from trlpatch.loading.progress import Progress, memory_in_use
+from trlpatch.loading.ranks import LAUNCHER, meet_other_ranks
 from trlpatch.loading.tokenizer import engine_tokenizer, keep, load_tokenizer
 from trlpatch.loading.transformers_backend import without_engine
 from trlpatch.log import logger
+from trlpatch.policy.sharding import filled_later, split_over_ranks
 from trlpatch.versions import installed_version
 
 
@@ -42,7 +44,8 @@ def load(config: LoadConfig) -> tuple[Any, Any]:
     Nothing is left of a load that fails or is interrupted.
     """
     show = Progress(config.model_name)
-    groups = ProcessGroups.now()
+    config = meet_other_ranks(platform_checks.require_devices(config))
+    groups = ProcessGroups.now()  # that of the ranks stays: accelerate knows it by now
     made: dict[str, Any] = {}
     with environment_kept_on_failure():
         before, _ = memory_in_use()
@@ -66,8 +69,6 @@ def load(config: LoadConfig) -> tuple[Any, Any]:
 def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]:
     """Put "tokenizer", "engine" and "model" into `made` as they come; the answer is for the final line."""
     with show.stage("reading the configuration"):
-        config = platform_checks.require_devices(config)
-        platform_checks.require_one_rank(config)
         source = adapter_source.adapter_source(config)
         if source is not None:
             config = adapter_source.of_base(config, source)
@@ -127,8 +128,11 @@ def _load_with_engine(
         with show.stage("loading the weights for training"):
             made["model"] = load_transformers_model(config, hf_config, dtype)
     with show.stage("comparing engine and model"):
-        _compare(config, made["model"], made["engine"])
-        attach_engine(made["model"], made["engine"], shared_weights=reason is None, check=False)
+        whole = not filled_later() and split_over_ranks(made["model"]) is None
+        if whole:
+            _compare(config, made["model"], made["engine"])
+        # Else the check says why it compares nothing yet, and each rank compares its part at the first rollout.
+        attach_engine(made["model"], made["engine"], shared_weights=reason is None, check=not whole)
         state_of(made["engine"]).why_separate = reason
     sleeps = "with sleep mode" if probes.sleep_enabled(made["engine"]) else "without sleep mode"
     return [f"vLLM {installed_version('vllm')}", _weights_fact(config, reason), sleeps]
@@ -215,11 +219,16 @@ def engine_arguments(config: LoadConfig, dtype: Any) -> dict[str, Any]:
 
 def _in_process(arguments: dict[str, Any]) -> bool:
     """Will the engine's workers live in this process?"""
-    return arguments.get("tensor_parallel_size", 1) == 1 and os.environ.get(MULTIPROCESSING, "0") == "0"
+    alone = arguments.get("tensor_parallel_size", 1) == 1
+    launched = arguments.get("distributed_executor_backend") == LAUNCHER
+    return (alone or launched) and os.environ.get(MULTIPROCESSING, "0") == "0"
 
 
 def load_transformers_model(config: LoadConfig, hf_config: Any, dtype: Any) -> Any:
-    """The model with weights of its own, on the device that the engine uses."""
+    """The model with weights of its own, on the device that the engine uses.
+
+    Where they are sharded later, whoever shards them puts them there; ZeRO-3 takes no `device_map` at all.
+    """
     import torch
     import transformers
     from packaging.version import Version
@@ -229,7 +238,7 @@ def load_transformers_model(config: LoadConfig, hf_config: Any, dtype: Any) -> A
     arguments["dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"] = dtype
     if config.revision is None:
         del arguments["revision"]
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and config.why_ranks_separate is None:
         arguments.setdefault("device_map", {"": torch.cuda.current_device()})
     if config.load_in_4bit and quantization_of(hf_config) is None:
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(

@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from trlpatch.engine.memory.sleep_mode import sleep_default
 from trlpatch.engine.memory.sleep_mode import unsupported_reason as why_no_sleep_mode
-from trlpatch.errors import ConflictingArguments, CudaRequired, EngineBuildFailed, EngineWithoutSleep
+from trlpatch.errors import ConflictingArguments, CudaRequired, EngineWithoutSleep
 from trlpatch.loading.load_config import LoadConfig
 from trlpatch.log import logger
 from trlpatch.options import VLLM_ON_GB10, read_switch
@@ -22,22 +22,6 @@ PDL_SWITCH = "TRITON_DISABLE_PDL"
 PDL_HOME = "vllm.lora.ops.triton_ops"
 BLACKWELL = 10
 PDL_WORKS = Version("0.15")
-
-
-def require_one_rank(config: LoadConfig) -> None:
-    """Raise EngineBuildFailed where a launcher started several ranks, each of which would build an engine.
-
-    Built before the ranks have met, an engine of vLLM 0.23 waits for ever for a store that nobody serves; one of 0.28
-    makes a process group of this rank alone, which accelerate takes for the launcher's.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE") or 1)
-    if config.fast_inference and ranks > 1:
-        raise EngineBuildFailed(
-            f"FastLanguageModel.from_pretrained({config.model_name!r}): a launcher started {ranks} ranks "
-            "(WORLD_SIZE), and this builds the engine of a process that is alone. Load the model with transformers "
-            'and attach an engine on each rank, as docs/limits.md shows under "Several ranks", or pass '
-            "fast_inference=False"
-        )
 
 
 def require_devices(config: LoadConfig) -> LoadConfig:

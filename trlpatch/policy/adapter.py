@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trlpatch.policy.layer_state import Contents, Guard, addresses_of
 from trlpatch.policy.registrations import registrations
+from trlpatch.policy.sharding import local_of, shape_of, sharded_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +63,7 @@ class LoraWeights:
     """lora_B weights, [out, r]."""
     scalings: list[float]
     addresses: list[int]
-    """Of every A, then of every B; empty when some have no storage in this process."""
+    """Of every A, then of every B: of the part in this process, 0 where there is none; empty without storage."""
     derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     """What was computed from the identity of these tensors, not from their values."""
 
@@ -74,7 +75,12 @@ class LoraWeights:
     @cached_property
     def rank(self) -> int:
         """The largest rank, after rank_pattern."""
-        return max(int(a.shape[0]) for a in self.a)
+        return max(int(shape_of(a)[0]) for a in self.a)
+
+    @cached_property
+    def sharded(self) -> str | None:
+        """What has split some of them over ranks; None when all are whole."""
+        return next(filter(None, map(sharded_by, self.parameters)), None)
 
     @cached_property
     def targets(self) -> tuple[str, ...]:
@@ -157,9 +163,13 @@ _DTYPE = attrgetter("dtype")
 
 def _addresses(weights: list[Tensor]) -> list[int]:
     try:
-        return addresses_of(weights)
-    except RuntimeError:  # sharded parameters have no storage of their own
+        # DTensors have the address 0. ZeRO-3 gives a parameter other storage whenever it is gathered and released.
+        found = addresses_of(weights)
+        if 0 in found or (weights and hasattr(weights[0], "ds_id")):
+            found = addresses_of([local_of(weight) for weight in weights])
+    except RuntimeError:  # no storage, of a kind that is not known here
         return []
+    return found
 
 
 @dataclass(frozen=True)
@@ -231,7 +241,7 @@ class PeftLayers:
 
     def _guard(self, active: tuple[str, ...], weights: LoraWeights | None) -> Guard | None:
         sites = None if weights is None else self._sites[active[0]].containers
-        if sites is None or weights is None or not weights.addresses:
+        if sites is None or weights is None or not weights.addresses or weights.sharded:
             return None
         try:
             return Guard(self._attributes, sites, weights.parameters, weights.addresses)
@@ -277,6 +287,11 @@ class LoraView:
     found: PeftLayers
 
     @property
+    def sharded(self) -> str | None:
+        """What has split the active adapter over ranks; None when it is whole, or not one adapter."""
+        return self.weights(self.active[0]).sharded if len(self.active) == 1 else None
+
+    @property
     def layers(self) -> tuple[tuple[str, Module], ...]:
         """(path in the transformers model, PEFT layer), in the model's order."""
         return self.found.layers
@@ -310,12 +325,13 @@ class LoraView:
         weights = self.weights(adapter)
         return list(zip(weights.paths, weights.a, weights.b, weights.scalings, strict=True))
 
-    def snapshot(self, underway: CopyUnderway | None = None) -> LoraSnapshot:
+    def snapshot(self, underway: CopyUnderway | None = None, *, every_rank: bool = False) -> LoraSnapshot:
         """Take the view of this moment, for one call that asks the same things many times.
 
-        `underway` is a copy that the same call has started.
+        `underway` is a copy that the same call has started. `every_rank` says that all ranks are in this call, so
+        that shards may be gathered.
         """
-        return LoraSnapshot(self.base, self.configs, self.found, underway)
+        return LoraSnapshot(self.base, self.configs, self.found, underway, every_rank)
 
 
 @dataclass(frozen=True)
@@ -323,6 +339,7 @@ class LoraSnapshot(LoraView):
     """A view that asks the model each thing once, and from then on says what it was."""
 
     underway: CopyUnderway | None = None
+    every_rank: bool = False
 
     @cached_property
     def _state(self) -> LayerState:

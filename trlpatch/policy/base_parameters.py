@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.policy.adapter import LoraView, base_of
 from trlpatch.policy.base_weights import Weight, weights_now
 from trlpatch.policy.change_detection import as_integers
+from trlpatch.policy.sharding import sharded_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +128,7 @@ def contents(base: Module) -> dict[str, Weight]:
 
 
 def _readable(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and tensor.numel() > 0 and not hasattr(tensor, "full_tensor")
+    return tensor.device.type != "meta" and tensor.numel() > 0 and sharded_by(tensor) is None
 
 
 def changed_beside(before: Mapping[str, Weight] | None, view: LoraView) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from trlpatch.policy.adapter import CopyUnderway, LoraSnapshot, LoraView, LoraWeights
 from trlpatch.policy.change_detection import ContentSums, as_integers
 from trlpatch.policy.layer_state import Contents, addresses_of
+from trlpatch.policy.sharding import local_of, sharded_by
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def weights_now(base: Module) -> dict[str, Weight]:
         parent = base.get_submodule(path.rpartition(".")[0])
         if weight is None or weight.dim() != 2 or ".lora_" in path or getattr(parent, "merged", False):
             continue
-        if weight.device.type != "meta" and weight.numel() and not hasattr(weight, "full_tensor"):
+        if weight.device.type != "meta" and weight.numel() and sharded_by(weight) is None:
             found[path.removesuffix(".base_layer")] = weight.detach()
     with torch.no_grad():
         sums = {path: as_integers(weight).sum(dtype=torch.int64) for path, weight in found.items()}
@@ -114,12 +115,9 @@ def _spots(parameters: list[dict[str, Tensor | None]]) -> Spots:
 
     found_in = Contents(parameters)
     present = [
-        weight
+        here
         for weight in (own.get("weight") for own in parameters)
-        if weight is not None
-        and weight.device.type != "meta"
-        and weight.numel()
-        and not hasattr(weight, "full_tensor")
+        if weight is not None and not (here := local_of(weight)).is_meta and here.numel()
     ]
     with torch.inference_mode(False), torch.no_grad():
         flat = [weight.detach().view(-1) for weight in present if weight.is_contiguous()]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trlpatch.policy.adapter import LoraView, LoraWeights
+from trlpatch.policy.sharding import local_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ _CHUNK = 2**20  # elements gathered at a time: 20 MiB with their keys and produc
 
 
 def fingerprint(view: LoraView) -> tuple[object, ...]:
-    """Equal as long as the active adapter is unchanged.
+    """Equal as long as the active adapter is unchanged; of a sharded one, the part in this process.
 
     Computing one starts three kernels per million parameters and waits for none of them; comparing two waits.
     """
@@ -36,7 +37,7 @@ def content(weights: LoraWeights) -> list[Sums]:
 
     sums: ContentSums | None = weights.derived.get("content")
     if sums is None:
-        tensors = [*weights.a, *weights.b]
+        tensors = [local_of(weight) for weight in weights.parameters]
         with torch.inference_mode(False):
             sums = ContentSums(tensors)
         if all(weight.is_contiguous() for weight in tensors):

@@ -10,6 +10,7 @@ from typing import Any
 
 from trlpatch.policy.adapter import LoraView
 from trlpatch.policy.base_parameters import trained_parameter
+from trlpatch.policy.sharding import shape_of, sharded_by, unreadable_reason
 
 REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT initialisations that subtract the new adapter from the base weights."""
@@ -83,7 +84,7 @@ def _layer_reason(view: LoraView, adapter: str) -> str | None:
             return f"{path!r} uses the LoRA variant {type(variant).__name__}"
         if type(layer).__name__ in ("ParamWrapper", "MultiheadAttention"):
             return f"{path!r} is adapted through PEFT's {type(layer).__name__}"
-        if layer.lora_A[adapter].weight.dim() != 2:
+        if len(shape_of(layer.lora_A[adapter].weight)) != 2:
             return f"{path!r} is not a linear layer"
         if getattr(layer.lora_B[adapter], "bias", None) is not None:
             return f"{path!r} has a bias in lora_B"
@@ -117,11 +118,11 @@ def _storage_reason(view: LoraView, adapter: str) -> str | None:
         return "its parameters are sharded by FSDP"
     for path, a, b, _ in view.pairs(adapter):
         for parameter in (a, b):
-            if hasattr(parameter, "ds_id"):
-                return "its parameters are sharded by DeepSpeed ZeRO-3"
-            if hasattr(parameter, "full_tensor"):
-                return "its parameters are sharded by FSDP2"
-            if parameter.device.type == "meta" or parameter.numel() == 0:
+            if sharded_by(parameter) is not None:
+                reason = unreadable_reason(parameter)
+                if reason is not None:
+                    return reason
+            elif parameter.device.type == "meta" or parameter.numel() == 0:
                 return f"the parameters of {path!r} hold no data in this process"
     return None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.policy.adapter import base_of, lora_view
 from trlpatch.policy.change_detection import ContentSums, Sums, as_integers
+from trlpatch.policy.sharding import sharded_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,10 +194,8 @@ def _tensors(weight: PolicyWeight) -> Iterator[Tensor]:
 def _require_here(path: str, tensor: Any) -> None:
     import torch
 
-    if hasattr(tensor, "ds_id"):
-        raise NotMergeable("the parameters are sharded by DeepSpeed ZeRO-3")
-    if hasattr(tensor, "full_tensor"):
-        raise NotMergeable("the parameters are sharded by FSDP2")
+    if (by := sharded_by(tensor)) is not None:
+        raise NotMergeable(f"the parameters are sharded by {by}")
     if tensor.is_meta or tensor.numel() == 0:
         raise NotMergeable(f"{path!r} holds no data in this process")
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -30,11 +30,22 @@ NOWHERE = Path("/nonexistent/trlpatch")
 _versions = itertools.count(1)
 
 
+def next_number() -> int:
+    """Take the next number of a version; nobody else gets it."""
+    return next(_versions)
+
+
+def continue_from(number: int) -> None:
+    """Number versions from here on, which must not be lower than those given."""
+    global _versions
+    _versions = itertools.count(number)
+
+
 def fresh_request(directory: Path, *, lora_id: int | None = None) -> LoraRequest:
     """Make a request whose name and path (below `directory`) no earlier version had, nor its id unless it is given."""
     from vllm.lora.request import LoRARequest
 
-    number = next(_versions)
+    number = next_number()
     name = f"{LIVE_NAME}{number}"
     number = LIVE_ID + number if lora_id is None else lora_id
     request: LoraRequest = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(directory / name))
