@@ -118,7 +118,7 @@ class RayEngines:
         nodes = sorted({info.node for info in self.infos})
         parallel = self.infos[0].vllm_config.parallel_config.tensor_parallel_size
         count = f"{len(self.handles)} Ray actor{'s' if len(self.handles) > 1 else ''}"
-        return f"{count}{f' of {parallel} GPUs each' if parallel > 1 else ''} on {', '.join(nodes)}"
+        return f"{count}{f' of {parallel} ranks each' if parallel > 1 else ''} on {', '.join(nodes)}"
 
     @property
     def replicas(self) -> list[RayEngines]:
