@@ -331,6 +331,8 @@ class RayEngines:
         Raises:
             WrongVersion: it holds others all the same.
         """
+        if self._held(handle) == self.version:  # an update for all has reached it
+            return True
         if self.weights_version != CHECKPOINT_WEIGHTS:
             give = getattr(self.weight_sender, "restore", None)
             if give is None or not give(handle, index, self.weights_version):
@@ -340,12 +342,18 @@ class RayEngines:
             (answer,) = gather([ref], "publish_adapter", self.timeouts.sync)
             if isinstance(answer, BaseException):
                 raise answer
-        (health,) = gather([handle.health.options(concurrency_group=CONTROL).remote()], "health", self.timeouts.sync)
+        held = self._held(handle)
+        if held != self.version:
+            raise WrongVersion(f"rollout engine {index} holds {held} where the others hold {self.version}")
+        return True
+
+    def _held(self, handle: Any) -> Version:
+        ref = handle.health.options(concurrency_group=CONTROL).remote()
+        (health,) = gather([ref], "health", self.timeouts.sync)
         if isinstance(health, BaseException):
             raise health
-        if health.version != self.version:
-            raise WrongVersion(f"rollout engine {index} holds {health.version} where the others hold {self.version}")
-        return True
+        version: Version = health.version
+        return version
 
     def replaced(self, error: BaseException, index: int) -> None:
         """Have a lost engine replaced, and wait for the one in its place.
