@@ -160,9 +160,9 @@ def test_an_engine_that_dies_is_replaced_and_given_the_adapter(engines: RayEngin
 def test_an_engine_that_an_update_for_all_has_reached_is_sent_nothing(engines: RayEngines) -> None:
     engines.weights_version = "4"
     handle = engines.handles[0]
-    assert not engines.restore(handle, 0), "nobody has the weights"
+    assert not engines.supervisor.restore(handle, 0), "nobody has the weights"
     handle.actor.stepper.version = Version(0, "4")
-    assert engines.restore(handle, 0)
+    assert engines.supervisor.restore(handle, 0)
 
 
 def adopted(supervisor: Supervisor, handles: list[Any], infos: list[EngineInfo]) -> Supervisor:
