@@ -124,6 +124,7 @@ def test_the_prompts_of_an_engine_that_dies_are_asked_of_another(engines: RayEng
     outputs = engines.generate(texts, FakeParams(), use_tqdm=False)
     assert [output.prompt for output in outputs] == texts
     assert "1 of 2 rollout engines serve: engine 1 is lost (engine 1 died" in engines.supervisor.degraded
+    assert "2 Ray actors on 10.0.0.0, 10.0.0.1; 1 of 2 rollout engines serve" in describe(engines, state_of(engines))
     with pytest.raises(EngineLost, match="engine 1 was asked, and does not serve"):
         engines.submit(1, request_of(engines))
     engines.handles[0].dead = True

@@ -99,11 +99,12 @@ class RayEngines:
 
     @property
     def location(self) -> str:
-        """How many actors, and where."""
+        """How many actors, where, and what is missing of them."""
         nodes = sorted({info.node for info in self.infos})
         parallel = self.infos[0].vllm_config.parallel_config.tensor_parallel_size
         count = f"{len(self.handles)} Ray actor{'s' if len(self.handles) > 1 else ''}"
-        return f"{count}{f' of {parallel} GPUs each' if parallel > 1 else ''} on {', '.join(nodes)}"
+        missing = f"; {self.supervisor.degraded}" if self.up and self.supervisor.degraded else ""
+        return f"{count}{f' of {parallel} GPUs each' if parallel > 1 else ''} on {', '.join(nodes)}{missing}"
 
     @property
     def replicas(self) -> list[RayEngines]:
