@@ -19,6 +19,7 @@ from tests.ray.simulated import (
     supervisor_of,
 )
 from trlpatch.errors import EngineHung, EngineLost, NoEngineLeft, RolloutFailed, WrongVersion
+from trlpatch.ray.faults import Fault
 from trlpatch.ray.messages import EngineHealth, Version
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
@@ -167,6 +168,24 @@ def test_an_engine_that_is_paused_and_never_resumed_is_found(state: str) -> None
     assert rolled(supervisor, 4) == right(4)
     assert cluster.clock - begun > FAST.health + FAST.sync
     assert state in str(supervisor.faults[0])
+
+
+def test_an_engine_that_another_thread_has_exchanged_is_not_asked_and_nobody_waits() -> None:
+    supervisor, cluster = supervisor_of(1, timeouts=Timeouts(init=100, health=600))
+    (place,) = supervisor.places
+    revive = supervisor.revive
+
+    def exchanged(*, wait: bool = False) -> Any:
+        serving = revive(wait=wait)
+        supervisor.revive = revive  # type: ignore[method-assign]
+        supervisor.lose(place, place.actor, Fault(0, "hung", EngineHung("seen by another thread")))
+        return serving
+
+    supervisor.revive = exchanged  # type: ignore[method-assign]
+    begun = cluster.clock
+    assert rolled(supervisor, 4) == right(4)
+    assert "generate" not in [name for name, _ in cluster.actors[0].calls]
+    assert cluster.clock - begun < 10
 
 
 def test_an_engine_that_calls_itself_lost_is_replaced() -> None:

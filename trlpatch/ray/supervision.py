@@ -158,6 +158,8 @@ class _Rollout:
                 self.join()
                 self.send()
                 self.look_after()
+                if not self.flights:  # its engine was exchanged by another thread meanwhile
+                    continue
                 for ref in self.cluster.wait(self.flights, self.supervisor.slice):
                     if ref in self.flights:
                         self.arrived(ref, self.flights[ref])
