@@ -179,12 +179,14 @@ def test_an_engine_that_another_thread_has_exchanged_is_not_asked_and_nobody_wai
         serving = revive(wait=wait)
         supervisor.revive = revive  # type: ignore[method-assign]
         supervisor.lose(place, place.actor, Fault(0, "hung", EngineHung("seen by another thread")))
+        assert place.state == "starting"
         return serving
 
     supervisor.revive = exchanged  # type: ignore[method-assign]
     begun = cluster.clock
     assert rolled(supervisor, 4) == right(4)
     assert "generate" not in [name for name, _ in cluster.actors[0].calls]
+    assert [name for name, _ in cluster.actors[1].calls][:2] == ["ready", "generate"]
     assert cluster.clock - begun < 10
 
 
