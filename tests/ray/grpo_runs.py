@@ -28,8 +28,12 @@ CLUSTER = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard
 ATTEMPTS = 5
 """A busy machine gives Ray's agent too little time to start: ray.init fails then."""
 
-# Actors that start at niceness 15 starve on a busy machine; a local cluster needs no token.
-os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",  # a local cluster needs no token
+    "RAY_worker_niceness": "0",  # actors that start at 15 starve on a busy machine
+    "RAY_memory_monitor_refresh_ms": "0",  # it kills actors when the host's memory is 95 % full, whoever fills it
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 @dataclass

@@ -104,7 +104,7 @@ class RayEngines:
         parallel = self.infos[0].vllm_config.parallel_config.tensor_parallel_size
         count = f"{len(self.handles)} Ray actor{'s' if len(self.handles) > 1 else ''}"
         missing = f"; {self.supervisor.degraded}" if self.up and self.supervisor.degraded else ""
-        return f"{count}{f' of {parallel} GPUs each' if parallel > 1 else ''} on {', '.join(nodes)}{missing}"
+        return f"{count}{f' of {parallel} ranks each' if parallel > 1 else ''} on {', '.join(nodes)}{missing}"
 
     @property
     def replicas(self) -> list[RayEngines]:
