@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from trlpatch.ray.messages import EngineHealth, Version
 from trlpatch.ray.spread import Group, Spread
+from trlpatch.ray.supervision import Supervisor
+from trlpatch.ray.timeouts import Timeouts
 
 NEVER = float("inf")
 
@@ -155,3 +158,34 @@ class Simulated:
 
     def now(self) -> float:
         return self.clock
+
+
+Make = Callable[[Simulated, int, int], Actor]
+"""Makes the actor of an index; the last number counts those of all indices."""
+FAST = Timeouts(init=100, health=20, sync=10, rollout=math.inf, abort=5)
+
+
+def supervisor_of(count: int, make: Make | None = None, **more: Any) -> tuple[Supervisor, Simulated]:
+    cluster = Simulated(make)
+    supervisor = Supervisor(cluster.build, count, more.pop("timeouts", FAST), cluster=cluster, **more)
+    supervisor.start()
+    return supervisor, cluster
+
+
+def rolled(supervisor: Supervisor, count: int, **more: Any) -> list[int]:
+    """Return every prompt's answer, in order; each must be there once."""
+    places: list[int] = []
+    values: list[int] = []
+
+    def ask(index: int, group: Group) -> Any:
+        return supervisor.places[index].actor.generate.remote(group.places)
+
+    for group, answer in supervisor.rollout(dealt(count, **more), ask):
+        places += group.places
+        values += answer
+    assert places == list(range(count))
+    return values
+
+
+def right(count: int) -> list[int]:
+    return [10 * place for place in range(count)]

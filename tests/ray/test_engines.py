@@ -124,6 +124,7 @@ def test_the_prompts_of_an_engine_that_dies_are_asked_of_another(engines: RayEng
     outputs = engines.generate(texts, FakeParams(), use_tqdm=False)
     assert [output.prompt for output in outputs] == texts
     assert "1 of 2 rollout engines serve: engine 1 is lost (engine 1 died" in engines.supervisor.degraded
+    assert "2 Ray actors on 10.0.0.0, 10.0.0.1; 1 of 2 rollout engines serve" in describe(engines, state_of(engines))
     with pytest.raises(EngineLost, match="engine 1 was asked, and does not serve"):
         engines.submit(1, request_of(engines))
     engines.handles[0].dead = True
@@ -155,6 +156,14 @@ def test_an_engine_that_dies_is_replaced_and_given_the_adapter(engines: RayEngin
     assert made.handles[0].actor.stepper.version == made.version == Version(3, "0")
     assert made.ask(request_of(made)).outputs[0].prompt == "a"
     made.shutdown()
+
+
+def test_an_engine_that_an_update_for_all_has_reached_is_sent_nothing(engines: RayEngines) -> None:
+    engines.weights_version = "4"
+    handle = engines.handles[0]
+    assert not engines.supervisor.restore(handle, 0), "nobody has the weights"
+    handle.actor.stepper.version = Version(0, "4")
+    assert engines.supervisor.restore(handle, 0)
 
 
 def adopted(supervisor: Supervisor, handles: list[Any], infos: list[EngineInfo]) -> Supervisor:

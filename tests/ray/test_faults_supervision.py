@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.ray.simulated import NEVER, Actor, ActorDiedError, Never, Simulated, dealt
+from tests.ray.simulated import (
+    FAST,
+    NEVER,
+    Actor,
+    ActorDiedError,
+    Make,
+    Simulated,
+    right,
+    rolled,
+    supervisor_of,
+)
 from trlpatch.errors import EngineHung, EngineLost, NoEngineLeft, RolloutFailed, WrongVersion
+from trlpatch.ray.faults import Fault
 from trlpatch.ray.messages import EngineHealth, Version
-from trlpatch.ray.spread import Group
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
-
-Make = Callable[[Simulated, int, int], Actor]
-FAST = Timeouts(init=100, health=20, sync=10, rollout=math.inf, abort=5)
-
-
-def supervisor_of(count: int, make: Make | None = None, **more: Any) -> tuple[Supervisor, Simulated]:
-    cluster = Simulated(make)
-    supervisor = Supervisor(cluster.build, count, more.pop("timeouts", FAST), cluster=cluster, **more)
-    supervisor.start()
-    return supervisor, cluster
-
-
-def rolled(supervisor: Supervisor, count: int, **more: Any) -> list[int]:
-    """Return every prompt's answer, in order; each must be there once."""
-    places: list[int] = []
-    values: list[int] = []
-
-    def ask(index: int, group: Group) -> Any:
-        return supervisor.places[index].actor.generate.remote(group.places)
-
-    for group, answer in supervisor.rollout(dealt(count, **more), ask):
-        places += group.places
-        values += answer
-    assert places == list(range(count))
-    return values
-
-
-def right(count: int) -> list[int]:
-    return [10 * place for place in range(count)]
 
 
 def test_two_engines_answer_in_order() -> None:
@@ -153,17 +132,6 @@ def test_that_an_engine_hung_says_more_than_that_it_was_killed() -> None:
     assert [type(raised.value.first), type(raised.value.second)] == [EngineHung, EngineHung]
 
 
-def test_a_place_is_given_up_for_failed_starts_in_a_row_only() -> None:
-    def sometimes(cluster: Simulated, index: int, number: int) -> Actor:
-        return Actor(cluster, index, replies={"ready": MemoryError("no room")} if number % 3 in (1, 2) else {})
-
-    supervisor, cluster = supervisor_of(1, sometimes)
-    for _ in range(3):
-        cluster.actors[-1].die(cluster.clock)
-        assert rolled(supervisor, 2) == right(2)
-    assert len(cluster.actors) == 10
-
-
 def test_an_actor_that_answers_nothing_at_all_is_killed_too() -> None:
     supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
     hung = cluster.actors[0]
@@ -202,6 +170,26 @@ def test_an_engine_that_is_paused_and_never_resumed_is_found(state: str) -> None
     assert state in str(supervisor.faults[0])
 
 
+def test_an_engine_that_another_thread_has_exchanged_is_not_asked_and_nobody_waits() -> None:
+    supervisor, cluster = supervisor_of(1, timeouts=Timeouts(init=100, health=600))
+    (place,) = supervisor.places
+    revive = supervisor.revive
+
+    def exchanged(*, wait: bool = False) -> Any:
+        serving = revive(wait=wait)
+        supervisor.revive = revive  # type: ignore[method-assign]
+        supervisor.lose(place, place.actor, Fault(0, "hung", EngineHung("seen by another thread")))
+        assert place.state == "starting"
+        return serving
+
+    supervisor.revive = exchanged  # type: ignore[method-assign]
+    begun = cluster.clock
+    assert rolled(supervisor, 4) == right(4)
+    assert "generate" not in [name for name, _ in cluster.actors[0].calls]
+    assert [name for name, _ in cluster.actors[1].calls][:2] == ["ready", "generate"]
+    assert cluster.clock - begun < 10
+
+
 def test_an_engine_that_calls_itself_lost_is_replaced() -> None:
     supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=30))
     lost = EngineHealth(1, "lost", 0, 1, Version(), 1, 0.0, 1, reason="half-written")
@@ -236,48 +224,6 @@ def test_a_version_that_no_engine_has_is_an_error_with_both_causes() -> None:
     )
     with pytest.raises(RolloutFailed, match="had other weights than were asked for"):
         rolled(supervisor, 2)
-
-
-def test_with_no_engine_left_it_is_an_error_that_says_why() -> None:
-    def broken(cluster: Simulated, index: int, number: int) -> Actor:
-        failing = {"ready": MemoryError("no room for the KV cache")} if number else {}
-        return Actor(cluster, index, replies=failing)
-
-    supervisor, cluster = supervisor_of(1, broken)
-    cluster.actors[0].die(cluster.clock)
-    with pytest.raises(NoEngineLeft, match=r"engine 0 ran out of memory .*no room for the KV cache") as raised:
-        rolled(supervisor, 2)
-    assert len(cluster.actors) == 1 + 3, "three starts were tried"
-    assert isinstance(raised.value.__cause__, MemoryError)
-    with pytest.raises(NoEngineLeft):
-        rolled(supervisor, 2)
-    with pytest.raises(NoEngineLeft):
-        supervisor.everywhere("reset_prefix_cache")
-
-
-def test_with_one_given_up_the_other_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(cluster: Simulated, index: int, number: int) -> Actor:
-        return Actor(cluster, index, replies={"ready": Never()} if number > 1 else {})
-
-    supervisor, cluster = supervisor_of(2, broken)
-    cluster.actors[1].die(cluster.clock)
-    for _ in range(6):
-        assert rolled(supervisor, 4) == right(4)
-        cluster.clock += 101
-    assert "engine 1 was given up after 3 failed starts (engine 1 hung" in supervisor.degraded
-    assert caplog.text.count("was given up") == 1
-
-
-def test_nobody_waits_for_a_replacement_while_another_engine_serves() -> None:
-    supervisor, cluster = supervisor_of(
-        2,
-        lambda cluster, index, number: Actor(cluster, index, starts=5 + 1000 * (number > 1)),
-        timeouts=Timeouts(init=1e5, health=20, sync=10, rollout=math.inf, abort=5),
-    )
-    cluster.actors[1].die(cluster.clock)
-    begun = cluster.clock
-    assert rolled(supervisor, 4) == right(4)
-    assert cluster.clock - begun < 10
 
 
 def test_an_interrupt_aborts_what_is_in_flight_and_the_next_rollout_is_right() -> None:
@@ -330,79 +276,6 @@ def test_a_request_that_somebody_else_has_aborted_is_asked_again_once() -> None:
     with pytest.raises(CancelledError):
         rolled(supervisor, 4)
     assert not cluster.killed
-
-
-def test_a_call_of_all_loses_those_that_fail_or_are_late_and_keeps_the_others_answers() -> None:
-    supervisor, cluster = supervisor_of(3)
-    cluster.actors[0].replies["publish"] = Never()
-    cluster.actors[1].replies["publish"] = EngineLost("half-written")
-    assert supervisor.everywhere("publish", 1) == {2: "publish of 2"}
-    assert sorted(fault.kind for fault in supervisor.faults) == ["failed", "hung"]
-    assert "TRLPATCH_RAY_SYNC_TIMEOUT=20" in str(supervisor.faults[1])
-    supervisor.revive()
-    assert [place.state for place in supervisor.places] == ["starting", "serving", "serving"]
-
-
-def test_a_call_of_all_that_is_refused_is_raised_after_all_have_answered() -> None:
-    supervisor, cluster = supervisor_of(2)
-    cluster.actors[0].replies["publish"] = TypeError("no such module")
-    with pytest.raises(TypeError, match="no such module"):
-        supervisor.everywhere("publish", 1)
-    assert not cluster.killed
-
-
-def test_a_call_of_all_waits_for_a_replacement_when_nobody_is_left_to_answer() -> None:
-    supervisor, cluster = supervisor_of(1)
-    cluster.actors[0].die(cluster.clock)
-    assert supervisor.everywhere("get_tokenizer") == {0: "get_tokenizer of 0"}
-    assert len(cluster.actors) == 2
-
-
-def test_one_request_goes_to_the_engine_that_owes_least_and_to_another_if_that_is_lost() -> None:
-    supervisor, cluster = supervisor_of(2)
-
-    def send(index: int) -> Any:
-        return supervisor.places[index].actor.generate.remote((7,))
-
-    supervisor.places[0].load = 50
-    assert supervisor.ask(send, cost=10) == [70]
-    assert [[name for name, _ in actor.calls].count("generate") for actor in cluster.actors] == [0, 1]
-    assert [place.load for place in supervisor.places] == [50, 0]
-    cluster.actors[1].die(cluster.clock)
-    assert supervisor.ask(send, cost=10) == [70]
-    assert [place.load for place in supervisor.places] == [50, 0]
-
-
-def test_a_loss_that_was_seen_before_costs_no_second_engine() -> None:
-    supervisor, cluster = supervisor_of(2)
-    supervisor.lost(0, ActorDiedError("dead"))
-    assert supervisor.places[0].actor is cluster.actors[2]
-    assert not supervisor.degraded
-    cluster.actors[2].die(cluster.clock)
-    rolled(supervisor, 2)
-    assert supervisor.places[0].state == "starting"
-    supervisor.lost(0, ActorDiedError("dead, seen by another thread"))
-    assert len(cluster.actors) == 4
-
-
-def test_who_waits_for_a_replacement_goes_on_with_the_others_when_it_never_comes_up() -> None:
-    def broken(cluster: Simulated, index: int, number: int) -> Actor:
-        return Actor(cluster, index, replies={"ready": Never()} if number > 1 else {})
-
-    supervisor, _ = supervisor_of(2, broken)
-    supervisor.lost(1, ActorDiedError("dead"))
-    assert "engine 1 was given up" in supervisor.degraded
-    assert rolled(supervisor, 4) == right(4)
-    with pytest.raises(NoEngineLeft, match="engine 0 hung"):
-        supervisor.lost(0, ActorDiedError("dead"))
-
-
-def test_who_waits_for_a_replacement_does_not_wait_for_weights_that_nobody_has() -> None:
-    supervisor, _ = supervisor_of(2, restore=lambda actor, index: False)
-    supervisor.lost(1, ActorDiedError("dead"))
-    assert "engine 1 waits for the current weights" in supervisor.degraded
-    with pytest.raises(NoEngineLeft, match="have to be published"):
-        supervisor.lost(0, ActorDiedError("dead"))
 
 
 @pytest.mark.parametrize("seed", range(30))

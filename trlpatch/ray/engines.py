@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.adapter_sync.registry import LIVE_NAME
-from trlpatch.errors import EngineLost, NoEngineLeft, StaleAdapter, TrlpatchError, WrongVersion
+from trlpatch.errors import EngineLost, NoEngineLeft, StaleAdapter, TrlpatchError
 from trlpatch.ray.actor import CONTROL, ROLLOUTS
 from trlpatch.ray.calls import gather
 from trlpatch.ray.facade import Asked, RayLLMEngine
-from trlpatch.ray.fleet import RayCluster, weakly
+from trlpatch.ray.fleet import RayCluster
 from trlpatch.ray.messages import (
     CHECKPOINT_WEIGHTS,
     EngineHealth,
@@ -22,6 +22,7 @@ from trlpatch.ray.messages import (
     Version,
 )
 from trlpatch.ray.prompts import as_conversations, as_prompts, cost_of, one_each
+from trlpatch.ray.restore import Restore
 from trlpatch.ray.rollout import Rollout
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
@@ -57,7 +58,7 @@ class RayEngines:
             supervisor = Supervisor(None, len(handles), self.timeouts, cluster=RayCluster(CONTROL))
             supervisor.adopt(handles, infos)
         self.supervisor = supervisor
-        supervisor.restore = weakly(self.restore)
+        supervisor.restore = Restore(self)
         self.weight_sender: WeightSender | None = None
         self.weights_version = CHECKPOINT_WEIGHTS
         self.adapter_version = 0
@@ -114,11 +115,12 @@ class RayEngines:
 
     @property
     def location(self) -> str:
-        """How many actors, and where."""
+        """How many actors, where, and what is missing of them."""
         nodes = sorted({info.node for info in self.infos})
         parallel = self.infos[0].vllm_config.parallel_config.tensor_parallel_size
         count = f"{len(self.handles)} Ray actor{'s' if len(self.handles) > 1 else ''}"
-        return f"{count}{f' of {parallel} ranks each' if parallel > 1 else ''} on {', '.join(nodes)}"
+        missing = f"; {self.supervisor.degraded}" if self.up and self.supervisor.degraded else ""
+        return f"{count}{f' of {parallel} ranks each' if parallel > 1 else ''} on {', '.join(nodes)}{missing}"
 
     @property
     def replicas(self) -> list[RayEngines]:
@@ -378,28 +380,6 @@ class RayEngines:
         """Note that every engine samples with these weights, and has no live adapter any more."""
         self.weights_version = version
         self.adapter_version, self.adapter_ref, self._live = 0, None, None
-
-    def restore(self, handle: Any, index: int) -> bool:
-        """Give an engine the adapter and weights that the others hold; False when it has to wait for them.
-
-        Raises:
-            WrongVersion: it holds others all the same.
-        """
-        if self.weights_version != CHECKPOINT_WEIGHTS:
-            give = getattr(self.weight_sender, "restore", None)
-            if give is None or not give(handle, index, self.weights_version):
-                return False
-        if self.adapter_version:
-            ref = handle.publish_adapter.remote(self.adapter_ref, self.adapter_version)
-            (answer,) = gather([ref], "publish_adapter", self.timeouts.sync)
-            if isinstance(answer, BaseException):
-                raise answer
-        (health,) = gather([handle.health.options(concurrency_group=CONTROL).remote()], "health", self.timeouts.sync)
-        if isinstance(health, BaseException):
-            raise health
-        if health.version != self.version:
-            raise WrongVersion(f"rollout engine {index} holds {health.version} where the others hold {self.version}")
-        return True
 
     def replaced(self, error: BaseException, index: int) -> None:
         """Have a lost engine replaced, and wait for the one in its place.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -364,14 +363,3 @@ class Fleet:
             self.cluster.kill(actor)
         except Exception as error:  # it is dead, or the cluster is gone
             logger.debug("killing %r: %s", actor, error)
-
-
-def weakly(method: Callable[[Any, int], bool]) -> Callable[[Any, int], bool]:
-    """Call a bound method for `Fleet.restore` without keeping its object alive."""
-    found = weakref.WeakMethod(method)
-
-    def call(actor: Any, index: int) -> bool:
-        alive = found()
-        return alive is not None and alive(actor, index)
-
-    return call

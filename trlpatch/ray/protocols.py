@@ -34,6 +34,7 @@ class Engines(Protocol):
     weight_sender: WeightSender | None
     weights_version: str
     adapter_version: int
+    adapter_ref: Any
     adapter_bytes: int
     sync_seconds: float
 

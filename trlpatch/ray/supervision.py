@@ -158,6 +158,8 @@ class _Rollout:
                 self.join()
                 self.send()
                 self.look_after()
+                if not self.flights:  # its engine was exchanged by another thread meanwhile
+                    continue
                 for ref in self.cluster.wait(self.flights, self.supervisor.slice):
                     if ref in self.flights:
                         self.arrived(ref, self.flights[ref])
@@ -180,14 +182,14 @@ class _Rollout:
             return
         # What others still answer is not waited for longer than until there is an engine for the rest.
         places = self.supervisor.revive(wait=not self.flights)
-        for index, (place, actor) in list(self.serving.items()):
-            if place.actor is not actor or place.state != "serving":  # seen by another thread, or by `everywhere`
-                self.leave(index)
-        for place in places:
-            # One that this rollout has doubted or replaced while it owes answers is back when they are accounted for.
-            if place.index not in self.serving and place.actor is not None:
-                self.serving[place.index] = place, place.actor
-                self.spread.join(place.index, place.load)
+        with self.supervisor.lock:  # another thread may have exchanged one since: its successor serves later
+            for index, (place, actor) in list(self.serving.items()):
+                if place.actor is not actor or place.state != "serving":
+                    self.leave(index)
+            for place in places:
+                if place.index not in self.serving and place.state == "serving":
+                    self.serving[place.index] = place, place.actor
+                    self.spread.join(place.index, place.load)
 
     def send(self) -> None:
         """Give groups to the engines that serve."""
