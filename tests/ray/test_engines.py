@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +25,10 @@ from trlpatch.errors import (
     WrongVersion,
 )
 from trlpatch.ray.actor import LLMRayActor
+from trlpatch.ray.calls import gather
 from trlpatch.ray.engines import RayEngines, all_engines
-from trlpatch.ray.messages import EngineInfo, Version
+from trlpatch.ray.messages import EngineInfo, RolloutRequest, Version
+from trlpatch.ray.rollout import require_asked
 from trlpatch.ray.timeouts import Timeouts
 
 __all__ = ["fake_ray"]
@@ -142,18 +145,48 @@ def test_a_response_of_another_version_is_not_used(engines: RayEngines) -> None:
 def test_a_version_that_changes_in_flight_is_not_used(engines: RayEngines) -> None:
     actor = engines.handles[0].actor
     actor.pause()
-    asked = engines.submit(0, request_of(engines))
+    request = RolloutRequest(["a"], [FakeParams(2)], weights=engines.weights_version)
+    asked = engines.submit(0, request)
     actor.stepper.between_steps(lambda _: setattr(actor.stepper, "version", Version(0, "9")))
     actor.resume()
     response = asked.result()
     assert response.mixed
     assert (response.first_version.weights, response.last_version.weights) == ("0", "9")
+    with pytest.raises(WrongVersion, match="engine 0 sampled with adapter none, weights 9, asked for was"):
+        require_asked(response, request)
 
 
-def request_of(engines: RayEngines) -> Any:
-    from trlpatch.ray.messages import RolloutRequest
+def test_a_request_without_an_adapter_is_answered_whatever_adapter_the_engine_holds(engines: RayEngines) -> None:
+    for handle in engines.handles:
+        handle.actor.stepper.version = Version(4)
+    assert len(engines.generate(["a", "b"], FakeParams(), use_tqdm=False)) == 2
 
-    return RolloutRequest(["a"], [FakeParams(2)], weights=engines.weights_version)
+
+def test_what_trl_pushes_is_sent_before_the_next_prompts(engines: RayEngines) -> None:
+    class Sender:
+        sent: list[Any] = []  # noqa: RUF012 - of one test
+
+        def send(self, named: Any, version: str) -> None:
+            self.sent.append(([name for name, _ in named], version))
+            for handle in engines.handles:
+                handle.actor.stepper.version = Version(0, version)
+
+    engines.weight_sender = Sender()
+    model = engines.llm_engine.model_executor.driver_worker.model_runner.model
+    assert model.load_weights([("a.weight", Tensor())]) == {"a.weight"}
+    model.load_weights([("b.weight", Tensor())])
+    assert len(engines.generate(["a", "b"], FakeParams(), use_tqdm=False)) == 2
+    engines.reset_prefix_cache()
+    assert Sender.sent == [(["a.weight", "b.weight"], "1")]
+    assert engines.version == Version(0, "1")
+
+
+class Tensor:
+    def detach(self) -> Tensor:
+        return self
+
+    def to(self, *_: Any, **__: Any) -> Tensor:
+        return self
 
 
 def test_an_interrupt_leaves_no_request_in_an_engine(engines: RayEngines, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,15 +217,10 @@ def test_a_rollout_has_a_time_limit_where_one_is_asked_for(engines: RayEngines) 
         engines.generate(["a", "b"], FakeParams(), use_tqdm=False)
 
 
-def test_a_call_that_is_not_answered_names_the_engines(engines: RayEngines) -> None:
-    engines.handles[1].actor.stepper.between_steps = lambda *_, **__: engines.handles[1].event.wait(30)
-    import threading
-
-    engines.handles[1].event = event = threading.Event()
+def test_a_call_that_is_not_answered_names_the_engines(fake_ray: FakeRay) -> None:
+    never: Future[Any] = Future()
     with pytest.raises(RolloutTimeout, match=r"reset_prefix_cache: no answer of rollout engine 1 in 0\.01 s"):
-        engines.on_each("reset_prefix_cache", timeout=0.01)
-    event.set()
-    del engines.handles[1].actor.stepper.between_steps
+        gather([fake_ray.put(True), never], "reset_prefix_cache", 0.01)
 
 
 def test_adapters_of_versions_past_are_refused(engines: RayEngines) -> None:

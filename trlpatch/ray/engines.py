@@ -127,6 +127,7 @@ class RayEngines:
         arguments: Mapping[str, Any],
         priorities: Sequence[Any],
     ) -> list[Any]:
+        self._flush_weights()
         inner = self.llm_engine
         params = one_each(sampling_params, len(prompts), "sampling_params")
         adapters = one_each(lora_request, len(prompts), "lora_request")
@@ -145,6 +146,7 @@ class RayEngines:
 
     def answer(self, asked: Sequence[Asked]) -> list[Any]:
         """The outputs of requests that were added by hand, each under its own name."""
+        self._flush_weights()
         outputs = Rollout(self, asked, "generate", {}, False).outputs()
         for one, output in zip(asked, outputs, strict=True):
             output.request_id = one.name
@@ -160,7 +162,7 @@ class RayEngines:
 
     def reset_prefix_cache(self, *_: Any, **__: Any) -> bool:
         """Forget cached prefixes on every engine; TRL ends a full-weight sync with it."""
-        self.llm_engine.model_executor.driver_worker.model_runner.model.flush()
+        self._flush_weights()
         return all(self.on_each("reset_prefix_cache"))
 
     def collective_rpc(
@@ -308,6 +310,10 @@ class RayEngines:
             if isinstance(health, BaseException) or health.state in ("lost", "stopped")
         ]
 
+    def _flush_weights(self) -> None:
+        """Send what TRL's own sync has loaded; OnlineDPO of TRL 0.18 ends it without a word."""
+        self.llm_engine.model_executor.driver_worker.model_runner.model.flush()
+
     # Life.
 
     def shutdown(self) -> None:
@@ -339,7 +345,11 @@ def _apply_model(llm: Any, function: Any) -> Any:
 
 
 def _get_tokenizer(llm: Any) -> Any:
-    return llm.get_tokenizer()
+    tokenizer = llm.get_tokenizer()
+    if type(tokenizer).__name__.startswith("TokenizerPool"):
+        # vLLM 0.23's pool arrives as None (vllm-project/vllm#45433); what it is a pool of arrives as it is.
+        _, (tokenizer, *_) = tokenizer.__reduce__()
+    return tokenizer
 
 
 def _get_default_sampling_params(llm: Any) -> Any:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import EngineLost, RolloutTimeout, WrongVersion
-from trlpatch.ray.messages import BASE_ADAPTER, RolloutRequest, RolloutResponse, Version
+from trlpatch.ray.calls import own_error
+from trlpatch.ray.messages import BASE_ADAPTER, RolloutRequest, RolloutResponse
 from trlpatch.ray.prompts import cost_of, kind_of, sequences_of
 from trlpatch.ray.spread import Group, Spread, groups
 
@@ -38,8 +39,7 @@ class Rollout:
         scheduler = getattr(engines.infos[0].vllm_config, "scheduler_config", None)
         window = int(getattr(scheduler, "max_num_seqs", 0) or 256)
         self._spread = Spread(self._groups(window), range(len(engines.handles)), window)
-        self._pending: dict[Any, tuple[int, Group, Any]] = {}
-        """What was sent and not answered: to which engine, and its handle then."""
+        self._pending: dict[Any, _Sent] = {}
 
     def outputs(self) -> list[Any]:
         """One `RequestOutput` a request, in order.
@@ -111,8 +111,8 @@ class Rollout:
     def _send(self) -> None:
         while (taken := self._spread.take()) is not None:
             engine, group = taken
-            handle = self._engines.handles[engine]
-            self._pending[self._engines.submit(engine, self._request(group))] = engine, group, handle
+            sent = _Sent(engine, group, self._engines.handles[engine], self._request(group))
+            self._pending[self._engines.submit(engine, sent.request)] = sent
 
     def _receive(self) -> None:
         import ray
@@ -121,42 +121,57 @@ class Rollout:
         if not ready and self._engines.supervisor is not None:
             self._engines.supervisor.check()
         for ref in ready:
-            engine, group, handle = self._pending.pop(ref)
+            sent = self._pending.pop(ref)
             try:
                 response = ray.get(ref)
             except Exception as error:
-                self._failed(engine, group, handle, error)
+                self._failed(sent, error)
                 continue
-            self._check(response)
-            self._spread.done(engine, group)
-            for place, output in zip(group.places, response.outputs, strict=True):
+            require_asked(response, sent.request)
+            self._spread.done(sent.engine, sent.group)
+            for place, output in zip(sent.group.places, response.outputs, strict=True):
                 self._outputs[place] = output
             if self._bar is not None:
-                self._bar.update(len(group.places))
+                self._bar.update(len(sent.group.places))
 
-    def _failed(self, engine: int, group: Group, handle: Any, error: Exception) -> None:
-        from trlpatch.ray.calls import own_error
-
-        own = own_error(error, engine, self._method)
-        if not isinstance(own, EngineLost) or group.places in self._asked_twice:
+    def _failed(self, sent: _Sent, error: Exception) -> None:
+        own = own_error(error, sent.engine, self._method)
+        if not isinstance(own, EngineLost) or sent.group.places in self._asked_twice:
             raise own
-        self._asked_twice.add(group.places)
-        if self._engines.handles[engine] is handle:  # the first of its messages to fail
-            self._engines.replaced(own, engine)
-        self._spread.again(engine, group)
-
-    def _check(self, response: RolloutResponse) -> None:
-        held = self._engines.version
-        for version in (response.first_version, response.last_version):
-            if not _as_asked(version, held):
-                raise WrongVersion(
-                    f"rollout engine {response.engine} sampled with {version}, asked for was {held}; the response is "
-                    "not used. Somebody else updates this engine: expected one trainer for an engine"
-                )
+        self._asked_twice.add(sent.group.places)
+        if self._engines.handles[sent.engine] is sent.handle:  # the first of its messages to fail
+            self._engines.replaced(own, sent.engine)
+        self._spread.again(sent.engine, sent.group)
 
 
-def _as_asked(version: Version, held: Version) -> bool:
-    return version.weights == held.weights and (held.adapter == BASE_ADAPTER or version.adapter == held.adapter)
+@dataclasses.dataclass(frozen=True)
+class _Sent:
+    """One message that was not answered yet."""
+
+    engine: int
+    group: Group
+    handle: Any
+    """The engine's then: it has another one since, if it was replaced."""
+    request: RolloutRequest
+
+
+def require_asked(response: RolloutResponse, request: RolloutRequest) -> None:
+    """See that every token was sampled with the versions that were asked for.
+
+    Raises:
+        WrongVersion: they changed meanwhile, or are others.
+    """
+    for version in (response.first_version, response.last_version):
+        if request.weights not in (None, version.weights) or request.adapter not in (
+            None,
+            BASE_ADAPTER,  # whatever adapter the engine holds, these did not use it
+            version.adapter,
+        ):
+            raise WrongVersion(
+                f"rollout engine {response.engine} sampled with {version}, asked for was adapter "
+                f"{request.adapter or 'none'}, weights {request.weights}; the response is not used. Somebody else "
+                "updates this engine: expected one trainer for an engine"
+            )
 
 
 def _bar(use_tqdm: Any, total: int) -> Any:
