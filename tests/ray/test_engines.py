@@ -170,6 +170,7 @@ def test_what_trl_pushes_is_sent_before_the_next_prompts(engines: RayEngines) ->
             self.sent.append(([name for name, _ in named], version))
             for handle in engines.handles:
                 handle.actor.stepper.version = Version(0, version)
+            engines.took_weights(version)
 
     engines.weight_sender = Sender()
     model = engines.llm_engine.model_executor.driver_worker.model_runner.model
