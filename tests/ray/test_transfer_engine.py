@@ -18,7 +18,7 @@ vllm = pytest.importorskip("vllm")
 
 from tests.cpu.scenarios import TOLERANCE  # noqa: E402
 from tests.ray.local_calls import LocalCalls, LocalEngines  # noqa: E402
-from trlpatch.errors import EngineLost, StaleAdapter  # noqa: E402
+from trlpatch.errors import EngineBusy, EngineLost, StaleAdapter  # noqa: E402
 from trlpatch.policy.policy_weights import policy_weights  # noqa: E402
 from trlpatch.ray.actor import LLMRayActor  # noqa: E402
 from trlpatch.ray.messages import RolloutRequest, RolloutResponse  # noqa: E402
@@ -202,6 +202,10 @@ def test_an_engine_whose_update_failed_is_lost(actor: LLMRayActor, checkpoint: P
     weights = [(name, tensor.detach()) for name, tensor in trained(checkpoint, seed=8).named_parameters()]
     actor.start_weight_update()
     actor.update_weights({"update_info": {"weights": weights[:9]}})
+    with pytest.raises(EngineBusy, match="sleep, while an update of its weights is open"):
+        actor.sleep()
+    with pytest.raises(EngineBusy, match="an update of its weights is open; finish it first"):
+        actor.start_weight_update()
     with pytest.raises(EngineLost, match="has to be replaced"):
         actor.update_weights({"update_info": {"weights": [(weights[9][0], torch.zeros(3, 3))]}})
     assert actor.health().state == "lost"
