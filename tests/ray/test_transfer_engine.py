@@ -18,7 +18,7 @@ vllm = pytest.importorskip("vllm")
 
 from tests.cpu.scenarios import TOLERANCE  # noqa: E402
 from tests.ray.local_calls import LocalCalls, LocalEngines  # noqa: E402
-from trlpatch.errors import EngineLost, StaleAdapter  # noqa: E402
+from trlpatch.errors import EngineBusy, EngineLost, StaleAdapter  # noqa: E402
 from trlpatch.policy.policy_weights import policy_weights  # noqa: E402
 from trlpatch.ray.actor import LLMRayActor  # noqa: E402
 from trlpatch.ray.messages import RolloutRequest, RolloutResponse  # noqa: E402
@@ -197,15 +197,18 @@ def test_an_interrupted_update_is_never_sampled_from(
     assert gap(model, rollout(actor, weights="whole")) < TOLERANCE
 
 
-def test_an_engine_whose_update_failed_is_lost(
-    actor: LLMRayActor, engines: LocalEngines, sender: WeightSender, checkpoint: Path
-) -> None:
-    """The last test of this engine."""
-    model = trained(checkpoint, seed=8)
-    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    weights["model.layers.1.mlp.down_proj.weight"] = torch.zeros(3, 3)
-    with pytest.raises(EngineLost, match=r"lost rollout engines 0 .*no engine is left"):
-        sender.send(weights.items(), "wrong")
+def test_an_engine_whose_update_failed_is_lost(actor: LLMRayActor, checkpoint: Path) -> None:
+    """Whoever calls it, without a word from them. The last test of this engine."""
+    weights = [(name, tensor.detach()) for name, tensor in trained(checkpoint, seed=8).named_parameters()]
+    actor.start_weight_update()
+    actor.update_weights({"update_info": {"weights": weights[:9]}})
+    with pytest.raises(EngineBusy, match="sleep, while an update of its weights is open"):
+        actor.sleep()
+    with pytest.raises(EngineBusy, match="an update of its weights is open; finish it first"):
+        actor.start_weight_update()
     with pytest.raises(EngineLost, match="has to be replaced"):
-        rollout(actor)
+        actor.update_weights({"update_info": {"weights": [(weights[9][0], torch.zeros(3, 3))]}})
     assert actor.health().state == "lost"
+    for call in (lambda: rollout(actor), actor.finish_weight_update, actor.start_weight_update):
+        with pytest.raises(EngineLost, match="has to be replaced"):
+            call()

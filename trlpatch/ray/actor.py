@@ -192,6 +192,7 @@ class LLMRayActor(WeightTransferMethods):
         from trlpatch.engine.backend import backend_of
         from trlpatch.ray.adapter_source import lora_weights
 
+        self.weights.require_closed("an adapter was published")
         if self._adapter_sync is None:
             self._adapter_sync = backend_of(llm).new_adapter_sync()
         sync = self._adapter_sync
@@ -217,6 +218,7 @@ class LLMRayActor(WeightTransferMethods):
         return self.stepper.version
 
     def _sleep(self, llm: Any, level: int) -> None:
+        self.weights.require_closed("sleep")
         if llm.llm_engine.has_unfinished_requests():
             raise EngineBusy(f"rollout engine {self.index} is to sleep, and requests are unfinished; abort() them")
         drain(llm)

@@ -108,6 +108,17 @@ class WeightUpdates:
                 "was interrupted in the trainer's process; send all of them anew"
             )
 
+    def require_closed(self, doing: str) -> None:
+        """Refuse what cannot be done while the weights are on their way. In the stepping thread.
+
+        Raises:
+            EngineBusy: an update is open.
+        """
+        if self._open:
+            raise EngineBusy(
+                f"rollout engine {self._stepper.index}: {doing}, while an update of its weights is open; end it first"
+            )
+
     # In the stepping thread.
 
     def _connect(self, llm: Any, init_info: dict[str, Any]) -> None:
@@ -115,8 +126,7 @@ class WeightUpdates:
             _workers(llm, "init_weight_transfer_engine", init_info=init_info)
 
     def _disconnect(self, llm: Any) -> None:
-        if self._open:
-            raise EngineBusy(f"rollout engine {self._stepper.index}: an update of its weights is open")
+        self.require_closed("leaving the transfer group")
         if route_of(llm) != "functions":
             _workers(llm, loading.disconnect_worker)
 
