@@ -262,6 +262,10 @@ class WrongVersion(RayError, RuntimeError):
     """A response was sampled with another version of adapter or weights than was asked for."""
 
 
+class WeightsRefused(RayError, ValueError):
+    """A rollout engine can take no full weights, with the reason; it has those that it had."""
+
+
 class AsyncNotSupported(RayError, ValueError):
     """AsyncGRPOTrainer cannot roll out on Ray engines as asked, with the reason; nothing was set up."""
 

@@ -31,7 +31,8 @@ PROMPT = ["the dog ran in"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("model"))
+    """Tied: the output layer has a packed copy of weights that are loaded under the embeddings' name."""
+    return tiny.checkpoint(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_an_interrupted_reload_is_never_sampled_from(
     model = trlpatch.attach_engine(tiny.policy(checkpoint, use_dora=True), engine, check=False)
     model.fast_generate(PROMPT, sampling())
     tiny.move(model, seed=9)
-    values = reload._values
+    values = reload.checkpoint_tensors
 
     def interrupted(weights: Any) -> Any:
         for number, value in enumerate(values(weights)):
@@ -100,7 +101,7 @@ def test_an_interrupted_reload_is_never_sampled_from(
             yield value
 
     with monkeypatch.context() as patch:
-        patch.setattr(reload, "_values", interrupted)
+        patch.setattr(reload, "checkpoint_tensors", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.fast_generate(PROMPT, sampling())
     assert state_of(engine).torn

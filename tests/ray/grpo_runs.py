@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cpu.features import TEMPLATE
+from tests.ray.weights_runs import full_weights
 
 ENGINES = 2
 MAX_SEQS = 8
@@ -415,6 +416,7 @@ CASES: dict[str, Callable[[Rig], Any]] = {
     "hands": hands,
     "features": features,
     "loaded": loaded,
+    "full_weights": full_weights,
 }
 ON_REQUEST: dict[str, Callable[[Rig], Any]] = {"all_features": all_features}
 

@@ -116,3 +116,23 @@ def test_what_is_wrong_with_a_prompt_is_vllms_own_error(report: dict[str, Any]) 
     assert not name.startswith("RayTaskError")
     assert "256" in text
     assert "Traceback" not in text
+
+
+def test_a_policy_whose_every_weight_is_trained_is_sent_to_every_engine(report: dict[str, Any]) -> None:
+    full = report["full_weights"]
+    if "refused" in full:
+        assert "loaders of vLLM below 0.25 do not know layers that LoRA has wrapped" in full["refused"]
+        assert full["version"] == ["0", "0"]
+        return
+    assert full["version"] == ["0", "2"]
+    assert full["versions"] == ["2", "2"]
+    assert full["trained"]["adapters"] == [None, None]
+    assert max(full["trained"]["gaps"]) < TOLERANCE
+    assert min(full["control"]["gaps"]) > 20 * TOLERANCE, "nothing was sent: the engines had other weights"
+    assert "weights sent to 2 engines (version 2, " in full["status"]
+
+
+def test_weights_are_sent_while_the_trainer_does_something_else(report: dict[str, Any]) -> None:
+    if "refused" not in report["full_weights"]:
+        assert report["full_weights"]["started"]
+        assert report["full_weights"]["ended"] is None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trlpatch.engine import probes
 from trlpatch.engine.adapter_sync.protocol import AdapterSync
 from trlpatch.engine.inprocess import InProcessBackend
-from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.protocols import RolloutEngine, WeightTransfer
 from trlpatch.engine.workers import ExecutorBackend, WorkersBackend
 from trlpatch.policy.adapter import LoraView
 
@@ -45,6 +45,9 @@ class RolloutBackend(Protocol):
 
     def before_weight_push(self) -> None:
         """Make sure that all weights can be written: nothing is in flight. The weights are awake."""
+
+    def weight_transfer(self) -> WeightTransfer | None:
+        """How whole policies are sent to it; None where they are written in place, or not at all."""
 
     def worker_model(self) -> Module:
         """The torch module that the worker runs, to share its storage.

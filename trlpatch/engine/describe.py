@@ -42,8 +42,9 @@ def _weights(state: EngineState) -> str:
         return "shared with the trainer"
     if state.torn:
         return "half-written: no request is answered until they are written anew"
-    if state.policy_location == "weights" and state.weights_writer is not None:
-        return state.weights_writer.description
+    writer = state.backend.weight_transfer() or state.weights_writer
+    if state.policy_location == "weights" and writer is not None:
+        return writer.description
     return "separate" + (f" ({state.why_separate})" if state.why_separate else "")
 
 

@@ -7,7 +7,7 @@ import weakref
 from trlpatch.engine import probes
 from trlpatch.engine.drain import unfinished
 from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS
-from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.protocols import RolloutEngine, WeightTransfer
 from trlpatch.errors import CannotShare, EngineBusy, StaleAdapter
 
 
@@ -42,6 +42,10 @@ class LLMBackend:
     def unfinished(self) -> bool:
         """Tell whether requests have been added and not answered to their end."""
         return unfinished(self.engine)
+
+    def weight_transfer(self) -> WeightTransfer | None:
+        """None: they are written in place, where the worker is in this process."""
+        return None
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes; False when blocks of the cache are in use."""

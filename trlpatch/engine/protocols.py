@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from trlpatch.policy.policy_weights import PolicyWeight
+
 
 class LoraRequest(Protocol):
     """`vllm.lora.request.LoRARequest`: which adapter a request is generated with."""
@@ -180,3 +182,24 @@ class CuMemAllocator(Protocol):
 
     def discard(self, tags: Collection[str]) -> None:
         """Unmap pools without a copy (0.28)."""
+
+
+class WeightTransfer(Protocol):
+    """Sends whole policies to engines whose weights cannot be written from this process."""
+
+    @property
+    def description(self) -> str:
+        """For `trlpatch.status()`."""
+
+    def send(self, weights: list[PolicyWeight]) -> str | None:
+        """Have every engine sample with a policy; why not, where that cannot be and nothing was changed.
+
+        Raises:
+            EngineLost: an engine was lost by it.
+        """
+
+    def start(self, weights: list[PolicyWeight]) -> str | None:
+        """Begin to, beside what the caller does next; the next `send` of the same waits for it.
+
+        The tensors must not be written meanwhile.
+        """

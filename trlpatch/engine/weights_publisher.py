@@ -48,19 +48,14 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     if state.shared_weights:
         return "the engine's weights are the trainer's own"
     base = base_of(model)
-    reason = _not_asked_for(base, state) or layout_reason(engine)
+    transfer = state.backend.weight_transfer()
+    reason = None if transfer is not None else _not_asked_for(base, state) or layout_reason(engine)
     if reason is not None:
         return reason
     try:
         weights = policy_weights(model, adapters=adapters)
-    except NotMergeable as refusal:
-        return str(refusal)
-    if state.weights_writer is None:
-        state.weights_writer = WeightsWriter(state.backend)
-    writer = state.weights_writer
-    try:
-        plan, unproven = writer.plan(base, weights)
-    except NotInPlace as refusal:
+        plan, unproven = (None, False) if transfer is not None else _writer(state).plan(base, weights)
+    except (NotMergeable, NotInPlace) as refusal:
         return str(refusal)
     _require_idle(state)
     guards.install(engine, state)
@@ -68,14 +63,18 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     before, state.torn = state.torn, True
     state.written = state.published = None
     try:
-        if plan is None:
-            writer.reload(weights, probes.model_config(engine))
+        if transfer is not None:
+            reason = transfer.send(weights)
+        elif plan is None:
+            _writer(state).reload(weights, probes.model_config(engine))
         else:
-            writer.write(base, weights, plan, unproven=unproven)
+            _writer(state).write(base, weights, plan, unproven=unproven)
     except NotInPlace as refusal:
+        reason = str(refusal)
+    if reason is not None:
         state.torn = before
-        return str(refusal)
-    if not state.backend.reset_prefix_cache():
+        return reason
+    if transfer is None and not state.backend.reset_prefix_cache():  # engines that are sent weights reset their own
         raise EngineBusy(
             "writing weights in place: vLLM could not reset its prefix cache, because blocks of it are in use; "
             "rollouts would continue prefixes of other weights. Finish or abort the requests first"
@@ -85,6 +84,27 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     state.weights_pushed = None
     state.weights_lost = state.torn = False
     return None
+
+
+def start_policy(model: object, engine: RolloutEngine) -> bool:
+    """Begin to send the model's policy to engines elsewhere, beside what the caller does; False where there is no way.
+
+    For the time between the last optimizer step and the next rollout, whose `write_policy` waits for it. Requests
+    meanwhile are answered with the new weights.
+    """
+    transfer = state_of(engine).backend.weight_transfer()
+    if transfer is None:
+        return False
+    try:
+        return transfer.start(policy_weights(model)) is None
+    except NotMergeable:
+        return False
+
+
+def _writer(state: EngineState) -> WeightsWriter:
+    if state.weights_writer is None:
+        state.weights_writer = WeightsWriter(state.backend)
+    return state.weights_writer
 
 
 def _not_asked_for(base: Module, state: EngineState) -> str | None:

@@ -223,12 +223,21 @@ class ContentMark:
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
             self._sums: list[Sums] = ContentSums(factors).now() if factors else []
-            for device in sorted({str(tensor.device) for tensor in whole.values()}):
-                there = [tensor for tensor in whole.values() if str(tensor.device) == device]
-                sums = [as_integers(tensor).sum(dtype=torch.int64) for tensor in there]
-                self._sums.append(Sums(torch.stack(sums)))
+            self._sums += bit_sums(list(whole.values()))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ContentMark):
             return NotImplemented
         return self._structure == other._structure and self._sums == other._sums
+
+
+def bit_sums(tensors: list[Tensor]) -> list[Sums]:
+    """Sums of each tensor's bits, by device; they see what version counters do not, as a fused optimizer's step."""
+    import torch
+
+    found = []
+    with torch.inference_mode(False), torch.no_grad():
+        for device in sorted({str(tensor.device) for tensor in tensors}):
+            there = [tensor.detach() for tensor in tensors if str(tensor.device) == device]
+            found.append(Sums(torch.stack([as_integers(tensor).sum(dtype=torch.int64) for tensor in there])))
+    return found

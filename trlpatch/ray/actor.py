@@ -28,6 +28,9 @@ from trlpatch.ray.messages import (
     Version,
 )
 from trlpatch.ray.stepping import Stepper
+from trlpatch.ray.transfer import shapes
+from trlpatch.ray.transfer.methods import WeightTransferMethods
+from trlpatch.ray.transfer.updates import WeightUpdates
 
 if TYPE_CHECKING:
     from trlpatch.engine.adapter_sync.protocol import AdapterSync
@@ -46,7 +49,7 @@ CONTROL, ROLLOUTS = "control", "rollouts"
 """Concurrency groups of the actor: what must be answered at once, and what waits for completions."""
 
 
-class LLMRayActor:
+class LLMRayActor(WeightTransferMethods):
     """One rollout engine. Every method but `generate` and `ready` is short; none of them steps the engine itself."""
 
     def __init__(
@@ -56,11 +59,13 @@ class LLMRayActor:
         environment: Mapping[str, str] | None = None,
         *,
         layers: str = "auto",
+        weight_transfer: str = "auto",
         build: Callable[[Mapping[str, Any]], Any] | None = None,
     ) -> None:
         """Begin to build `vllm.LLM(**engine_arguments)`; `ready` waits for it.
 
-        `environment` is set first. `layers` says whose LoRA layers it has, and `build` stands in for `build_engine`.
+        `environment` is set first. `layers` says whose LoRA layers it has, `weight_transfer` how full weights come to
+        it, and `build` stands in for `build_engine`.
         """
         os.environ.update(environment or {})  # torch and vLLM, which read it, are not imported yet
         self.index = index
@@ -69,8 +74,9 @@ class LLMRayActor:
         self._live: LoraRequest | None = None
         self._source: Any = None
         """The weights that `_adapter_sync` got last: it refers to them weakly."""
-        arguments, make = dict(engine_arguments), build or partial(_build, layers)
+        arguments, make = dict(engine_arguments), build or partial(_build, layers, weight_transfer)
         self.stepper = Stepper(lambda: make(arguments), index=index)
+        self.weights = WeightUpdates(self.stepper, self._forget_adapter)
 
     # Life.
 
@@ -166,6 +172,7 @@ class LLMRayActor:
     # In the stepping thread.
 
     def _additions(self, llm: Any, request: RolloutRequest) -> list[Addition]:
+        self.weights.refuse_torn()
         held = self.stepper.version
         wanted = request.adapter
         if wanted not in (None, BASE_ADAPTER, held.adapter) or request.weights not in (None, held.weights):
@@ -214,8 +221,11 @@ class LLMRayActor:
         llm.sleep(level)
         self.stepper.asleep = level > 0
         if level >= 2:
-            self._live, self._adapter_sync = None, None
+            self._forget_adapter()
             self.stepper.version = Version(BASE_ADAPTER, "discarded")
+
+    def _forget_adapter(self) -> None:
+        self._live, self._adapter_sync = None, None
 
     def _wake_up(self, llm: Any, tags: Sequence[str] | None) -> None:
         llm.wake_up(None if tags is None else list(tags))
@@ -245,10 +255,14 @@ def describe(llm: Any, index: int, seconds: float) -> EngineInfo:
     )
 
 
-def _build(layers: str, arguments: Mapping[str, Any]) -> Any:
+def _build(layers: str, weight_transfer: str, arguments: Mapping[str, Any]) -> Any:
+    import torch
+
     from trlpatch.engine.build import build_engine
 
-    return build_engine(arguments, layers=layers)
+    route = shapes.route_for("cuda" if torch.cuda.is_available() else "cpu", weight_transfer)
+    ranks = int(arguments.get("tensor_parallel_size") or 1)
+    return build_engine({**shapes.engine_arguments(route, tensor_parallel_size=ranks), **arguments}, layers=layers)
 
 
 def _device_of(llm: Any) -> Any:

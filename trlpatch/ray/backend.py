@@ -10,9 +10,12 @@ from trlpatch.engine.adapter_sync.protocol import AdapterSync
 from trlpatch.engine.llm_backend import LLMBackend
 from trlpatch.engine.memory import device
 from trlpatch.engine.probes import SLEEP_TAGS
+from trlpatch.engine.protocols import WeightTransfer
 from trlpatch.errors import CannotShare
 from trlpatch.policy.adapter import LoraView
 from trlpatch.ray.adapter_sync import RayAdapterSync
+from trlpatch.ray.transfer.policy_transfer import PolicyTransfer
+from trlpatch.ray.transfer.sender import WeightSender
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -26,6 +29,7 @@ class RayBackend(LLMBackend):
     def __init__(self, engines: Any) -> None:
         super().__init__(engines)
         self._inner = engines.llm_engine
+        self._transfer: PolicyTransfer | None = None
 
     @property
     def location(self) -> str:  # type: ignore[override]
@@ -58,6 +62,13 @@ class RayBackend(LLMBackend):
     def before_weight_push(self) -> None:
         """Wait for this process's kernels: every engine takes weights between two steps."""
         self.drain()
+
+    def weight_transfer(self) -> WeightTransfer | None:
+        """By messages, or over NCCL; None where nobody sends weights to them."""
+        sender = self._engines.weight_sender
+        if self._transfer is None and isinstance(sender, WeightSender):
+            self._transfer = PolicyTransfer(self._engines, sender)
+        return self._transfer
 
     def worker_model(self) -> Module:
         """It is elsewhere."""

@@ -19,6 +19,7 @@ from trlpatch.ray.environment import engine_environment
 from trlpatch.ray.messages import EngineInfo
 from trlpatch.ray.plan import Need, require_others, require_room
 from trlpatch.ray.timeouts import Timeouts
+from trlpatch.ray.transfer.sender import WeightSender
 
 _THREADS = {CONTROL: 4, ROLLOUTS: 64}
 """Calls that an actor answers at a time. The default group has one: updates keep their order."""
@@ -35,6 +36,7 @@ def create_engines(
     max_lora_rank: int = 64,
     enable_lora: bool = True,
     lora_layers: str = "auto",
+    weight_transfer: str = "auto",
     prefetch: int = 0,
     timeouts: Timeouts | None = None,
     environment: Mapping[str, str] | None = None,
@@ -51,6 +53,8 @@ def create_engines(
         max_lora_rank: the largest rank of an adapter; rounded up to one that vLLM allows.
         enable_lora: False: full weights are all that these engines are given.
         lora_layers: as of `PatchFastRL`.
+        weight_transfer: how full weights travel: "nccl" by vLLM's transfer, "tensors" by Ray's object store, "auto" by
+            NCCL on GPUs, where this vLLM has it. Adapters always go by the object store.
         prefetch: 1: GRPOTrainer's next batch is generated while it trains on this one, see docs/async.md.
         timeouts: of the start, health checks, updates and rollouts.
         environment: variables for the engines' processes, which win over the trainer's and over the defaults.
@@ -74,6 +78,7 @@ def create_engines(
         arguments,
         num_engines,
         lora_layers=lora_layers,
+        weight_transfer=weight_transfer,
         timeouts=timeouts,
         environment=environment,
         ray_options=ray_options,
@@ -87,6 +92,7 @@ def start_engines(
     num_engines: int,
     *,
     lora_layers: str = "auto",
+    weight_transfer: str = "auto",
     timeouts: Timeouts | None = None,
     environment: Mapping[str, str] | None = None,
     ray_options: Mapping[str, Any] | None = None,
@@ -107,7 +113,7 @@ def start_engines(
     require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION)
-    started = Started(ray, need, group, arguments, variables, lora_layers)
+    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
     handles: list[Any] = []
     try:
         handles += [started.actor(index) for index in range(num_engines)]
@@ -121,6 +127,7 @@ def start_engines(
         raise
     engines = RayEngines(handles, infos, limits, release=started.release)
     engines.started = started
+    engines.weight_sender = WeightSender(engines)
     logger.info("%r is up", engines)
     return engines
 
@@ -136,6 +143,7 @@ class Started:
         arguments: Mapping[str, Any],
         environment: Mapping[str, str],
         lora_layers: str,
+        weight_transfer: str,
     ) -> None:
         self._ray = ray
         self._need = need
@@ -143,6 +151,7 @@ class Started:
         self._arguments = arguments
         self._environment = environment
         self._lora_layers = lora_layers
+        self._weight_transfer = weight_transfer
 
     def actor(self, index: int) -> Any:
         """Start the engine at `index` in its place; `ready` of the handle waits for it."""
@@ -159,7 +168,13 @@ class Started:
                 placement_group_bundle_index=index,
                 placement_group_capture_child_tasks=True,
             ),
-        ).remote(index, arguments, dict(self._environment), layers=self._lora_layers)
+        ).remote(
+            index,
+            arguments,
+            dict(self._environment),
+            layers=self._lora_layers,
+            weight_transfer=self._weight_transfer,
+        )
 
     def release(self) -> None:
         """Give the reserved resources back."""

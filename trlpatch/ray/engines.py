@@ -334,7 +334,11 @@ class RayEngines:
             raise EngineLost("send_weights: these engines have no way for full weights")
         version = str(int(self.weights_version) + 1)
         self.weight_sender.send(named, version)
+
+    def took_weights(self, version: str) -> None:
+        """Note that every engine samples with these weights, and has no live adapter any more."""
         self.weights_version = version
+        self.adapter_version, self.adapter_ref, self._live = 0, None, None
 
     def replaced(self, error: EngineLost, index: int | None = None) -> None:
         """Have the supervisor replace lost engines.

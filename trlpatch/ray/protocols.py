@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ class Supervisor(Protocol):
 class WeightSender(Protocol):
     """Sends full weights to every engine."""
 
-    def send(self, named: Sequence[tuple[str, Tensor]], version: str) -> None:
-        """Every engine has these weights when it returns.
+    def send(self, weights: Iterable[tuple[str, Tensor]], version: str) -> object:
+        """Every engine has these weights when it returns, and `Engines.took_weights` was called.
 
         Raises:
             EngineLost: one of them has not, and is lost.
@@ -105,3 +105,6 @@ class Engines(Protocol):
 
     def send_weights(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Have every engine take full weights."""
+
+    def took_weights(self, version: str) -> None:
+        """Note that every engine has them."""

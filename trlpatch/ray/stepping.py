@@ -63,6 +63,7 @@ class _Group:
         self.outputs: list[Any] = [None] * size
         self.left = size
         self.first_version = Version()
+        self.added_in_update = False
         self.started = time.monotonic()
         self.answer: Future[Answers] = Future()
 
@@ -88,7 +89,7 @@ class Stepper:
         self._queued: set[_Group] = set()
         self._aborted: deque[str] = deque(maxlen=_REMEMBERED)
         """Keys of groups that were dropped: what arrives of them afterwards is not begun."""
-        self._paused = self._stopping = False
+        self._paused = self._stopping = self._updating = False
         self._lost: BaseException | str | None = None
         self._steps = self._tokens = 0
         self._busy_since = time.monotonic()
@@ -190,7 +191,7 @@ class Stepper:
             return "stopped" if self._stopping else "lost"
         if not self.built.done():
             return "loading"
-        return "asleep" if self.asleep else "paused" if self._paused else "running"
+        return "asleep" if self.asleep else "paused" if self._paused or self._updating else "running"
 
     def _refuse_lost(self) -> None:
         if self._lost is not None:
@@ -214,6 +215,19 @@ class Stepper:
         return done
 
     # The stepping thread.
+
+    def begin_update(self) -> None:
+        """Step no further until `end_update`, whatever is resumed: the weights are of no policy."""
+        self._updating = True
+
+    def end_update(self, version: Version) -> None:
+        """Step again, as `version`; what was added meanwhile is sampled with nothing else."""
+        with self._wake:
+            for group in {group for group, _ in self._requests.values()}:
+                if group.added_in_update:
+                    group.first_version, group.added_in_update = version, False
+        self.version = version
+        self._updating = False
 
     def _run(self) -> None:
         try:
@@ -239,7 +253,7 @@ class Stepper:
             return not self._stopping and self._lost is None
 
     def _can_step(self) -> bool:
-        return bool(self._requests) and not self._paused and not self.asleep and self._lost is None
+        return bool(self._requests) and not (self._paused or self._updating or self.asleep) and self._lost is None
 
     def _run_commands(self) -> None:
         while True:
@@ -288,7 +302,7 @@ class Stepper:
             if group.key in self._aborted:
                 group.answer.cancel()
                 return
-            group.first_version = self.version
+            group.first_version, group.added_in_update = self.version, self._updating
             for place, addition in enumerate(make(llm)):
                 addition.add_to(llm.llm_engine)
                 names.append(addition.request_id)

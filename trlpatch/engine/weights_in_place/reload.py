@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 def unsupported_reason(module: Module) -> str | None:
     """Why this model's weights cannot be loaded anew; None when they can."""
-    import torch
-
     devices = {parameter.device.type for parameter in module.parameters()}
     if devices != {"cpu"}:
         return "only vLLM's CPU backend is reloaded layer by layer"
@@ -32,6 +30,13 @@ def unsupported_reason(module: Module) -> str | None:
         return "this vLLM has no layerwise reload"
     if not all(callable(getattr(reload, f"{step}_layerwise_reload", None)) for step in ("initialize", "finalize")):
         return "this vLLM has no layerwise reload"
+    return lora_loader_reason(module)
+
+
+def lora_loader_reason(module: Module) -> str | None:
+    """Why this model's loader cannot load weights into layers that LoRA has wrapped; None when it can, or has none."""
+    import torch
+
     mapper = getattr(module, "hf_to_vllm_mapper", None)
     wrapped = any(isinstance(part._modules.get("base_layer"), torch.nn.Module) for part in module.modules())
     if wrapped and not (hasattr(mapper, "get_rename_mapper") or hasattr(mapper, "get_unstacked_mapper")):
@@ -46,15 +51,33 @@ def load(weights: list[PolicyWeight], module: Any, model_config: Any) -> None:
     with rows_follow_loading():
         initialize_layerwise_reload(module)
         try:
-            module.load_weights(_values(weights))
+            module.load_weights(checkpoint_tensors(weights))
         except BaseException:
             with contextlib.suppress(Exception):
                 finalize_layerwise_reload(module, model_config)
             raise
         finalize_layerwise_reload(module, model_config)
+    pack_tied(module)
 
 
-def _values(weights: list[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
+def pack_tied(module: Module) -> None:
+    """Pack a tied output layer anew: it is not loaded under its own name, and vLLM's reload leaves its copy as it was.
+
+    On a CPU it computes with a copy of the embeddings, packed by `process_weights_after_loading`.
+    """
+    owners: dict[int, list[Any]] = {}
+    for part in module.modules():
+        parameter = part._parameters.get("weight")
+        if parameter is not None and parameter.numel():
+            owners.setdefault(id(parameter), []).append(part)
+    for parts in owners.values():
+        for part in parts if len(parts) > 1 else ():
+            method = getattr(part, "quant_method", None)
+            if method is not None and hasattr(part, "cpu_linear"):
+                method.process_weights_after_loading(part)
+
+
+def checkpoint_tensors(weights: list[PolicyWeight]) -> Iterator[tuple[str, Tensor]]:
     """(path, merged parameter), tied ones once, as checkpoints have them."""
     seen: set[int] = set()
     for weight in weights:
