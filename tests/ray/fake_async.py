@@ -25,6 +25,7 @@ class FakeAsyncEngines:
         ]
         self.timeouts = Timeouts(sync=5.0)
         self.supervisor = None
+        self.weight_sender = self
         self.weights_version = "0"
         self.held = Version()
         self.gate = threading.Event()
@@ -78,10 +79,8 @@ class FakeAsyncEngines:
 
     def send(self, weights: Any, version: str) -> None:
         self.calls.append(f"send {version}")
+        self.weights_version = version
         self.sent.append({name: tensor.detach().clone() for name, tensor in weights})
-
-    def close(self) -> None:
-        self.calls.append("close")
 
     @staticmethod
     def _completion(token_ids: list[int]) -> Any:

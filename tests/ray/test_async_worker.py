@@ -241,7 +241,7 @@ def test_an_adapter_goes_alone_and_is_not_merged() -> None:
 
     model, engines, versions = lora_model(), lora_engines(), PolicyVersions()
     randomize(model)
-    transfer = RayWeightTransfer(engines, versions, sender=engines)
+    transfer = RayWeightTransfer(engines, versions)
     assert transfer.follow(model)
     base = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight
     before = base.detach().clone()
@@ -270,7 +270,7 @@ def test_an_adapter_goes_alone_and_is_not_merged() -> None:
 
 def test_full_weights_go_where_the_engines_take_no_adapter() -> None:
     model, engines, versions = lora_model(), FakeAsyncEngines(), PolicyVersions()
-    transfer = RayWeightTransfer(engines, versions, sender=engines)
+    transfer = RayWeightTransfer(engines, versions)
     assert not transfer.follow(model)
     transfer.pause()
     transfer.send_weights(iter([("lm_head.weight", model.lm_head.weight)]))
@@ -291,7 +291,7 @@ def test_engines_that_a_failed_update_left_paused_are_resumed() -> None:
             raise RuntimeError("half-way")
 
     engines = Failing()
-    transfer = RayWeightTransfer(engines, PolicyVersions(), sender=engines)
+    transfer = RayWeightTransfer(engines, PolicyVersions())
     transfer.follow(lora_model())
     transfer.pause()
     with pytest.raises(RuntimeError, match="half-way"):

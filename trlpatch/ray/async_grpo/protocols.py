@@ -19,6 +19,8 @@ class AsyncEngines(Protocol):
     infos: list[EngineInfo]
     timeouts: Timeouts
     supervisor: Any
+    weight_sender: Any
+    """`trlpatch.ray.transfer.sender.WeightSender`; None where these engines cannot be sent full weights."""
     weights_version: str
 
     @property

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.errors import RankAboveEngine
+from trlpatch.errors import EngineLost, RankAboveEngine
 from trlpatch.log import log_once
 from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import lora_view
@@ -28,11 +27,10 @@ class RayWeightTransfer:
     Given to `AsyncGRPOTrainer(weight_transfer=...)` by `trlpatch.ray.async_rollouts`.
     """
 
-    def __init__(self, engines: AsyncEngines, versions: PolicyVersions, sender: Any = None) -> None:
-        """`sender` stands in for `trlpatch.ray.transfer.sender.WeightSender(engines)`."""
+    def __init__(self, engines: AsyncEngines, versions: PolicyVersions) -> None:
+        """Nothing is sent yet."""
         self._engines = engines
         self._versions = versions
-        self._sender = sender
         self._adapters: AdapterSync | None = None
         self._model: Any = None
         self._put_back: Callable[[], None] = lambda: None
@@ -81,9 +79,10 @@ class RayWeightTransfer:
             assert view is not None
             self._adapters.publish(view.weights(view.active[0]))
         else:
-            version = str(int(self._engines.weights_version) + 1)
-            self._full_weights().send(iterator, version)
-            self._engines.weights_version = version
+            sender = self._engines.weight_sender
+            if sender is None:
+                raise EngineLost("sending weights: these engines have no way for full weights")
+            sender.send(iterator, str(int(self._engines.weights_version) + 1))
         self._versions.sent(self._engines.version)
 
     def resume(self) -> None:
@@ -95,19 +94,12 @@ class RayWeightTransfer:
         """Leave the engines as they can be used by others."""
         self._put_back()
         self._put_back = lambda: None
-        if self._sender is not None:
-            self._sender.close()
         if self._paused:
             with contextlib.suppress(Exception):  # the error that left them paused is under way
                 self.resume()
 
     def _on_each(self, method: str) -> None:
         self._engines.on_each(method, timeout=self._engines.timeouts.sync)
-
-    def _full_weights(self) -> Any:
-        if self._sender is None:
-            self._sender = importlib.import_module("trlpatch.ray.transfer.sender").WeightSender(self._engines)
-        return self._sender
 
     def _reason_for_weights(self) -> str | None:
         view = lora_view(self._model)
