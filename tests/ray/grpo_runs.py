@@ -291,6 +291,8 @@ def hands(rig: Rig) -> dict[str, Any]:
         "bare_gap": max(gap_of(policy, output) for output in supplied),
     }
     submit = engines.submit
+    engines.on_each("pause")  # nothing of it ends by itself
+    tokens_before = sampled_tokens(engines)
 
     def interrupted(index: int, one: Any) -> Any:
         sent = submit(index, one)
@@ -298,16 +300,24 @@ def hands(rig: Rig) -> dict[str, Any]:
             raise KeyboardInterrupt
         return sent
 
-    engines.submit = interrupted
+    abort = engines.abort
+
+    def and_wait(key: str | None = None) -> None:
+        abort(key)
+        ray.get([handle.abort.options(concurrency_group="control").remote(key) for handle in engines.handles])
+
+    engines.submit, engines.abort = interrupted, and_wait
     try:
         engines.generate(ids, SamplingParams(max_tokens=200, ignore_eos=True), lora_request=request, use_tqdm=False)
     except KeyboardInterrupt as error:
         found["interrupted"] = type(error).__name__
     finally:
-        del engines.submit
+        del engines.submit, engines.abort
+    found["left"] = left_after(engines)
+    engines.on_each("resume")
     after = engines.generate(ids, params, lora_request=request, use_tqdm=False)
     found["gap_after"] = max(gap_of(policy, output) for output in after)
-    found["running_after"] = [health.running for health in engines.health()]
+    found["tokens_after"] = [sampled_tokens(engines) - tokens_before, sum(map(tokens_of, after))]
     try:
         ray.get(engines.submit(0, RolloutRequest(ids[:1], [params], adapter=99)))
     except WrongVersion as error:
@@ -321,6 +331,25 @@ def hands(rig: Rig) -> dict[str, Any]:
     except Exception as error:
         found["too_long"] = [type(error).__name__, str(error)]
     return found
+
+
+def left_after(engines: Any) -> int:
+    """Requests that an interrupt has left, once the engines have come to drop them."""
+    deadline = time.monotonic() + 120
+    while True:
+        left: int = sum(health.running + health.waiting for health in engines.health())
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+
+
+def sampled_tokens(engines: Any) -> int:
+    """Of all answers so far."""
+    return sum(health.tokens for health in engines.health())
+
+
+def tokens_of(output: Any) -> int:
+    return sum(len(sequence.token_ids) for sequence in output.outputs)
 
 
 def gap_of(policy: Any, output: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from trlpatch.errors import (
     WrongVersion,
 )
 from trlpatch.ray.actor import LLMRayActor
+from trlpatch.ray.calls import gather
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.messages import EngineInfo, RolloutRequest, Version
 from trlpatch.ray.rollout import require_asked
@@ -215,15 +217,10 @@ def test_a_rollout_has_a_time_limit_where_one_is_asked_for(engines: RayEngines) 
         engines.generate(["a", "b"], FakeParams(), use_tqdm=False)
 
 
-def test_a_call_that_is_not_answered_names_the_engines(engines: RayEngines) -> None:
-    engines.handles[1].actor.stepper.between_steps = lambda *_, **__: engines.handles[1].event.wait(30)
-    import threading
-
-    engines.handles[1].event = event = threading.Event()
+def test_a_call_that_is_not_answered_names_the_engines(fake_ray: FakeRay) -> None:
+    never: Future[Any] = Future()
     with pytest.raises(RolloutTimeout, match=r"reset_prefix_cache: no answer of rollout engine 1 in 0\.01 s"):
-        engines.on_each("reset_prefix_cache", timeout=0.01)
-    event.set()
-    del engines.handles[1].actor.stepper.between_steps
+        gather([fake_ray.put(True), never], "reset_prefix_cache", 0.01)
 
 
 def test_adapters_of_versions_past_are_refused(engines: RayEngines) -> None:

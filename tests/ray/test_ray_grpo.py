@@ -82,7 +82,9 @@ def test_requests_by_hand_and_an_interrupt_leave_nothing_behind(report: dict[str
     assert hands["by_hand"] == ["x", "y"]
     assert hands["bare_gap"] < TOLERANCE
     assert hands["interrupted"] == "KeyboardInterrupt"
-    assert hands["running_after"] == [0, 0]
+    assert hands["left"] == 0
+    counted, answered = hands["tokens_after"]
+    assert counted == answered, "nothing of the interrupted call was answered later"
     assert hands["gap_after"] < TOLERANCE
 
 
