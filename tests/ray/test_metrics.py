@@ -34,6 +34,7 @@ class Engines:
     adapter_version: int = 2
     adapter_bytes: int = 2**20
     sync_seconds: float = 0.02
+    prefetch: int = 0
     handles: list[int] = field(default_factory=lambda: [0])
     asked: threading.Event = field(default_factory=threading.Event)
 
@@ -117,6 +118,14 @@ def test_a_trainer_logs_means_since_its_last_log() -> None:
     monitor.observe_staleness(2)
     looked(monitor)
     assert monitor.take()["ray/staleness"] == 2.0
+
+
+def test_batches_generated_ahead_are_one_version_old_unless_somebody_knows_better() -> None:
+    engines = Engines([health(0)], prefetch=1)
+    monitor, _ = monitored(engines)
+    assert looked(monitor).staleness == 1
+    monitor.observe_staleness(0.5)
+    assert looked(monitor).staleness == 0.5
 
 
 def test_before_the_first_sync_there_are_no_figures_of_it() -> None:

@@ -47,6 +47,9 @@ def test_a_trainer_logs_what_the_monitor_saw(tmp_path: Path) -> None:
     assert Reports.seen[-1]["ray/queue_depth"] == 7.0
     assert trainer.state.log_history[-1]["ray/queue_depth"] == 7.0
     assert trainer.state.log_history[-1]["loss"] == 1.0
+    trainer.log({"loss": 1.0, "num_steps_off_policy": 1.5})
+    assert monitor.look() is not None
+    assert monitor.figures.staleness == 1.5
     trainer.log({"eval_loss": 1.0})
     assert set(trainer.state.log_history[-1]) >= {"eval_loss"}
     assert not any(name.startswith("ray/") for name in trainer.state.log_history[-1])

@@ -28,6 +28,8 @@ PATIENCE = 10.0
 """Seconds that an engine has for saying how it does; one that takes longer is shown as lost until it answers."""
 PREFIX = "ray/"
 """Of the names in a trainer's log."""
+_OFF_POLICY = "num_steps_off_policy"
+"""What AsyncGRPOTrainer logs on Ray engines: versions that its samples are behind."""
 
 
 class Watched(Protocol):
@@ -210,9 +212,11 @@ class EngineMonitor:
         except RolloutTimeout as error:  # says of one or more that they are silent
             health = [error] * max(1, len(self.figures.engines))
         with self._lock:
+            ahead = getattr(engines, "prefetch", 0)  # batches generated ahead are so many versions old
+            staleness = self._kept.staleness if self._kept.staleness is not None else ahead or None
             found = Figures(
                 tuple(self._one(index, one, now, engines.adapter_version) for index, one in enumerate(health)),
-                engines.adapter_version, engines.sync_seconds, engines.adapter_bytes, self._kept.staleness,
+                engines.adapter_version, engines.sync_seconds, engines.adapter_bytes, staleness,
             )  # fmt: skip
             self._kept.figures = found
             for name, value in found.as_log().items():
@@ -332,6 +336,8 @@ def log_with(trainer: Any, monitor: EngineMonitor) -> None:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs is None or any(name.startswith("eval_") for name in logs):
                 return
+            if isinstance(behind := logs.get(_OFF_POLICY), int | float):
+                monitor.observe_staleness(behind)
             seen = monitor.take()
             logs.update(seen)
             if state.log_history:
