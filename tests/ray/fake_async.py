@@ -24,7 +24,6 @@ class FakeAsyncEngines:
             SimpleNamespace(index=0, vllm_config=SimpleNamespace(model_config=model, lora_config=lora))
         ]
         self.timeouts = Timeouts(sync=5.0)
-        self.supervisor = None
         self.weight_sender = self
         self.weights_version = "0"
         self.held = Version()

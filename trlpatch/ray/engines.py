@@ -26,6 +26,7 @@ from trlpatch.ray.restore import Restore
 from trlpatch.ray.rollout import Rollout
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
+from trlpatch.ray.worker_calls import WorkerCalls
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 _all: weakref.WeakSet[RayEngines] = weakref.WeakSet()
 
 
-class RayEngines:
+class RayEngines(WorkerCalls):
     """What `create_engines` returns, and what `attach_engine(model, engines)` takes."""
 
     def __init__(
@@ -238,29 +239,6 @@ class RayEngines:
         self._flush_weights()
         return all(self.on_each("reset_prefix_cache"))
 
-    def collective_rpc(
-        self,
-        method: str | Callable[..., object],
-        timeout: float | None = None,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> list[Any]:
-        """Call a method of every worker of every engine; one answer a worker."""
-        answers = self.on_each("call", _collective_rpc, method, args, kwargs or {}, timeout=timeout)
-        return [answer for engine in answers for answer in engine]
-
-    def apply_model(self, func: Callable[..., Any]) -> list[Any]:
-        """As `vllm.LLM.apply_model`, on every engine."""
-        return [answer for engine in self.on_each("call", _apply_model, func) for answer in engine]
-
-    def get_tokenizer(self) -> Any:
-        """The engines' tokenizer."""
-        return self.of_first(_get_tokenizer)
-
-    def get_default_sampling_params(self) -> Any:
-        """What is sampled with where nothing is said."""
-        return self.of_first(_get_default_sampling_params)
-
     # Engines by themselves.
 
     def submit(self, index: int, request: RolloutRequest) -> Any:
@@ -412,23 +390,3 @@ class RayEngines:
 def all_engines() -> list[RayEngines]:
     """Those of this process that are alive."""
     return [engines for engines in _all if engines.up]
-
-
-def _collective_rpc(llm: Any, method: Any, args: Any, kwargs: Any) -> Any:
-    return llm.collective_rpc(method, args=args, kwargs=kwargs)
-
-
-def _apply_model(llm: Any, function: Any) -> Any:
-    return llm.apply_model(function)
-
-
-def _get_tokenizer(llm: Any) -> Any:
-    tokenizer = llm.get_tokenizer()
-    if type(tokenizer).__name__.startswith("TokenizerPool"):
-        # vLLM 0.23's pool arrives as None (vllm-project/vllm#45433); what it is a pool of arrives as it is.
-        _, (tokenizer, *_) = tokenizer.__reduce__()
-    return tokenizer
-
-
-def _get_default_sampling_params(llm: Any) -> Any:
-    return llm.get_default_sampling_params()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trlpatch.errors import EngineLost
-from trlpatch.ray.messages import EngineHealth, EngineInfo, RolloutRequest, Version
+from trlpatch.ray.messages import EngineHealth, EngineInfo, RolloutRequest, RolloutResponse, Version
 from trlpatch.ray.timeouts import Timeouts
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ class AsyncEngines(Protocol):
     handles: list[Any]
     infos: list[EngineInfo]
     timeouts: Timeouts
-    supervisor: Any
     weight_sender: Any
     """`trlpatch.ray.transfer.sender.WeightSender`; None where these engines cannot be sent full weights."""
     weights_version: str
@@ -27,8 +25,8 @@ class AsyncEngines(Protocol):
     def version(self) -> Version:
         """What every engine holds."""
 
-    def submit(self, index: int, request: RolloutRequest) -> Any:
-        """Send one engine a request; the `ObjectRef` of its RolloutResponse."""
+    def ask(self, request: RolloutRequest) -> RolloutResponse:
+        """Have one request answered by the engine with the least to do, and by another one if that is lost."""
 
     def on_each(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Any]:
         """Call a method of every `LLMRayActor`."""
@@ -38,9 +36,6 @@ class AsyncEngines(Protocol):
 
     def abort(self, key: str | None = None) -> None:
         """Tell every engine to drop the requests with that key, or all; does not wait."""
-
-    def replaced(self, error: EngineLost, index: int | None = None) -> None:
-        """Have the supervisor replace lost engines."""
 
     def rollout_backend(self) -> RolloutBackend:
         """The backend that hands adapters over."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from trlpatch.errors import RolloutWorkerFailed
-from trlpatch.ray.async_grpo.asking import Asker
 from trlpatch.ray.async_grpo.buffer import RolloutBuffer
 from trlpatch.ray.async_grpo.ledger import Ledger, Totals
 from trlpatch.ray.async_grpo.loop import RolloutLoop, RolloutTools
@@ -64,7 +63,7 @@ class RayRolloutWorker:
         self._functions = list(reward_funcs)
         self._release = release
         self._versions = versions or PolicyVersions()
-        self._ask = ask or Asker(engines).ask
+        self._ask = ask or engines.ask
         self._make_sampling_params = make_sampling_params or _sampling_params
         self._tools: RolloutTools | None = None
         self._loop: RolloutLoop | None = None
