@@ -15,7 +15,7 @@ from trlpatch.ray.async_grpo.ledger import ATTEMPTS, Ledger
 from trlpatch.ray.async_grpo.prompts import Progress, Prompts, Trained
 from trlpatch.ray.async_grpo.samples import release_of
 from trlpatch.ray.async_grpo.settings import RolloutSettings, check_engines, rollout_settings, warn_of_large_groups
-from trlpatch.ray.async_grpo.versions import NEVER_SENT, PolicyVersions
+from trlpatch.ray.async_grpo.versions import _KEPT, NEVER_SENT, PolicyVersions
 from trlpatch.ray.messages import Version
 
 ROWS = [{"prompt": f"p{i}"} for i in range(3)]
@@ -200,6 +200,16 @@ def test_versions_are_counted_as_the_trainer_does() -> None:
     versions.sent(Version(7))  # nothing had changed
     assert versions.of(Version(7)) == 2
     assert versions.of(Version(7, "1")) == NEVER_SENT
+
+
+def test_of_many_versions_the_oldest_is_forgotten_and_not_one_that_was_sent_again() -> None:
+    versions = PolicyVersions()
+    for number in range(_KEPT):
+        versions.sent(Version(number))
+    versions.sent(Version(0))
+    versions.sent(Version(_KEPT))
+    assert versions.of(Version(0)) == 1
+    assert versions.of(Version(1)) == NEVER_SENT
 
 
 def config(**changes: Any) -> Any:
