@@ -103,7 +103,7 @@ class LoadConfig:
         engine: further arguments of `vllm.LLM`.
         model: further arguments of transformers' `from_pretrained`.
         random_state: the seed of the engine, where it is not vLLM's default.
-        refuse_images: refuse a checkpoint that reads images or sound before anything is built.
+        images: load a checkpoint that reads images as what it is, with its processor.
         without_effect: engine arguments that were given although no engine is built.
     """
 
@@ -132,7 +132,7 @@ class LoadConfig:
     random_state: int | None = None
     resize_model_vocab: int | None = None
     tokenizer_name: str | None = None
-    refuse_images: bool = False
+    images: bool = False
     patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
 
