@@ -22,6 +22,7 @@ def test_public_names():
     assert trlpatch.__all__ == [
         "FastLanguageModel",
         "FastModel",
+        "FastVisionModel",
         "PatchFastRL",
         "PatchReport",
         "__version__",

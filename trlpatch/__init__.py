@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trlpatch.engine.attach import attach_engine
     from trlpatch.engine.sampling_params import vLLMSamplingParams
     from trlpatch.hooks.lora_request import live_lora_request as lora_request
-    from trlpatch.loading.model import FastLanguageModel, FastModel, is_bfloat16_supported
+    from trlpatch.loading.model import FastLanguageModel, FastModel, FastVisionModel, is_bfloat16_supported
     from trlpatch.loading.model import is_bfloat16_supported as is_bf16_supported
     from trlpatch.runtime.children import child_environment
     from trlpatch.runtime.report import PatchReport
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FastLanguageModel",
     "FastModel",
+    "FastVisionModel",
     "PatchFastRL",
     "PatchReport",
     "__version__",
@@ -49,6 +50,7 @@ __all__ = [
 _HOMES = {
     "FastLanguageModel": ("trlpatch.loading.model", "FastLanguageModel"),
     "FastModel": ("trlpatch.loading.model", "FastModel"),
+    "FastVisionModel": ("trlpatch.loading.model", "FastVisionModel"),
     "PatchFastRL": ("trlpatch.runtime.session", "PatchFastRL"),
     "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
     "attach_engine": ("trlpatch.engine.attach", "attach_engine"),

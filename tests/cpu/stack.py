@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -31,6 +32,8 @@ from trlpatch.source.locate import find_trl
 
 METADATA = Path(__file__).parent / "vllm_metadata"
 OVERLAYS = tuple(Path(__file__).parent / f"requirements-{name}.txt" for name in ("gguf", "ray"))
+VISION = "TRLPATCH_TEST_VISION"
+"""Names the folder with torchvision, for the processes that need it: beside it transformers chooses other classes."""
 
 ENGINE_ENVIRONMENT = {
     # More threads gain nothing on tiny models, and wait for each other when another process has a core.
@@ -84,6 +87,7 @@ def engine_tier(stack: Stack, release: PinnedRelease, tier: str, arguments: list
     # Tests have homes of their own; what vLLM notes about its models is the same in all of them.
     environ = {**environment_of(tree), "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
     environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], *overlays(stack)])
+    environ[VISION] = str(vision(stack))
     return _run([str(python), "-m", "pytest", "-W", "default", *chosen], environ)
 
 
@@ -151,7 +155,30 @@ def overlays(stack: Stack) -> list[str]:
     return [str(_overlay(python, requirements)) for requirements in OVERLAYS]
 
 
-def _overlay(python: Path, requirements: Path) -> Path:
+def vision(stack: Stack) -> Path:
+    """Return the folder with the torchvision of a stack's torch; install it if it is not there."""
+    return _overlay(installed(stack), Path(__file__).parent / f"requirements-vision-{stack.name}.txt", _declare_ops)
+
+
+def _declare_ops(folder: Path) -> None:
+    """Declare the two operators that torchvision describes at import, where its library does not load.
+
+    PyPI has it built for CUDA alone. Beside a torch for CPUs its import fails, although no image needs an operator.
+    """
+    file = folder / "torchvision" / "_meta_registrations.py"
+    text = file.read_text(encoding="utf-8")
+    place = "import torchvision.extension  # noqa: F401\n"
+    assert text.count(place) == 1, file
+    declared = """
+if not torchvision.extension._has_ops():
+    _declared = torch.library.Library("torchvision", "FRAGMENT")
+    for _operator in ("nms", "qnms"):
+        _declared.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+    file.write_text(text.replace(place, place + declared), encoding="utf-8")
+
+
+def _overlay(python: Path, requirements: Path, finish: Callable[[Path], None] = lambda folder: None) -> Path:
     pins = requirements.read_text(encoding="utf-8")
     name = requirements.stem.removeprefix("requirements-")
     folder = python.parents[2] / f"{name}-{hashlib.sha256((pins + sys.version).encode()).hexdigest()[:12]}"
@@ -161,6 +188,7 @@ def _overlay(python: Path, requirements: Path) -> Path:
             half = folder.with_suffix(".half")
             shutil.rmtree(half, ignore_errors=True)
             subprocess.run([*install, "--no-deps", "--target", str(half), "-r", str(requirements)], check=True)
+            finish(half)
             half.rename(folder)
     return folder
 

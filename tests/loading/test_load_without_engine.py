@@ -16,7 +16,13 @@ pytest.importorskip("peft")
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from tests.words import byte_tokenizer  # noqa: E402
 from trlpatch import FastLanguageModel, FastModel, is_bf16_supported, is_bfloat16_supported  # noqa: E402
-from trlpatch.errors import AdapterNotExpressible, ConflictingArguments, CudaRequired, ModelNotFound  # noqa: E402
+from trlpatch.errors import (  # noqa: E402
+    AdapterNotExpressible,
+    ConflictingArguments,
+    CudaRequired,
+    MissingPackage,
+    ModelNotFound,
+)
 from trlpatch.loading import adapter_source  # noqa: E402
 from trlpatch.loading.checkpoint import read_hf_config  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
@@ -230,10 +236,42 @@ def test_a_vocabulary_is_resized(places: dict[str, Path]) -> None:
     assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 80
 
 
-def test_fast_model_refuses_images(places: dict[str, Path], tmp_path: Path) -> None:
-    from transformers import AutoConfig, Qwen2VLConfig
+def test_a_model_that_reads_images_is_not_loaded_for_text(tmp_path: Path) -> None:
+    from transformers import Qwen2VLConfig
 
     Qwen2VLConfig().save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).vision_config is not None
-    with pytest.raises(ConflictingArguments, match=r"is a vision model .* images are not supported yet"):
+    with pytest.raises(ConflictingArguments, match=r"reads images \(Qwen2VLConfig\); load it with FastVisionModel"):
+        FastLanguageModel.from_pretrained(tmp_path, **PLAIN)
+
+
+def test_images_need_their_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from transformers import Qwen2VLConfig
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torchvision" else find(name))
+    Qwen2VLConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        MissingPackage, match=r"need torchvision, which is not installed. Run: pip install torchvision"
+    ):
         FastModel.from_pretrained(tmp_path, **PLAIN)
+
+
+def test_sound_is_refused(tmp_path: Path) -> None:
+    from transformers import Qwen2AudioConfig
+
+    Qwen2AudioConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConflictingArguments, match=r"reads audio \(Qwen2AudioConfig\): sound is not supported"):
+        FastModel.from_pretrained(tmp_path, **PLAIN)
+
+
+@pytest.mark.parametrize("every", [{"full_finetuning": True}])
+def test_every_weight_of_a_vision_model_is_not_trained_beside_an_engine(every: dict[str, Any]) -> None:
+    from types import SimpleNamespace
+
+    from trlpatch.loading.images import read_as_images
+
+    config: Any = SimpleNamespace(images=True, fast_inference=True, model_name="model", **every)
+    with pytest.raises(ConflictingArguments, match="stays in the engine's cache when the weights are written anew"):
+        read_as_images(config, SimpleNamespace(vision_config=object()))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trlpatch.errors import ConflictingArguments
-from trlpatch.loading.lora_targets import take_switches
-from trlpatch.loading.model import LINEARS
+from trlpatch.loading.lora_targets import LINEARS, take_switches
 
 
 class Linear:
@@ -107,3 +107,94 @@ def test_targets_of_which_nothing_is_left() -> None:
 def test_modules_of_neither_kind_that_are_named_stay(targets: Any) -> None:
     assert taken(targets, finetune_attention_modules=False)["target_modules"] == ["embed_tokens", "lm_head", "up_proj"]
     assert taken(targets, finetune_mlp_modules=False)["target_modules"] == ["embed_tokens", "lm_head"]
+
+
+# Models with a vision tower.
+
+
+class TextConfig:
+    num_hidden_layers = 2
+
+
+class VisionModel(Model):
+    """Two language layers and a tower whose block has a layer of the same name, and a connector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        text = TextConfig()
+        self.config = SimpleNamespace(vision_config=object(), get_text_config=lambda: text)
+        self._text = text
+
+    def named_modules(self) -> list[tuple[str, object]]:
+        text = [
+            (path.replace("model.", "model.language_model."), module)
+            for path, module in super().named_modules()
+            if path != "lm_head"
+        ]
+        tower = [f"model.visual.blocks.0.{path}" for path in ("attn.qkv", "attn.q_proj", "mlp.up_proj")]
+        language = SimpleNamespace(config=self._text)
+        others = [*((path, Linear()) for path in tower), ("model.visual.merger.0", Linear()), ("lm_head", HEAD)]
+        return [("model.language_model", language), *text, *others]
+
+
+def adapted(targets: Any = LINEARS, *, tower: bool = False, **switches: Any) -> set[str]:
+    """The modules that PEFT adapts, `model.language_model.layers.` as `L.` and `model.visual.` as `V.`."""
+    model = VisionModel()
+    settings = take_switches(model, {"target_modules": targets, **switches}, tower=tower)
+    assert settings.keys() == {"target_modules"}
+    matches = re.compile(settings["target_modules"]).fullmatch
+    return {
+        path.replace("model.language_model.layers.", "L.").replace("model.visual.", "V.")
+        for path, _ in model.named_modules()
+        if matches(path)
+    }
+
+
+LANGUAGE_ATTENTION = {f"L.{index}.self_attn.{name}" for index in (0, 1) for name in ATTENTION}
+LANGUAGE_MLP = {f"L.{index}.mlp.{name}" for index in (0, 1) for name in MLP}
+LANGUAGE = LANGUAGE_ATTENTION | LANGUAGE_MLP
+TOWER_ATTENTION, TOWER_MLP = {"V.blocks.0.attn.qkv", "V.blocks.0.attn.q_proj"}, {"V.blocks.0.mlp.up_proj"}
+TOWER = TOWER_ATTENTION | TOWER_MLP | {"V.merger.0"}
+
+
+@pytest.mark.parametrize("targets", [LINEARS, None, "all-linear"])
+def test_the_tower_is_adapted_where_rollouts_can_carry_it(targets: Any) -> None:
+    assert adapted(targets) == adapted(targets, finetune_vision_layers=False, tower=True) == LANGUAGE
+    assert adapted(targets, tower=True) == LANGUAGE | TOWER
+    assert adapted(targets, tower=True, finetune_language_layers=False) == TOWER
+
+
+def test_attention_and_mlp_of_both_parts() -> None:
+    assert adapted(finetune_mlp_modules=False) == LANGUAGE_ATTENTION
+    assert adapted(finetune_attention_modules=False) == LANGUAGE_MLP
+    both = adapted(finetune_attention_modules=False, finetune_vision_layers=True, tower=True)
+    assert both == LANGUAGE_MLP | TOWER_MLP | {"V.merger.0"}
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*\.q_proj"])
+def test_a_name_that_both_parts_have(targets: Any) -> None:
+    language = {"L.0.self_attn.q_proj", "L.1.self_attn.q_proj"}
+    assert adapted(targets) == language
+    assert adapted(targets, tower=True) == language | {"V.blocks.0.attn.q_proj"}
+
+
+def test_layers_are_the_language_models() -> None:
+    last = {path for path in LANGUAGE if path.startswith("L.1.")}
+    assert adapted(finetune_last_n_layers=1) == adapted(layers_to_transform=[1]) == last
+    assert adapted(finetune_last_n_layers=1, tower=True) == last | TOWER
+
+
+@pytest.mark.parametrize(
+    ("switches", "says"),
+    [
+        (
+            {"finetune_vision_layers": True},
+            "the engine has LoRA on the language model only; load the model with enable",
+        ),
+        ({"finetune_language_layers": False}, "finetune_vision_layers=False and what else was given leave no layer"),
+        ({"targets": ["qkv"]}, r"leave no layer of target_modules=\['qkv'\] to adapt"),
+    ],
+)
+def test_parts_that_cannot_be_adapted(switches: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConflictingArguments, match=says):
+        adapted(**switches)

@@ -13,7 +13,7 @@ from tests.fakes.models import base_model
 from trlpatch import FastLanguageModel
 from trlpatch.errors import ConflictingArguments, UnknownArgument
 from trlpatch.loading.adapter import mark_fully_trained
-from trlpatch.loading.model import LINEARS
+from trlpatch.loading.lora_targets import LINEARS
 from trlpatch.policy.adapter import lora_view
 
 pytestmark = pytest.mark.torch

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from trlpatch import FastLanguageModel, FastModel, vLLMSamplingParams
+from trlpatch import FastLanguageModel, FastModel, FastVisionModel, vLLMSamplingParams
 from trlpatch.engine import build, sampling_params
 from trlpatch.errors import ConflictingArguments, MissingPackage, UnknownArgument
 from trlpatch.loading import load_config, loading
@@ -177,16 +177,21 @@ def test_a_default_is_told_from_what_was_given(asked: list[LoadConfig]) -> None:
     with pytest.raises(UnknownArgument, match="zzzzzz="):
         FastLanguageModel.from_pretrained("model", zzzzzz=1)
     (config,) = asked
-    assert (config.full_finetuning, config.load_in_4bit, config.refuse_images) == (True, False, False)
+    assert (config.full_finetuning, config.load_in_4bit, config.images) == (True, False, False)
 
 
 def test_fast_model_has_the_same_calls(asked: list[LoadConfig]) -> None:
-    signatures = [inspect.signature(one.from_pretrained) for one in (FastLanguageModel, FastModel)]
-    assert signatures[0] == signatures[1]
-    assert FastModel.get_peft_model is FastLanguageModel.get_peft_model
-    FastModel.from_pretrained("model", load_in_4bit=False)
-    (config,) = asked
-    assert config.refuse_images
+    for calls in (FastModel, FastVisionModel):
+        assert inspect.signature(calls.from_pretrained) == inspect.signature(FastLanguageModel.from_pretrained)
+        assert calls.get_peft_model is FastLanguageModel.get_peft_model
+        calls.from_pretrained("model", load_in_4bit=False)
+    assert [config.images for config in asked] == [True, True]
+
+
+@pytest.mark.parametrize("name", ["AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForCausalLM"])
+def test_the_class_that_a_model_with_images_has_may_be_named(asked: list[LoadConfig], name: str) -> None:
+    FastVisionModel.from_pretrained("model", load_in_4bit=False, auto_model=type(name, (), {}))
+    assert len(asked) == 1
 
 
 def test_the_documentation_lists_every_name() -> None:

@@ -93,3 +93,21 @@ def test_an_adapter_that_is_disabled_in_some_layers_only() -> None:
     assert view is not None
     view.layers[0][1].enable_adapters(False)
     assert "disabled in some layers only" in str(reason(model))
+
+
+def test_experts_as_parameters_are_no_plain_lora() -> None:
+    """PEFT 0.21 on transformers 5 makes `all-linear` adapt an expert layer's fused parameters, with another rank."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen3MoeConfig(vocab_size=64, num_hidden_layers=1, **sizes, **experts, **heads)
+    attention = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    assert reason(peft.get_peft_model(Qwen3MoeForCausalLM(config), attention)) is None
+    every = peft.get_peft_model(Qwen3MoeForCausalLM(config), peft.LoraConfig(r=4, target_modules="all-linear"))
+    fused = [path for path, layer in every.named_modules() if type(layer).__name__ == "ParamWrapper"]
+    found = reason(every)
+    assert (found is None) == (not fused), found
+    if fused:
+        assert "experts" in str(found) or "ParamWrapper" in str(found)

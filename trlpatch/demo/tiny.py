@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.loading.model import LINEARS
+from trlpatch.loading.lora_targets import LINEARS
 
 if TYPE_CHECKING:
     from pathlib import Path

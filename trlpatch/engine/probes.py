@@ -60,6 +60,11 @@ def lora_enabled(llm: object) -> bool:
     return lora_config(llm) is not None
 
 
+def tower_lora_enabled(llm: object) -> bool:
+    """Was it built with `enable_tower_connector_lora=True`? Without, it adapts a language model only."""
+    return bool(getattr(lora_config(llm), "enable_tower_connector_lora", False))
+
+
 def max_lora_rank(llm: object) -> int:
     """The rank its LoRA buffers are built for; 0 when it was built without LoRA."""
     return int(getattr(lora_config(llm), "max_lora_rank", 0) or 0)

@@ -8,6 +8,7 @@ from trlpatch.hooks.adapter_sync import hand_over
 from trlpatch.hooks.adopt_engine import engine
 from trlpatch.hooks.chat_template import chat_template
 from trlpatch.hooks.configure import configure
+from trlpatch.hooks.image_prompts import image_prompts, same_prompts
 from trlpatch.hooks.logps import (
     deferred_logits,
     entropy_from_logits,
@@ -55,6 +56,7 @@ __all__ = [
     "guided_decoding_params",
     "hand_over",
     "http_adapter",
+    "image_prompts",
     "importance_sampling_ratio",
     "is_package_available",
     "keep_sampling_logps",
@@ -68,6 +70,7 @@ __all__ = [
     "reload_weights",
     "rollout_func",
     "rollout_func_server",
+    "same_prompts",
     "sampling_limit",
     "sampling_params",
     "seed_worker",

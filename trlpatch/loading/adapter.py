@@ -44,8 +44,10 @@ def with_adapter(model: Any, settings: Mapping[str, Any], *, checkpointing: bool
             "FastLanguageModel.get_peft_model: the model has an adapter already; take it off with "
             "`model = model.unload()`, or train it as it is"
         )
-    settings = take_switches(model, _without_neutral(settings))
     engine = attached_engine(model)
+    settings = take_switches(
+        model, _without_neutral(settings), tower=engine is None or probes.tower_lora_enabled(engine)
+    )
     _check_rank(settings, engine)
     config = _config(settings)
     import torch

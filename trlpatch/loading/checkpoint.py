@@ -18,7 +18,7 @@ def read_hf_config(config: LoadConfig) -> Any:
         ModelNotFound: the directory does not exist or holds no model; the hub does not know the id, or it cannot be
             reached and the model is not in its cache.
         ConflictingArguments: load_in_4bit for a checkpoint that is quantized in another way, full_finetuning for one
-            that is quantized, or a model that reads images or sound.
+            that is quantized.
     """
     from transformers import AutoConfig
 
@@ -38,8 +38,6 @@ def read_hf_config(config: LoadConfig) -> Any:
     except OSError as error:
         raise ModelNotFound(_not_found(config, error)) from error
     _require_one_quantization(config, hf_config)
-    if config.refuse_images:
-        _require_text(config, hf_config)
     if "attn_implementation" in config.model:  # a model over the engine's weights is built from the config alone
         hf_config._attn_implementation = config.model["attn_implementation"]
     return hf_config
@@ -100,13 +98,31 @@ def _not_found(config: LoadConfig, error: OSError) -> str:
     return f"{where}: {error}"
 
 
-def _require_text(config: LoadConfig, hf_config: Any) -> None:
-    reads = [kind for kind in ("vision", "audio") if getattr(hf_config, f"{kind}_config", None) is not None]
-    if reads:
+def reads(hf_config: Any) -> list[str]:
+    """What the model reads beside text, of "vision" and "audio"."""
+    return [kind for kind in ("vision", "audio") if getattr(hf_config, f"{kind}_config", None) is not None]
+
+
+def model_class(config: LoadConfig, hf_config: Any) -> Any:
+    """Transformers' class that loads the checkpoint: with its vision tower where images are asked for.
+
+    Raises ConflictingArguments where transformers has none for text alone.
+    """
+    import transformers
+
+    causal = transformers.AutoModelForCausalLM
+    if "vision" not in reads(hf_config):
+        return causal
+    if config.images:
+        return transformers.AutoModelForImageTextToText
+    if type(hf_config) not in causal._model_mapping and "AutoModelForCausalLM" not in getattr(
+        hf_config, "auto_map", {}
+    ):
         raise ConflictingArguments(
-            f"model_name={config.model_name!r} is a {' and '.join(reads)} model ({type(hf_config).__name__}): images "
-            "are not supported yet, and neither is sound; expected a model that reads text alone"
+            f"model_name={config.model_name!r} reads images ({type(hf_config).__name__}); load it with "
+            "FastVisionModel.from_pretrained"
         )
+    return causal
 
 
 def _require_one_quantization(config: LoadConfig, hf_config: Any) -> None:
@@ -139,14 +155,14 @@ def sizes(config: LoadConfig, hf_config: Any, dtype: Any) -> tuple[int, int]:
     Raises ConflictingArguments when transformers has no causal language model for the config.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    cls = model_class(config, hf_config)
     try:
         with torch.device("meta"):
-            shapes = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
+            shapes = cls.from_config(hf_config, trust_remote_code=config.trust_remote_code)
     except ValueError as error:
         raise ConflictingArguments(
-            f"model_name={config.model_name!r}: transformers has no causal language model for "
+            f"model_name={config.model_name!r}: transformers' {cls.__name__} has no model for "
             f"{type(hf_config).__name__}: {error}"
         ) from error
     bits = 4 if config.load_in_4bit or quantization_of(hf_config) == "bitsandbytes" else None

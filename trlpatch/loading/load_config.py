@@ -107,7 +107,7 @@ class LoadConfig:
         engine: further arguments of `vllm.LLM`.
         model: further arguments of transformers' `from_pretrained`.
         random_state: the seed of the engine, where it is not vLLM's default.
-        refuse_images: refuse a checkpoint that reads images or sound before anything is built.
+        images: load a checkpoint that reads images as what it is, with its processor.
         without_effect: engine arguments that were given although no engine is built.
         num_engines: how many engines are built on other devices, as Ray actors; None: one in this process.
         why_ranks_separate: what happens to the trainer's weights on several ranks so that they cannot be the engine's.
@@ -138,7 +138,7 @@ class LoadConfig:
     random_state: int | None = None
     resize_model_vocab: int | None = None
     tokenizer_name: str | None = None
-    refuse_images: bool = False
+    images: bool = False
     patch_trl: bool = True
     without_effect: tuple[str, ...] = ()
     num_engines: int | None = None

@@ -24,8 +24,9 @@ from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch, M
 from trlpatch.export.api import attach_export
 from trlpatch.loading import adapter_source, platform_checks
 from trlpatch.loading.adapter import check_engine_serves, mark_fully_trained, set_gradient_checkpointing
-from trlpatch.loading.checkpoint import quantization_of, read_hf_config, require_lora, sizes
+from trlpatch.loading.checkpoint import model_class, quantization_of, read_hf_config, reads, require_lora, sizes
 from trlpatch.loading.engine_errors import translate
+from trlpatch.loading.images import load_processor, read_as_images, tokenizer_of
 from trlpatch.loading.load_config import LoadConfig
 from trlpatch.loading.memory import DeviceMemory, MemoryRequirement, require_memory, require_memory_for_copy
 from trlpatch.loading.modes import remember_tokenizer
@@ -39,7 +40,7 @@ from trlpatch.versions import installed_version
 
 
 def load(config: LoadConfig) -> tuple[Any, Any]:
-    """(model, tokenizer).
+    """(model, tokenizer), or (model, processor) of a model that reads images.
 
     Nothing is left of a load that fails or is interrupted.
     """
@@ -77,7 +78,8 @@ def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]
         except ModelNotFound as error:
             raise error if source is None else adapter_source.base_not_found(source, error) from error
         dtype = platform_checks.engine_dtype(config, hf_config)
-        made["tokenizer"] = load_tokenizer(config)
+        images = read_as_images(config, hf_config)
+        made["tokenizer"] = load_processor(config) if images else load_tokenizer(config)
     if config.without_effect:
         logger.warning("without an engine, these have no effect: %s", ", ".join(config.without_effect))
     if not config.fast_inference:
@@ -106,7 +108,10 @@ def _load_with_engine(
         if not config.full_finetuning:
             require_lora(hf_config)
         arguments = engine_arguments(config, dtype)
-        arguments |= engine_tokenizer(config, hf_config, made["tokenizer"])
+        arguments |= engine_tokenizer(config, hf_config, tokenizer_of(made["tokenizer"]))
+        if config.images and "vision" in reads(hf_config):
+            # Trainers send no videos, and the engine would measure its memory with the longest one.
+            arguments.setdefault("limit_mm_per_prompt", {"video": 0})
     device = _device_memory()
     if device is not None and config.num_engines is None:
         require_memory(config.model_name, device, need)
@@ -115,7 +120,7 @@ def _load_with_engine(
             made["engine"] = _build(config, arguments)
         except Exception as error:
             raise translate(error, config) from error
-    keep(made["tokenizer"], made["engine"])
+    keep(tokenizer_of(made["tokenizer"]), made["engine"])
     reason = config.why_separate
     if reason is None:
         with show.stage("sharing the weights"):
@@ -246,7 +251,7 @@ def load_transformers_model(config: LoadConfig, hf_config: Any, dtype: Any) -> A
         )
     if config.load_in_8bit and quantization_of(hf_config) is None:
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(config.model_name, **arguments)
+    model = model_class(config, hf_config).from_pretrained(config.model_name, **arguments)
     if config.resize_model_vocab is not None:
         model.resize_token_embeddings(config.resize_model_vocab)
     if config.full_finetuning:
@@ -254,7 +259,8 @@ def load_transformers_model(config: LoadConfig, hf_config: Any, dtype: Any) -> A
     return model.eval()
 
 
-def _finish(model: Any, tokenizer: Any, config: LoadConfig) -> None:
+def _finish(model: Any, processing: Any, config: LoadConfig) -> None:
+    tokenizer = tokenizer_of(processing)
     for settings in (model.config, getattr(model, "generation_config", None)):
         if settings is not None and getattr(settings, "pad_token_id", None) is None:
             settings.pad_token_id = tokenizer.pad_token_id

@@ -8,18 +8,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from trlpatch.loading.lora_targets import LINEARS
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
     from trlpatch.loading.model_types import AdaptedModel, LoadedModel
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_GIVEN, _TEXT = "_given", "_text"
+_GIVEN, _IMAGES = "_given", "_images"
 """What the decorators below tell `from_pretrained`, among its keywords."""
 
 
@@ -35,10 +35,10 @@ def _noting_what_was_given(load: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _refusing_images(load: Callable[P, T]) -> Callable[P, T]:
+def _reading_images(load: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(load)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        kwargs[_TEXT] = True
+        kwargs[_IMAGES] = True
         return load(*args, **kwargs)
 
     return call
@@ -128,7 +128,7 @@ class FastLanguageModel:
         """
         from trlpatch.loading.load_config import parse_arguments
 
-        given, refuse_images = kwargs.pop(_GIVEN), kwargs.pop(_TEXT, False)
+        given, images = kwargs.pop(_GIVEN), kwargs.pop(_IMAGES, False)
         config = parse_arguments(
             {
                 "model_name": model_name,
@@ -146,7 +146,7 @@ class FastLanguageModel:
                 "load_in_8bit": load_in_8bit,
                 "load_in_16bit": load_in_16bit,
                 "full_finetuning": full_finetuning,
-                "refuse_images": refuse_images,
+                "images": images,
                 "patch_trl": patch_trl,
             },
             kwargs,
@@ -179,14 +179,19 @@ class FastLanguageModel:
 
         `random_state` seeds the adapter's initial weights and nothing else. `**kwargs` are fields of peft.LoraConfig,
         and Unsloth's `finetune_attention_modules`, `finetune_mlp_modules` (False takes theirs out of the targets),
-        `finetune_language_layers` and `finetune_last_n_layers`.
+        `finetune_language_layers`, `finetune_vision_layers` and `finetune_last_n_layers`. A model that reads images
+        has every linear layer of its language model adapted unless told otherwise, and of its vision tower and
+        connector with `finetune_vision_layers=True` (the default without an engine, and beside one that was loaded
+        with `enable_tower_connector_lora=True`).
 
         Raises RankAboveEngine for an `r` above the engine's `max_lora_rank`, AdapterNotExpressible for an adapter that
         cannot reach an engine with shared weights, UnknownArgument and ConflictingArguments.
         """
         from trlpatch.loading.adapter import with_adapter
 
-        targets = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
+        targets: Any = target_modules
+        if target_modules is not LINEARS and not isinstance(target_modules, (str, type(None))):
+            targets = list(target_modules)
         settings = {
             "r": r,
             "target_modules": targets,
@@ -224,12 +229,18 @@ class FastLanguageModel:
 
 
 class FastModel(FastLanguageModel):
-    """`FastLanguageModel` under the name that Unsloth has for models of every kind: text models only, so far.
+    """`FastLanguageModel` for models that read images as well as for text models.
 
-    `from_pretrained` raises ConflictingArguments for a checkpoint that reads images or sound.
+    Of a checkpoint with a vision tower `from_pretrained` returns (model, processor): transformers' image-text-to-text
+    model, and the processor that TRL's trainers take as `processing_class`. Its base weights are never shared with
+    the engine. Checkpoints that read sound are refused.
     """
 
-    from_pretrained = staticmethod(_refusing_images(FastLanguageModel.from_pretrained))
+    from_pretrained = staticmethod(_reading_images(FastLanguageModel.from_pretrained))
+
+
+class FastVisionModel(FastModel):
+    """The name that Unsloth has for `FastModel` where the model reads images."""
 
 
 def is_bfloat16_supported() -> bool:

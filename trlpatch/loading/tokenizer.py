@@ -23,7 +23,11 @@ def load_tokenizer(config: LoadConfig) -> Any:
         arguments.pop("subfolder", None)
     if arguments["revision"] is None:
         del arguments["revision"]
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name or config.model_name, **arguments)
+    return prepared(AutoTokenizer.from_pretrained(config.tokenizer_name or config.model_name, **arguments))
+
+
+def prepared(tokenizer: Any) -> Any:
+    """The same tokenizer with padding on the left, and a token to pad with."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -49,7 +49,7 @@ class Neutral:
 
 _EITHER = (True, False, None)
 _BOOL = "expected True or False"
-_AUDIO = "only text models are loaded; leave it out"
+_AUDIO = "models that read sound are not loaded; leave it out"
 
 NEUTRAL = {
     "device_map_planner_kwargs": Neutral((None, {}), "device maps are not planned here; give device_map= itself"),
@@ -75,7 +75,9 @@ NEUTRAL = {
         "rope_parameters for transformers 5) and load that directory",
     ),
     "target_parameters": Neutral((None,), "it belongs to the adapter; give it to FastLanguageModel.get_peft_model"),
-    "text_only": Neutral(_EITHER, f"{_BOOL}; only text models are loaded in either case"),
+    "text_only": Neutral(
+        _EITHER, f"{_BOOL}; FastLanguageModel loads for text alone, FastModel what the checkpoint reads"
+    ),
     "unsloth_force_compile": Neutral((False, None), "the model is not compiled; leave it out"),
     "unsloth_tiled_mlp": Neutral(
         (False, None), "the MLP is not computed in tiles; leave it out. use_gradient_checkpointing saves more memory"
@@ -115,7 +117,7 @@ def take_unsloth_arguments(named: dict[str, Any], extra: dict[str, Any], given: 
     """
     for name in NEUTRAL.keys() & extra.keys():
         NEUTRAL[name].check(CALL, name, extra.pop(name))
-    _take_auto_model(extra)
+    _take_auto_model(extra, images=bool(named.get("images")))
     named["resize_model_vocab"] = _whole(extra.pop("resize_model_vocab", None), "resize_model_vocab", least=1)
     named["tokenizer_name"] = extra.pop("tokenizer_name", None)
     _take_alias(named, extra, "torch_dtype", "dtype", _dtype_name)
@@ -133,12 +135,13 @@ def without_spread(device_map: object, *, engine: bool) -> bool:
     return device_map is None or (engine and device_map in _SPREAD)
 
 
-def _take_auto_model(extra: dict[str, Any]) -> None:
+def _take_auto_model(extra: dict[str, Any], *, images: bool) -> None:
     wanted = extra.pop("auto_model", None)
-    if wanted is not None and getattr(wanted, "__name__", None) != "AutoModelForCausalLM":
+    classes = ("AutoModelForCausalLM", *(("AutoModelForImageTextToText", "AutoModelForVision2Seq") if images else ()))
+    if wanted is not None and getattr(wanted, "__name__", None) not in classes:
         raise ConflictingArguments(
-            f"{CALL}: auto_model={getattr(wanted, '__name__', wanted)!s}: only causal language models are loaded "
-            "(AutoModelForCausalLM); leave it out"
+            f"{CALL}: auto_model={getattr(wanted, '__name__', wanted)!s}: only {' and '.join(classes)} are "
+            "loaded, and the checkpoint decides; leave it out"
         )
 
 

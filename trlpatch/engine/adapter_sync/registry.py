@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine import probes
+from trlpatch.engine.adapter_sync import missing_layers
 from trlpatch.engine.adapter_sync.shape_check import misfit
 from trlpatch.engine.protocols import LoraManager, LoraModel, LoraRequest, RolloutEngine
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, StaleAdapter
@@ -120,10 +121,7 @@ def lora_model(worker: LoraManager, tensors: Mapping[str, Tensor], weights: Lora
     known = set(manager.modules).union(*manager.packed_modules.values())
     unknown = sorted(set(lora.loras) - known)
     if unknown:
-        raise AdapterNotExpressible(
-            f"the engine's model has no LoRA layer for {', '.join(unknown[:4])}"
-            + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
-        )
+        raise AdapterNotExpressible(missing_layers.in_words(manager.model, unknown, weights.paths))
     wrong = misfit(manager, ((name, entry.input_dim, entry.output_dim) for name, entry in lora.loras.items()))
     if wrong is not None:
         raise EngineMismatch(
