@@ -49,8 +49,10 @@ class VLLMGeneration:
         generation_kwargs = {"max_tokens": 2, "top_k": self.top_k}
         sampling_params = SamplingParams(**generation_kwargs)
         self.llm.wake_up(tags=["kv_cache"])
-        outputs = self.llm.generate(prompts, sampling_params=sampling_params)
+        vllm_prompts = [{"prompt_token_ids": ids} for ids in prompts]
+        all_outputs = self.llm.generate(vllm_prompts, sampling_params=sampling_params)
         self.llm.sleep(level=2)
+        outputs = [output.prompt_token_ids for output in all_outputs]
         return outputs
 '''
 

@@ -181,7 +181,8 @@ def test_a_finding_names_its_place_upstream_and_what_to_do():
 def test_patches_left_out_on_purpose_leave_their_calls_to_trl():
     result = rewritten(ENGINE, frozenset({"sleep", "engine_reuse", "sampling"}))
     assert [outcome.reason for outcome in result.failed] == []
-    assert "self.llm.generate(prompts, sampling_params=sampling_params)" in result.text
+    rollout = "self.llm.generate(_trlpatch.image_prompts(self, vllm_prompts), sampling_params=sampling_params)"
+    assert rollout in result.text
     assert "self.llm = LLM(" in result.text
 
 
