@@ -159,5 +159,6 @@ def test_every_command_explains_itself() -> None:
         assert cli.commands[name].help, name
     assert set(cli.commands) == {
         "list", "plan", "diff", "dump", "check", "status", "cache", "run", "demo", "doctor", "export", "serve",
+        "scale",
     }  # fmt: skip
     assert CliRunner().invoke(cli, ["run", "--help"]).exit_code == 0
