@@ -199,6 +199,20 @@ def test_a_request_without_an_adapter_is_answered_whatever_adapter_the_engine_ho
     assert len(engines.generate(["a", "b"], FakeParams(), use_tqdm=False)) == 2
 
 
+def test_a_trainer_leaves_gpus_to_engines(engines: RayEngines) -> None:
+    class Arguments:  # as transformers.TrainingArguments: without a launcher all visible GPUs are the trainer's
+        _n_gpu = 2
+
+        @property
+        def n_gpu(self) -> int:
+            return self._n_gpu
+
+    arguments = Arguments()
+    engines.prepare_trainer(object(), arguments)
+    assert arguments.n_gpu == 1
+    engines.prepare_trainer(object(), object())
+
+
 def test_what_trl_pushes_is_sent_before_the_next_prompts(engines: RayEngines) -> None:
     class Sender:
         sent: list[Any] = []  # noqa: RUF012 - of one test

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.adapter_sync.registry import LIVE_NAME
 from trlpatch.errors import EngineLost, NoEngineLeft, StaleAdapter, TrlpatchError
+from trlpatch.log import log_once
 from trlpatch.ray.actor import CONTROL, ROLLOUTS
 from trlpatch.ray.calls import gather
 from trlpatch.ray.facade import Asked, RayLLMEngine
@@ -103,11 +104,16 @@ class RayEngines(WorkerCalls):
         return RayBackend(self)
 
     def prepare_trainer(self, trainer: Any, args: Any) -> None:
-        """A trainer that rolls out here is about to be initialised.
+        """A trainer that rolls out here is about to be initialised: it trains on its first GPU.
+
+        Without a launcher transformers uses all visible GPUs, those of engines too, by `torch.nn.DataParallel`.
 
         Raises:
             PrefetchNotSupported: prefetch is on, and this trainer's batches cannot be generated ahead.
         """
+        if getattr(args, "n_gpu", 1) > 1:
+            log_once(self, f"training uses one of the {args.n_gpu} GPUs that are visible: engines have others")
+            args._n_gpu = 1
         if self.prefetch:
             from trlpatch.ray.prefetch import Prefetch, refuse_prefetch
 
