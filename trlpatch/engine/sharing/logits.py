@@ -53,8 +53,12 @@ def compare_logprobs(model: Any, llm: RolloutEngine, prompts: list[list[int]], l
     Raises:
         EngineMismatch: as there.
     """
-    # Engines on other devices stand as one: each is compared.
-    return max(_compared(model, one, prompts, logprobs) for one in getattr(llm, "replicas", None) or [llm])
+    largest = 0.0
+    # Engines on other devices stand as one: each is compared. In a loop: a generator would hold the model in a closure,
+    # which outlives the frames that a load drops when it fails (`build.forget_frames`).
+    for one in getattr(llm, "replicas", None) or [llm]:
+        largest = max(largest, _compared(model, one, prompts, logprobs))
+    return largest
 
 
 def _compared(model: Any, llm: RolloutEngine, prompts: list[list[int]], logprobs: list[Tensor]) -> float:
