@@ -19,7 +19,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-SIZE = 20
+SIZE = 40
 FIRST, LAST = 20_000, 32_000
 """Above what Ray gives its workers (10002 to 19999), below what Linux chooses from (32768 to 60999)."""
 
@@ -27,7 +27,7 @@ _LOCAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 class Block:
-    """Twenty ports of this process, or of one that it starts, until `close` or its end."""
+    """Forty ports of this process, or of one that it starts, until `close` or its end."""
 
     def __init__(self, first: int) -> None:
         """Bind the first port.

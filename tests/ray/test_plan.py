@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trlpatch.errors import NotEnoughResources
-from trlpatch.ray.environment import DEFAULTS, engine_environment
+from trlpatch.ray.environment import DEFAULTS, engine_environment, engine_port
 from trlpatch.ray.plan import Need, Node, fitting, require_others, require_room
 
 TWO = [Node("10.0.0.1", 4, 32, 4, 32), Node("10.0.0.2", 4, 32, 1, 32)]
@@ -100,3 +100,12 @@ def test_variables_that_this_vllm_has_dropped_are_not_set_and_addresses_of_the_t
         {"VLLM_HOST_IP": "10.0.0.9"}, known=frozenset({"VLLM_LOGGING_LEVEL", "VLLM_ATTENTION_BACKEND"}), devices=False
     )
     assert made == {"VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def test_engines_of_one_host_look_for_ports_in_different_places() -> None:
+    assert [engine_port(index, {"VLLM_PORT": "20000"}) for index in range(2)] == [
+        {"VLLM_PORT": "20010"},
+        {"VLLM_PORT": "20020"},
+    ]
+    assert engine_port(0, {}) == {}
+    assert engine_port(0, {"VLLM_PORT": "tcp://10.0.0.1:8000"}) == {}

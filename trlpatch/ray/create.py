@@ -12,7 +12,7 @@ from trlpatch.log import logger
 from trlpatch.ray import cluster
 from trlpatch.ray.actor import CONTROL, ROLLOUTS, LLMRayActor
 from trlpatch.ray.engines import RayEngines, all_engines
-from trlpatch.ray.environment import engine_environment
+from trlpatch.ray.environment import engine_environment, engine_port
 from trlpatch.ray.fleet import RayCluster
 from trlpatch.ray.plan import Need, require_others, require_room
 from trlpatch.ray.supervision import Supervisor
@@ -167,7 +167,7 @@ class Started:
         ).remote(
             index,
             arguments,
-            dict(self._environment),
+            engine_port(index) | dict(self._environment),
             layers=self._lora_layers,
             weight_transfer=self._weight_transfer,
         )

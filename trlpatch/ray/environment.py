@@ -29,6 +29,9 @@ FORWARDED = ("VLLM_", "HF_", "TRLPATCH_", "NCCL_", "OMP_", "TORCH")
 _OF_ONE_PROCESS = frozenset({"VLLM_HOST_IP", "VLLM_PORT", "VLLM_RPC_BASE_PATH"})
 """Not forwarded: addresses of the trainer's own host."""
 
+PORTS = 10
+"""Of one engine, where VLLM_PORT is set."""
+
 RAY_DEFAULTS = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 """For a cluster that is started here. Ray's workers are nice 15 otherwise: on the trainer's host, engines starve."""
 
@@ -50,6 +53,16 @@ def engine_environment(
     }
     forwarded = {name for name in own if name.startswith(FORWARDED)} - _OF_ONE_PROCESS
     return made | {name: own[name] for name in sorted(forwarded)}
+
+
+def engine_port(index: int, own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """VLLM_PORT of one engine, where the trainer's environment has one; each has ten ports from there on.
+
+    A cluster that was started here gives the trainer's to every actor. vLLM looks for a port that is free from there
+    on and listens on it later: engines that start together would take the same.
+    """
+    given = (os.environ if own is None else own).get("VLLM_PORT", "")
+    return {"VLLM_PORT": str(int(given) + PORTS * (index + 1))} if given.isdecimal() else {}
 
 
 def vllm_variables() -> frozenset[str]:

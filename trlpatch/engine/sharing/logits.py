@@ -54,8 +54,8 @@ def compare_logprobs(model: Any, llm: RolloutEngine, prompts: list[list[int]], l
         EngineMismatch: as there.
     """
     largest = 0.0
-    # Engines on other devices stand as one: each is compared. In a loop: a generator would hold the model in a closure,
-    # which outlives the frames that a load drops when it fails (`build.forget_frames`).
+    # Engines on other devices stand as one: each is compared. In a loop: the closure of a generator would hold the
+    # model, and outlives the frames that a load drops when it fails (`build.forget_frames`).
     for one in getattr(llm, "replicas", None) or [llm]:
         largest = max(largest, _compared(model, one, prompts, logprobs))
     return largest
