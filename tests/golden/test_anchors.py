@@ -88,8 +88,7 @@ REPAIRS = {
     ("prompt_limit", "truncated_rollout"): r"\bself\.llm\.(?:generate|chat)\(",
     ("rollout_func", "rollout_func_stored"): r"^        self\.rollout_func = rollout_func$",
     ("rollout_func_server", "rollout_func_stored"): r"^        self\.rollout_func = rollout_func$",
-    ("image_prompts", "image_rollout"): r"\bself\.llm\.generate\(vllm_prompts, ",
-    ("image_prompts", "prompts_read"): r"= \[output\.prompt_token_ids for output in all_outputs\]$",
+    ("image_prompts", "image_rollout"): r"\bself\.llm\.generate\(",
     ("top_k", "top_k"): r"generation_(?:kwargs|params) = \{\n +\"n\": [^}]*\"top_k\": ",
 }
 """Anchor of a repair, or of `rollout_func` -> what it looks for."""

@@ -46,20 +46,25 @@ def test_an_image_is_one_placeholder(name: str) -> None:
 )
 def test_prompts_without_images_or_ids_stay(prompts: list[Any]) -> None:
     assert hooks.image_prompts(owner(image_token_id=IMAGE), prompts) is prompts
-    outputs = read(PLAIN)
-    assert hooks.same_prompts(owner(image_token_id=IMAGE), prompts, outputs) is outputs
+    outputs = read([1])
+    assert hooks.same_prompts(owner(image_token_id=IMAGE), outputs) is outputs
+
+
+def rolled_out(trainer: Any, prompts: list[Any], outputs: list[Any]) -> Any:
+    hooks.image_prompts(trainer, prompts)
+    return hooks.same_prompts(trainer, outputs)
 
 
 def test_what_the_engine_has_read_is_what_the_trainer_has() -> None:
     outputs = read(EXPANDED, PLAIN)
-    prompts = [row(EXPANDED, "one", "other"), row(PLAIN)]
-    assert hooks.same_prompts(owner(image_token_id=IMAGE), prompts, outputs) is outputs
-    unexpanded = [row([1, IMAGE, 2], "one")]
+    assert rolled_out(owner(image_token_id=IMAGE), [row(EXPANDED, "one", "other"), row(PLAIN)], outputs) is outputs
     expanded = read([1, IMAGE, IMAGE, 2])
-    assert hooks.same_prompts(owner(image_token_id=IMAGE), unexpanded, expanded) is expanded, "a TRL that expands none"
+    found = rolled_out(owner(image_token_id=IMAGE), [row([1, IMAGE, 2], "one")], expanded)
+    assert found is expanded, "a TRL that expands none"
 
 
 @pytest.mark.parametrize("config", [{"image_token_id": IMAGE}, {}])
-def test_another_prompt_is_refused(config: dict[str, int]) -> None:
+def test_another_prompt_is_refused_and_the_next_rollout_is_compared_with_its_own(config: dict[str, int]) -> None:
     with pytest.raises(EngineMismatch, match=r"has read 10 tokens, and the trainer goes on with 9"):
-        hooks.same_prompts(owner(**config), [row(EXPANDED, "one", "other")], read([*EXPANDED, IMAGE]))
+        rolled_out(owner(**config), [row(EXPANDED, "one", "other")], read([*EXPANDED, IMAGE]))
+    assert rolled_out(owner(**config), [row(PLAIN)], outputs := read([*EXPANDED, IMAGE])) is outputs

@@ -7,6 +7,7 @@ TRL 0.29.1 and newer (https://github.com/huggingface/trl/issues/6294).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from trlpatch.errors import EngineMismatch
@@ -16,11 +17,16 @@ from trlpatch.policy.adapter import base_of
 
 _IDS, _MEDIA = "prompt_token_ids", "multi_modal_data"
 
+_trained_on: ContextVar[Sequence[Any] | None] = ContextVar("_trained_on", default=None)
+"""The prompts of the rollout that is being asked for, as the trainer goes on with them; None without images."""
+
 
 def image_prompts(owner: Owner, prompts: Sequence[Any]) -> Sequence[Any]:
     """Return the prompts with one placeholder per image; those without images, and without ids, as they are."""
     if not any(map(_with_images, prompts)):
+        _trained_on.set(None)
         return prompts
+    _trained_on.set(prompts)
     token = _image_token(owner)
     if token is None:
         return prompts
@@ -29,12 +35,16 @@ def image_prompts(owner: Owner, prompts: Sequence[Any]) -> Sequence[Any]:
     ]
 
 
-def same_prompts(owner: Owner, prompts: Sequence[Any], outputs: Sequence[Any]) -> Sequence[Any]:
-    """Return the outputs, if the engine has read the prompts that the trainer goes on with.
+def same_prompts(owner: Owner, outputs: Sequence[Any]) -> Sequence[Any]:
+    """Return the outputs of a rollout, if the engine has read the prompts that `image_prompts` was given for it.
 
     Raises:
         EngineMismatch: of an image it has made other tokens than the trainer's processor.
     """
+    prompts = _trained_on.get()
+    if prompts is None:
+        return outputs
+    _trained_on.set(None)
     for prompt, output in zip(prompts, outputs, strict=False):
         if not _with_images(prompt):
             continue
