@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from trlpatch.ray.messages import EngineHealth, RolloutRequest, RolloutResponse, Version
+from trlpatch.ray.messages import EngineHealth, RolloutRequest, RolloutResponse, Version, following
 from trlpatch.ray.timeouts import Timeouts
 
 LOGPROB = -0.5
@@ -24,7 +24,6 @@ class FakeAsyncEngines:
             SimpleNamespace(index=0, vllm_config=SimpleNamespace(model_config=model, lora_config=lora))
         ]
         self.timeouts = Timeouts(sync=5.0)
-        self.weight_sender = self
         self.weights_version = "0"
         self.held = Version()
         self.gate = threading.Event()
@@ -69,17 +68,17 @@ class FakeAsyncEngines:
     def rollout_backend(self) -> Any:
         return SimpleNamespace(new_adapter_sync=lambda: self)
 
-    # As an AdapterSync and as a WeightSender.
+    # As an AdapterSync too.
 
     def publish(self, weights: Any) -> None:
         self.calls.append("publish")
         self.published.append([tensor.detach().clone() for tensor in weights.parameters])
         self.held = Version(self.held.adapter + 1)
 
-    def send(self, weights: Any, version: str) -> None:
-        self.calls.append(f"send {version}")
-        self.weights_version = version
-        self.sent.append({name: tensor.detach().clone() for name, tensor in weights})
+    def send_weights(self, named: Any) -> None:
+        self.weights_version = following(self.weights_version)
+        self.calls.append(f"send {self.weights_version}")
+        self.sent.append({name: tensor.detach().clone() for name, tensor in named})
 
     @staticmethod
     def _completion(token_ids: list[int]) -> Any:

@@ -287,7 +287,7 @@ def test_a_rank_above_the_engines_is_refused_before_training() -> None:
 
 def test_engines_that_a_failed_update_left_paused_are_resumed() -> None:
     class Failing(FakeAsyncEngines):
-        def send(self, weights: Any, version: str) -> None:
+        def send_weights(self, named: Any) -> None:
             raise RuntimeError("half-way")
 
     engines = Failing()

@@ -1,63 +1,51 @@
-"""Calls to actors: what Ray raises, as trlpatch's own errors."""
+"""Calls to actors: waited for together, each with an answer or an error of its own, as trlpatch's."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from trlpatch.errors import EngineLost, RolloutTimeout, TrlpatchError
+from trlpatch.errors import EngineLost, RolloutTimeout
+from trlpatch.ray.faults import is_a, summary, unwrapped
 
 
-def own_error(error: Exception, index: int, doing: str) -> Exception:
+def own_error(error: Exception, index: int, doing: str) -> BaseException:
     """The exception to raise for what `ray.get` raised of an actor's call."""
-    from ray import exceptions
-
-    found: Exception = error
-    if isinstance(error, exceptions.RayTaskError):
-        # Ray raises a class of its own that inherits from the cause's; whose text is the traceback.
-        cause: object = getattr(error, "cause", None)
-        if isinstance(cause, TrlpatchError):
-            return cause
-        if isinstance(cause, Exception) and "ray" not in type(cause).__module__.split("."):
-            cause.__cause__ = error
-            return cause
-        return found
-    if isinstance(error, exceptions.RayActorError):  # ActorDiedError and ActorUnavailableError
-        lost = EngineLost(f"{doing}: rollout engine {index} is lost, its actor has died: {first_line(error)}")
+    if is_a(error, "RayActorError"):  # ActorDiedError and ActorUnavailableError
+        lost = EngineLost(f"{doing}: rollout engine {index} is lost, its actor has died: {summary(error)}")
         lost.__cause__ = error
         return lost
-    return error
+    return unwrapped(error)
 
 
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the traceback that Ray puts into it."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def gather(refs: Sequence[Any], doing: str, timeout: float | None) -> list[Any | BaseException]:
-    """Results of calls to several actors, in order; in the place of one that failed, its exception.
+def settled(refs: Sequence[Any], doing: str, timeout: float) -> tuple[list[Any | BaseException], list[int]]:
+    """(results in order, in the place of a call that failed its exception; places of those not answered in time).
 
     `ray.get` of a list would wait for a slow first one before it raised what the second says.
+    """
+    import ray
+
+    limit = timeout if math.isfinite(timeout) else None
+    answered = set(ray.wait(list(refs), num_returns=len(refs), timeout=limit)[0]) if refs else set()
+    late = [index for index, ref in enumerate(refs) if ref not in answered]
+    return [None if index in late else _result(ref, index, doing) for index, ref in enumerate(refs)], late
+
+
+def gather(refs: Sequence[Any], doing: str, timeout: float) -> list[Any | BaseException]:
+    """Results of calls to several actors, as of `settled`.
 
     Raises:
         RolloutTimeout: some did not answer in time.
     """
-    import ray
-
-    deadline = None if timeout is None else time.monotonic() + timeout
-    left = list(refs)
-    while left:
-        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready, left = ray.wait(left, num_returns=len(left), timeout=1.0 if rest is None else min(rest, 1.0))
-        if left and not ready and rest == 0.0:
-            late = [index for index, ref in enumerate(refs) if ref in left]
-            raise RolloutTimeout(
-                f"{doing}: no answer of rollout engine{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} in "
-                f"{timeout:g} s; look at ray status and the actors' logs, or give more time: "
-                "create_engines(timeouts=trlpatch.ray.Timeouts(...))"
-            )
-    return [_result(ref, index, doing) for index, ref in enumerate(refs)]
+    results, late = settled(refs, doing, timeout)
+    if late:
+        raise RolloutTimeout(
+            f"{doing}: no answer of rollout engine{'s' if len(late) > 1 else ''} {', '.join(map(str, late))} in "
+            f"{timeout:g} s; look at ray status and the actors' logs, or give more time: "
+            "create_engines(timeouts=trlpatch.ray.Timeouts(...))"
+        )
+    return results
 
 
 def _result(ref: Any, index: int, doing: str) -> Any | BaseException:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.adapter_sync.registry import LIVE_NAME
@@ -21,6 +22,7 @@ from trlpatch.ray.messages import (
     RolloutRequest,
     RolloutResponse,
     Version,
+    following,
 )
 from trlpatch.ray.prompts import as_conversations, as_prompts, cost_of, one_each
 from trlpatch.ray.restore import Restore
@@ -118,7 +120,7 @@ class RayEngines(WorkerCalls):
             from trlpatch.ray.prefetch import Prefetch, refuse_prefetch
 
             refuse_prefetch(trainer, args, self.prefetch)
-            self._prefetched = Prefetch(trainer, self.generate_now, self.chat_now)
+            self._prefetched = Prefetch(trainer, partial(self._ask_now, "generate"), partial(self._ask_now, "chat"))
 
     @property
     def location(self) -> str:
@@ -151,25 +153,7 @@ class RayEngines(WorkerCalls):
         """As `vllm.LLM.generate`: one `RequestOutput` a prompt, in order."""
         if priority is not None:
             arguments["priority"] = priority
-        if self._prefetched is not None:
-            return self._prefetched.asked(
-                "generate", prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments
-            )
-        return self.generate_now(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments)
-
-    def generate_now(
-        self,
-        prompts: Any,
-        sampling_params: Any = None,
-        *,
-        use_tqdm: Any = True,
-        lora_request: Any = None,
-        priority: Sequence[int] | None = None,
-        **arguments: Any,
-    ) -> list[Any]:
-        """As `generate`, and nothing that was generated ahead."""
-        each = one_each(priority, len(found := as_prompts(prompts)), "priority")
-        return self._asked("generate", found, sampling_params, use_tqdm, lora_request, arguments, each)
+        return self._ask("generate", prompts, sampling_params, use_tqdm, lora_request, **arguments)
 
     def chat(
         self,
@@ -180,45 +164,38 @@ class RayEngines(WorkerCalls):
         **arguments: Any,
     ) -> list[Any]:
         """As `vllm.LLM.chat`; the engine's process renders the conversations."""
-        if self._prefetched is not None:
-            return self._prefetched.asked(
-                "chat", messages, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments
-            )
-        return self.chat_now(messages, sampling_params, use_tqdm, lora_request, **arguments)
+        return self._ask("chat", messages, sampling_params, use_tqdm, lora_request, **arguments)
 
-    def chat_now(
-        self,
-        messages: Any,
-        sampling_params: Any = None,
-        use_tqdm: Any = True,
-        lora_request: Any = None,
-        **arguments: Any,
-    ) -> list[Any]:
-        """As `chat`, and nothing that was generated ahead."""
-        return self._asked("chat", as_conversations(messages), sampling_params, use_tqdm, lora_request, arguments, [])
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        return (self._ask_now if self._prefetched is None else self._prefetched.asked)(method, *args, **kwargs)
 
-    def _asked(
+    def _ask_now(
         self,
         method: str,
-        prompts: Sequence[Any],
+        prompts: Any,
         sampling_params: Any,
         use_tqdm: Any,
         lora_request: Any,
-        arguments: Mapping[str, Any],
-        priorities: Sequence[Any],
+        *,
+        priority: Sequence[int] | None = None,
+        **arguments: Any,
     ) -> list[Any]:
+        """Have all prompts answered, by nothing that was generated ahead."""
+        found = as_prompts(prompts) if method == "generate" else as_conversations(prompts)
+        priorities = one_each(priority, len(found), "priority")
         self._flush_weights()
         inner = self.llm_engine
-        params = one_each(sampling_params, len(prompts), "sampling_params")
-        adapters = one_each(lora_request, len(prompts), "lora_request")
+        params = one_each(sampling_params, len(found), "sampling_params")
+        adapters = one_each(lora_request, len(found), "lora_request")
         names = []
         try:
-            for place, prompt in enumerate(prompts):
+            for place, prompt in enumerate(found):
                 name = inner.fresh_name()
                 names.append(name)
-                extra = {"priority": priorities[place]} if priorities else {}
                 # By way of `add_request`, whose guard sees to the adapter.
-                inner.add_request(name, prompt, params[place], lora_request=adapters[place], **extra)
+                inner.add_request(
+                    name, prompt, params[place], lora_request=adapters[place], priority=priorities[place]
+                )
             asked = [inner.asked[name] for name in names]
             return Rollout(self, asked, method, arguments, use_tqdm).outputs()
         finally:
@@ -353,12 +330,11 @@ class RayEngines(WorkerCalls):
         self._live = request
         self.sync_seconds = time.monotonic() - started
 
-    def send_weights(self, named: Sequence[tuple[str, Tensor]]) -> None:
+    def send_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Have every engine take full weights."""
         if self.weight_sender is None:
-            raise EngineLost("send_weights: these engines have no way for full weights")
-        version = str(int(self.weights_version) + 1)
-        self.weight_sender.send(named, version)
+            raise EngineLost("sending weights: these engines have no way for full weights")
+        self.weight_sender.send(named, following(self.weights_version))
 
     def took_weights(self, version: str) -> None:
         """Note that every engine samples with these weights, and has no live adapter any more."""

@@ -114,7 +114,7 @@ def unwrapped(error: BaseException) -> BaseException:
     if type(error).__name__ == "UnserializableException":
         return EngineRaised(f"an exception that cannot be pickled; Ray has its text:\n{error}")
     cause = getattr(error, "cause", None)
-    if not isinstance(cause, BaseException) or not _is(error, "RayTaskError"):
+    if not isinstance(cause, BaseException) or not is_a(error, "RayTaskError"):
         return error
     if type(cause).__name__ == "RayError":
         return EngineRaised(f"an exception that cannot be pickled; Ray has its text:\n{cause}")
@@ -168,5 +168,6 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
 
 
-def _is(error: BaseException, name: str) -> bool:
+def is_a(error: BaseException, name: str) -> bool:
+    """Tell whether an error is of a class of that name, or of one that inherits from it."""
     return any(one.__name__ == name for one in type(error).__mro__)

@@ -27,6 +27,11 @@ class Version:
         return f"adapter {self.adapter or 'none'}, weights {self.weights}"
 
 
+def following(weights_version: str) -> str:
+    """The name of the weights that are sent after those."""
+    return str(int(weights_version) + 1)
+
+
 @dataclass(frozen=True)
 class RolloutRequest:
     """Some prompts for one engine, answered together."""

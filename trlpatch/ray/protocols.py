@@ -93,7 +93,7 @@ class Engines(Protocol):
     def publish_adapter(self, packed: PackedAdapter, request: LoraRequest) -> None:
         """Have every engine take an adapter."""
 
-    def send_weights(self, named: Sequence[tuple[str, Tensor]]) -> None:
+    def send_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Have every engine take full weights."""
 
     def took_weights(self, version: str) -> None:

@@ -8,6 +8,10 @@ from trlpatch.ray.messages import EngineHealth, EngineInfo, RolloutRequest, Roll
 from trlpatch.ray.timeouts import Timeouts
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
     from trlpatch.engine.backend import RolloutBackend
 
 
@@ -17,9 +21,6 @@ class AsyncEngines(Protocol):
     handles: list[Any]
     infos: list[EngineInfo]
     timeouts: Timeouts
-    weight_sender: Any
-    """`trlpatch.ray.transfer.sender.WeightSender`; None where these engines cannot be sent full weights."""
-    weights_version: str
 
     @property
     def version(self) -> Version:
@@ -27,6 +28,13 @@ class AsyncEngines(Protocol):
 
     def ask(self, request: RolloutRequest) -> RolloutResponse:
         """Have one request answered by the engine with the least to do, and by another one if that is lost."""
+
+    def send_weights(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        """Have every engine take full weights.
+
+        Raises:
+            EngineLost: an engine has not taken them; or these engines have no way for full weights.
+        """
 
     def on_each(self, method: str, *args: Any, timeout: float | None = None, **kwargs: Any) -> list[Any]:
         """Call a method of every `LLMRayActor`."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.errors import EngineLost, RankAboveEngine
+from trlpatch.errors import RankAboveEngine
 from trlpatch.log import log_once
 from trlpatch.policy import lora_support
 from trlpatch.policy.adapter import lora_view
@@ -79,10 +79,7 @@ class RayWeightTransfer:
             assert view is not None
             self._adapters.publish(view.weights(view.active[0]))
         else:
-            sender = self._engines.weight_sender
-            if sender is None:
-                raise EngineLost("sending weights: these engines have no way for full weights")
-            sender.send(iterator, str(int(self._engines.weights_version) + 1))
+            self._engines.send_weights(iterator)
         self._versions.sent(self._engines.version)
 
     def resume(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from trlpatch.errors import RolloutTimeout
-from trlpatch.ray.calls import own_error
+from trlpatch.ray.calls import settled
 
 _CONTROL = "control"
 """The actor's concurrency group for what must be answered at once."""
@@ -40,17 +40,8 @@ class RayCalls:
         return (called.options(concurrency_group=_CONTROL) if method == "lose" else called).remote(*args)
 
     def settle(self, pending: Sequence[Any], timeout: float) -> list[Any]:
-        """See Calls; `ray.get` of several waits for the first one's answer before it raises the second one's error."""
-        import ray
-
-        answered = set(ray.wait(list(pending), num_returns=len(pending), timeout=timeout)[0]) if pending else set()
-        answers: list[Any] = []
-        for index, reference in enumerate(pending):
-            if reference not in answered:
-                answers.append(RolloutTimeout(f"no answer in {timeout:g} s (timeouts.sync)"))
-                continue
-            try:
-                answers.append(ray.get(reference))
-            except Exception as error:
-                answers.append(own_error(error, index, "sending weights"))
+        """See Calls."""
+        answers, late = settled(pending, "sending weights", timeout)
+        for index in late:
+            answers[index] = RolloutTimeout(f"no answer in {timeout:g} s (timeouts.sync)")
         return answers

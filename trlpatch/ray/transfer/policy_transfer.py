@@ -13,6 +13,7 @@ from trlpatch.engine.weights_in_place.plan import NotInPlace, refuse_adapted_twi
 from trlpatch.engine.weights_in_place.reload import checkpoint_tensors
 from trlpatch.errors import EngineLost, WeightsRefused
 from trlpatch.policy.policy_weights import ContentMark, PolicyWeight
+from trlpatch.ray.messages import following
 from trlpatch.ray.transfer.sender import Engines, Sent, WeightSender
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class PolicyTransfer:
 
     def _next(self) -> str:
         engines = self._engines()
-        return "" if engines is None else str(int(engines.weights_version) + 1)
+        return "" if engines is None else following(engines.weights_version)
 
     def _dtype(self) -> Any:
         infos = getattr(self._engines(), "infos", None)
