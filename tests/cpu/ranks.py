@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.cpu.small_grpo import small_grpo
 from tests.cpu.training import Recorder, count_engines, engine_of
@@ -60,20 +60,26 @@ def join() -> None:
 
 
 def digest(model: Any) -> str:
-    """A hash of all adapter weights, to the last bit."""
+    """A hash of all adapter weights, to the last bit; with sharded ones every rank calls it."""
     found = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if "lora_" in name:
-            found.update(parameter.detach().contiguous().numpy().tobytes())
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            found.update(whole.detach().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+def end() -> NoReturn:
+    """End this process without destructors."""
     # torch has no safe way to end a process that has a gloo group. Its destructor joins threads that may wait for the
     # GIL, which it holds (https://github.com/pytorch/pytorch/issues/56297); left to the interpreter's end, the same
     # threads may abort it (https://github.com/pytorch/pytorch/issues/190489).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    end()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import faulthandler
-import hashlib
 import json
 import os
 import sys
@@ -21,10 +20,10 @@ from typing import Any
 
 from packaging.version import Version
 
+from tests.cpu.ranks import SECONDS, digest, end, join
 from tests.cpu.small_grpo import small_grpo
 from tests.cpu.training import Recorder, engine_of
 
-SECONDS = 300
 STEPS = 2
 
 
@@ -165,27 +164,7 @@ def without_the_adapter(trainer: Any, engine: Any) -> list[float]:
     return [gap(trainer.model, output) for output in outputs]
 
 
-def join() -> None:
-    """Meet the other ranks; a trainer's config does the same, if it is built before the engine."""
-    from accelerate import PartialState
-
-    PartialState(cpu=True)
-
-
-def digest(model: Any) -> str:
-    """A hash of all adapter weights, to the last bit; every rank calls it."""
-    found = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if "lora_" in name:
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            found.update(whole.detach().contiguous().numpy().tobytes())
-    return found.hexdigest()
-
-
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
-    # A gloo group has no safe end: see tests/cpu/ranks.py.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end()

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.cpu.ranks import SECONDS
 from tests.cpu.scenarios import ROOT, TOLERANCE
-from tests.cpu.sharded_ranks import SECONDS, STEPS
+from tests.cpu.sharded_ranks import STEPS
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
 

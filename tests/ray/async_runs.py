@@ -12,14 +12,12 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.cpu.features import TEMPLATE
-from tests.ray.grpo_runs import CLUSTER, Rig, create, start_ray
+from tests.ray.rig import Rig, checkpoint_in, cluster, create
 
 STEPS = 4
 
@@ -132,30 +130,19 @@ ON_REQUEST = {"full": asynchronous}
 def main(out: Path, chosen: list[str]) -> None:
     """Report what happened."""
     import trlpatch
-    import trlpatch.ray
 
     trlpatch.PatchFastRL()
-    checkpoint = tiny.checkpoint(out.parent / "model")
-    words = tiny.tokenizer()
-    words.chat_template = TEMPLATE
-    words.save_pretrained(checkpoint)
+    checkpoint = checkpoint_in(out.parent)
     report: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as place:
-        start_ray({**CLUSTER, "_temp_dir": place})
-        try:
-            # Full weights (TRL below 1.14): loaders of vLLM below 0.25 do not know layers that LoRA has wrapped.
-            changes = {} if chosen != ["full"] else {"enable_lora": False}
-            rig = Rig(out.parent, checkpoint, create(checkpoint, 1, **changes))
-            for name in chosen or list(CASES):
-                began = time.monotonic()
-                report[name] = {**{**CASES, **ON_REQUEST}[name](rig), "seconds": time.monotonic() - began}
-                out.write_text(json.dumps(report, indent=1))
-                print(name, report[name], flush=True)
-        finally:
-            trlpatch.ray.shutdown()
-            import ray
-
-            ray.shutdown()
+    with cluster():
+        # Full weights (TRL below 1.14): loaders of vLLM below 0.25 do not know layers that LoRA has wrapped.
+        changes = {} if chosen != ["full"] else {"enable_lora": False}
+        rig = Rig(out.parent, checkpoint, create(checkpoint, 1, **changes))
+        for name in chosen or list(CASES):
+            began = time.monotonic()
+            report[name] = {**{**CASES, **ON_REQUEST}[name](rig), "seconds": time.monotonic() - began}
+            out.write_text(json.dumps(report, indent=1))
+            print(name, report[name], flush=True)
 
 
 if __name__ == "__main__":

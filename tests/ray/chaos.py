@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.ray.grpo_runs import start_ray
+from tests.ray.rig import cluster
 
 ENGINES = 2
 PROMPTS = 24
@@ -169,17 +169,12 @@ KINDS = (*LOSSES, "kill -9", "interrupt", "slow")
 
 
 def main(kills: int, seed: int) -> int:
-    import ray
-
     import trlpatch
     import trlpatch.ray
     from trlpatch.ray.timeouts import Timeouts
 
     begun = time.monotonic()
-    # Ray's sockets have paths of at most 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        options = {"num_cpus": 2 * ENGINES, "include_dashboard": False, "_temp_dir": folder, "log_to_driver": False}
-        start_ray({**options, "object_store_memory": 200 * 2**20})
+    with tempfile.TemporaryDirectory() as folder, cluster():
         checkpoint = tiny.checkpoint(Path(folder) / "model")
         limits = Timeouts(init=600, health=HEALTH, sync=60, abort=ABORT)
         engines = trlpatch.ray.create_engines(
@@ -202,8 +197,6 @@ def main(kills: int, seed: int) -> int:
             "minutes": round((time.monotonic() - begun) / 60, 1),
         }
         print(json.dumps(figures, indent=1))
-        trlpatch.ray.shutdown()
-        ray.shutdown()
     return min(1, chaos.bad())
 
 
