@@ -36,7 +36,6 @@ import argparse
 import datetime
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -46,7 +45,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_step import ROOT, SHAPES, command_line, random_model
+from benchmarks.bench_step import ROOT, SHAPES, command_line, random_model, status_of
 from benchmarks.ray_summary import calibrate, summary, table
 from benchmarks.ray_ways import RAY_WAYS, Beside, parse, run
 from benchmarks.step_timers import Lines
@@ -140,18 +139,8 @@ def measure(way: str, order: Order, beside: Beside, timeout: int, log: Path | No
         events, printed = Path(scratch) / "events.jsonl", log or Path(scratch) / "log"
         asked = json.dumps({"way": way, "order": asdict(order), "beside": asdict(beside)})
         command = [sys.executable, str(Path(__file__).resolve()), "--child", asked, str(events)]
-        with printed.open("w", encoding="utf-8") as file:
-            child = subprocess.Popen(command, env=environ, cwd=scratch, stdout=file, stderr=subprocess.STDOUT)
-            try:
-                status: int | None = child.wait(timeout)
-            except subprocess.TimeoutExpired:
-                status = None
-                child.terminate()  # so that it ends its actors or its server
-            finally:
-                try:
-                    child.wait(60)
-                finally:
-                    child.kill()
+        # Time to end its actors or its server.
+        status = status_of(command, environ, Path(scratch), printed, timeout, patience=60)
         found = summary(way, order, Lines.read(events))
         if status != 0:
             said = last_error(printed.read_text(encoding="utf-8", errors="replace"))

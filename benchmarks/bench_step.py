@@ -37,6 +37,7 @@ cannot be timed: vLLM's CPU backend packs the weights, and TRL's push finds noth
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -219,15 +220,7 @@ def measure(
             str(events),
         ]
         device = DeviceMemory(card) if order.cuda else None
-        with log.open("w", encoding="utf-8") as file:
-            child = subprocess.Popen(command, env=environ, cwd=scratch, stdout=file, stderr=subprocess.STDOUT)
-            try:
-                status: int | None = child.wait(timeout)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                child.kill()
-                child.wait()
+        status = status_of(command, environ, folder, log, timeout)
         used = device.stop() if device else []
         found = summary(way, order, Lines.read(events), used)
         if status != 0:
@@ -235,6 +228,28 @@ def measure(
             said = last_error("\n".join(line for line in lines if not line.startswith((" - leaked", "nanobind"))))
             found["error"] = said if status is not None else f"no end after {timeout} s; last: {said}"
         return found
+
+
+def status_of(
+    command: list[str], environ: dict[str, str], folder: Path, log: Path, timeout: float, patience: float = 0.0
+) -> int | None:
+    """Run a process that prints into `log`; its exit status, or None if it was not done in time and had to end.
+
+    It is killed then, or, with `patience`, asked to end and given so many seconds to end what it has started.
+    """
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(command, env=environ, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            return child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            if patience:
+                child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(patience)
+            return None
+        finally:
+            child.kill()
+            child.wait()
 
 
 class DeviceMemory:
