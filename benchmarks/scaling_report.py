@@ -158,40 +158,45 @@ def _save(pyplot: Any, figure: Any, path: Path) -> None:
 
 def draw_gpus(path: Path) -> None:
     """Steps an hour by the number of all GPUs, divided as is best; lines are closed forms, dots are simulated."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for axis, (label, lengths) in zip(axes, LENGTHS.items(), strict=True):
-        for mode in MODES:
-            settings = [split(BASE.with_(mode=mode, lengths=lengths), gpus) for gpus in GPUS]
-            (line,) = axis.plot(GPUS, [3600 / predict(one).step_s for one in settings], label=mode)
-            dots = [3600 / simulate(one, steps=10, seed=0).step_s for one in settings]
-            axis.plot(GPUS, dots, "o", color=line.get_color(), markersize=3)
-        axis.set(xscale="log", yscale="log", xlabel="GPUs, trainer's and engines'", title=f"1024 completions, {label}")
-        axis.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("steps an hour")
-    axes[0].legend(frameon=False)
-    _save(pyplot, figure, path)
+    _draw_by_mode(
+        path, GPUS, MODES, lambda mode, lengths, gpus: split(BASE.with_(mode=mode, lengths=lengths), gpus),
+        lambda seconds: 3600 / seconds, "steps an hour", "GPUs, trainer's and engines'", "1024 completions",
+    )  # fmt: skip
 
 
 def draw_rollouts(path: Path) -> None:
     """Seconds of a step by the number of rollout GPUs, for eight trainer GPUs and 512 completions."""
+    base = BASE.with_(trainer_gpus=8, completions=512)
+    _draw_by_mode(
+        path, [2**power for power in range(10)], MODES[1:],
+        lambda mode, lengths, count: base.with_(mode=mode, lengths=lengths, rollout_gpus=count),
+        lambda seconds: seconds, "seconds a step", "rollout GPUs", "8 trainer GPUs, 512 completions",
+    )  # fmt: skip
+
+
+def _draw_by_mode(
+    path: Path,
+    counts: Sequence[int],
+    modes: Sequence[str],
+    setting: Callable[[Any, Lengths, int], Setting],
+    shown: Callable[[float], float],
+    ylabel: str,
+    xlabel: str,
+    title: str,
+) -> None:
+    """Draw what seconds of a step are `shown` as by a count, a picture for each distribution of lengths."""
     pyplot = _pyplot()
-    counts = [2**power for power in range(10)]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, (label, lengths) in zip(axes, LENGTHS.items(), strict=True):
-        for mode in MODES[1:]:
-            settings = [
-                BASE.with_(mode=mode, trainer_gpus=8, completions=512, lengths=lengths, rollout_gpus=count)
-                for count in counts
-            ]
-            (line,) = axis.plot(counts, [predict(one).step_s for one in settings], label=mode)
-            dots = [simulate(one, steps=10, seed=0).step_s for one in settings]
+        for mode in modes:
+            settings = [setting(mode, lengths, count) for count in counts]
+            (line,) = axis.plot(counts, [shown(predict(one).step_s) for one in settings], label=mode)
+            dots = [shown(simulate(one, steps=10, seed=0).step_s) for one in settings]
             axis.plot(counts, dots, "o", color=line.get_color(), markersize=3)
-        axis.set(xscale="log", yscale="log", xlabel="rollout GPUs", title=f"8 trainer GPUs, 512 completions, {label}")
+        axis.set(xscale="log", yscale="log", xlabel=xlabel, title=f"{title}, {label}")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("seconds a step")
+    axes[0].set_ylabel(ylabel)
     axes[0].legend(frameon=False)
     _save(pyplot, figure, path)
 
