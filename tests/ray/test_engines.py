@@ -30,6 +30,7 @@ from trlpatch.ray.actor import LLMRayActor
 from trlpatch.ray.calls import gather
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.messages import EngineInfo, RolloutRequest, Version
+from trlpatch.ray.prefetch import _Ask
 from trlpatch.ray.rollout import require_asked
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
@@ -197,6 +198,24 @@ def test_a_request_without_an_adapter_is_answered_whatever_adapter_the_engine_ho
     for handle in engines.handles:
         handle.actor.stepper.version = Version(4)
     assert len(engines.generate(["a", "b"], FakeParams(), use_tqdm=False)) == 2
+
+
+def test_what_was_generated_ahead_is_the_same_question_with_the_adapter_of_another_step(engines: RayEngines) -> None:
+    asked: list[_Ask] = []
+
+    class Ahead:
+        def asked(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+            asked.append(_Ask(method, args, kwargs))
+            return []
+
+    engines._prefetched = Ahead()  # type: ignore[assignment]
+    params = FakeParams()
+    for name in ("trlpatch-v1", "trlpatch-v2"):
+        engines.generate(["a"], params, use_tqdm=False, lora_request=lora(name))
+        engines.chat([{"role": "user", "content": "a"}], params, False, lora(name))
+    assert asked[0].asks_the_same(asked[2])
+    assert asked[1].asks_the_same(asked[3])
+    assert not asked[0].asks_the_same(asked[1])
 
 
 def test_a_trainer_leaves_gpus_to_engines(engines: RayEngines) -> None:

@@ -153,7 +153,9 @@ class RayEngines(WorkerCalls):
         """As `vllm.LLM.generate`: one `RequestOutput` a prompt, in order."""
         if priority is not None:
             arguments["priority"] = priority
-        return self._ask("generate", prompts, sampling_params, use_tqdm, lora_request, **arguments)
+        return self._ask(
+            "generate", prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments
+        )
 
     def chat(
         self,
@@ -164,7 +166,7 @@ class RayEngines(WorkerCalls):
         **arguments: Any,
     ) -> list[Any]:
         """As `vllm.LLM.chat`; the engine's process renders the conversations."""
-        return self._ask("chat", messages, sampling_params, use_tqdm, lora_request, **arguments)
+        return self._ask("chat", messages, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, **arguments)
 
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         return (self._ask_now if self._prefetched is None else self._prefetched.asked)(method, *args, **kwargs)
@@ -174,9 +176,9 @@ class RayEngines(WorkerCalls):
         method: str,
         prompts: Any,
         sampling_params: Any,
+        *,
         use_tqdm: Any,
         lora_request: Any,
-        *,
         priority: Sequence[int] | None = None,
         **arguments: Any,
     ) -> list[Any]:
