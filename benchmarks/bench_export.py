@@ -34,7 +34,9 @@ SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 512),
     "0.5b": (896, 4864, 24, 14, 2, 151_936),
     "1b": (1536, 6144, 24, 12, 2, 151_936),
+    "7b": (3584, 18944, 28, 28, 4, 152_064),
 }
+UNTIED = ("7b",)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WAYS = {
     "imports": "the imports alone",
@@ -80,6 +82,7 @@ def call(arguments: list[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""} if arguments[1] != "make" else None,
     )
     return done.stdout.strip().splitlines()[-1]
 
@@ -93,10 +96,11 @@ def make(directory: Path, shape: str, rank: int) -> None:
     hidden, mlp, layers, heads, kv_heads, words = SHAPES[shape]
     config = Qwen2Config(
         vocab_size=words, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=True,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=shape not in UNTIED,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU draws 7 B numbers for minutes
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16).cpu()
     model.save_pretrained(directory / "base", max_shard_size="400MB")
     adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS)))
     for name, parameter in adapted.named_parameters():
