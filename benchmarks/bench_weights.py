@@ -11,8 +11,6 @@ loader, unmerge, reset the prefix cache. `in place` is `write_policy`, all of it
 before each call and at its end; before each call every trained parameter moves, by an amount that bfloat16 keeps.
 `elements` are those of the engine that are not what float32 arithmetic rounded once gives. On a CPU times are
 processor time, and linear weights are kept as they are loaded.
-
-The Triton kernel has not run on a GPU yet: `in place, Triton` is the first thing to look at there, elements included.
 """
 
 from __future__ import annotations

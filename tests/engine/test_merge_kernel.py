@@ -1,4 +1,4 @@
-"""The Triton kernel that merges LoRA into an engine's weights, under Triton's interpreter; it has not run on a GPU."""
+"""The Triton kernel that merges LoRA into an engine's weights, in Triton's interpreter; tests/gpu has it compiled."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def test_under_the_interpreter() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="would be possible")
-def test_it_is_off_unless_asked_for_and_never_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_on_where_a_gpu_is_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(MERGE_KERNEL, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(fused_merge, "kernel_module", lambda: object())
-    assert not fused_merge.wanted(torch.device("cuda"))
-    monkeypatch.setenv(MERGE_KERNEL, "1")
     assert fused_merge.wanted(torch.device("cuda"))
     assert not fused_merge.wanted(CPU)
+    monkeypatch.setenv(MERGE_KERNEL, "0")
+    assert not fused_merge.wanted(torch.device("cuda"))
 
 
 def weight(shape: tuple[int, int], rank: int, *, base: Any, factor: Any, seed: int = 0) -> PolicyWeight:

@@ -1,7 +1,4 @@
-"""The compiled kernel that merges LoRA into an engine's weights, at the sizes of a 7B layer: against torch's products.
-
-Has to pass on a GPU before the kernel may be on by default; it has not been run there yet.
-"""
+"""The compiled kernel that merges LoRA into an engine's weights, at sizes of a 7B layer, beside torch's products."""
 
 from __future__ import annotations
 

@@ -18,13 +18,11 @@ from tests.fakes.owners import Since026, Since110, WithoutSleepCode, WithoutSync
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine, detach_engine  # noqa: E402
 from trlpatch.engine.describe import describe  # noqa: E402
-from trlpatch.engine.live_request import require_request  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.engine.weights_in_place import merge  # noqa: E402
 from trlpatch.errors import AdapterNotExpressible, SharedWeights  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 from trlpatch.options import activate as set_options  # noqa: E402
-from trlpatch.policy.adapter import base_of  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -91,31 +89,6 @@ def test_every_rollout_has_the_weights_of_its_step(epoch: Any, build: Any, lora_
         train(model, step)
     assert sum("generate" in call for call in engine.calls) == 6
     assert "load_weights" not in engine.calls
-
-
-def test_elsewhere_than_on_a_cpu_it_has_to_be_asked_for(caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU has run it yet: TRL's push is what "auto" takes there, as in every release before."""
-    owner = Since110(full(), WritableEngineStub(base_model()), sleep=False)
-    parameters = owner.model.parameters
-    elsewhere = torch.nn.Parameter(torch.zeros(1, device="meta"))
-    monkeypatch.setattr(owner.model, "parameters", lambda: iter([elsewhere, *parameters()]))
-    with caplog.at_level(logging.INFO, logger="trlpatch"):
-        assert not hooks.hand_over(owner)
-    assert 'weights cannot be written in place: on meta adapter="merge" has to ask for it' in caplog.text
-    set_options(Options(adapter="merge"))
-    assert hooks.hand_over(owner)
-
-
-def test_generating_without_a_trainer_has_to_ask_for_it_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, engine = dora(), WritableEngineStub(base_model())
-    attach_engine(model, engine, check=False)
-    base = base_of(model)
-    elsewhere = torch.nn.Parameter(torch.zeros(1, device="meta"))
-    parameters = base.parameters
-    monkeypatch.setattr(base, "parameters", lambda *given: iter([elsewhere, *parameters(*given)]))
-    with pytest.raises(AdapterNotExpressible, match='on meta adapter="merge" has to ask for it'):
-        require_request(model, engine)
-    assert state_of(engine).written is None
 
 
 @pytest.mark.parametrize(

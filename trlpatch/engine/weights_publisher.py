@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
 from trlpatch.engine import guards, probes
 from trlpatch.engine.protocols import RolloutEngine
@@ -13,12 +12,8 @@ from trlpatch.engine.weights_in_place.plan import NotInPlace
 from trlpatch.engine.weights_in_place.writer import WeightsWriter
 from trlpatch.errors import EngineBusy, StaleAdapter
 from trlpatch.log import logger
-from trlpatch.options import active
 from trlpatch.policy.adapter import base_of, lora_view
 from trlpatch.policy.policy_weights import ContentMark, NotMergeable, policy_weights
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 
 def holds_policy(model: object, engine: RolloutEngine) -> bool:
@@ -49,7 +44,7 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
         return "the engine's weights are the trainer's own"
     base = base_of(model)
     transfer = state.backend.weight_transfer()
-    reason = None if transfer is not None else _not_asked_for(base, state) or layout_reason(engine)
+    reason = None if transfer is not None else layout_reason(engine)
     if reason is not None:
         return reason
     try:
@@ -105,19 +100,6 @@ def _writer(state: EngineState) -> WeightsWriter:
     if state.weights_writer is None:
         state.weights_writer = WeightsWriter(state.backend)
     return state.weights_writer
-
-
-def _not_asked_for(base: Module, state: EngineState) -> str | None:
-    """Why weights are not written in place unless adapter="merge" asks for it: on a GPU that has not been run yet.
-
-    What was written there already can be written again.
-    """
-    if active().adapter == "merge" or state.policy_location == "weights" or state.torn:
-        return None
-    parameter = next(iter(base.parameters()), None)
-    if parameter is None or parameter.device.type == "cpu":
-        return None
-    return f'on {parameter.device.type} adapter="merge" has to ask for it'
 
 
 def refresh(model: object, engine: RolloutEngine) -> None:
