@@ -35,7 +35,7 @@ def summary(case: Case, order: Order, ranks: list[list[dict[str, Any]]]) -> dict
         elif event["event"] == "engines":
             found["engines"] = event["found"]
         elif event["event"] == "gap":
-            found[f"{event['what']}_gap"] = round(event["nats"], 5)
+            found[f"{event['what']}_gap"] = round(event["nats"], 8)
     if seconds := [event["seconds"] for event in _of(first, "step") if event["phase"] == "timed"]:
         found["step_s"] = round(median(seconds), 4)
         found["step_range_s"] = [round(min(seconds), 4), round(max(seconds), 4)]
@@ -52,7 +52,7 @@ def summary(case: Case, order: Order, ranks: list[list[dict[str, Any]]]) -> dict
     if checks := [event["seconds"] for event in _of(first, "check")[1:]]:
         found["check_ms"] = round(1e3 * median(checks), 3)
     if logged := [event["logp_difference"] for event in _of(first, "log") if "logp_difference" in event]:
-        found["logp_difference"] = round(median(logged), 5)
+        found["logp_difference"] = round(median(logged), 8)
     sampled = [[event["tokens"] for event in _of(rank, "sampled")] for rank in ranks]
     if sampled[0]:
         found["sampled_alike"] = all(one == sampled[0] for one in sampled)
