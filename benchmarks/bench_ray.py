@@ -26,6 +26,9 @@ of the same setting, with the calibration that is packaged: docs/scaling.md.
 TRL's asynchronous trainer takes FlashAttention 3 from the hub. `--attention sdpa` puts torch's in its place, sequence
 by sequence, for a machine without network: slower, and what ran is in the JSON.
 
+An engine compiles and captures graphs when it starts, a minute at 7B. `--start graphs` captures decoding steps alone
+and compiles nothing, `--start eager` neither: for all ways but the server, which has vLLM's own.
+
 On a CPU the ways share two cores with each other's engines: that it runs is what is learned, no ratio. This script has
 not run on a GPU yet.
 """
@@ -72,6 +75,9 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument(
+        "--start", choices=("compiled", "graphs", "eager"), default="compiled", help="of engines, see below"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--timeout", type=int, default=500, help="seconds a way")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "trlpatch-bench-models")
@@ -109,11 +115,11 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command_line(sys.argv[1:], script="bench_ray.py"),
         "gpus": given.gpus, "shape": given.shape, "staleness": given.staleness, "attention": given.attention,
-        "settings": {**asdict(order), "model": given.shape}, "results": [],
+        "start": given.start, "settings": {**asdict(order), "model": given.shape}, "results": [],
     }  # fmt: skip
     if given.logs:
         given.logs.mkdir(parents=True, exist_ok=True)
-    beside = Beside(given.gpus, given.staleness, sdpa=given.attention == "sdpa" or not cuda)
+    beside = Beside(given.gpus, given.staleness, given.attention == "sdpa" or not cuda, given.start)
     for number, way in enumerate(ways):
         log = given.logs and (given.logs / f"{number}-{way.split('+')[0]}.log").resolve()
         result = measure(way, order, beside, given.timeout, log)

@@ -12,10 +12,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine_start import build_engines_with, engine_start
 from benchmarks.step_timers import GIB, Lines, settle
 from benchmarks.step_ways import MODELS, Order, Way, grpo_trainer, one_device, plain_policy
 from tests.runs.case import TARGETS, versions
@@ -43,11 +44,13 @@ class Beside:
         staleness: `max_staleness` of ray-async.
         sdpa: ray-async computes attention by torch, segment by segment, where the kernel that TRL takes from the hub
             (FlashAttention 3) cannot be had.
+        start: "compiled", "graphs" or "eager", as in bench_ranks.py.
     """
 
     gpus: int
     staleness: int
     sdpa: bool
+    start: str = "compiled"
 
 
 def parse(spec: str, cuda: bool) -> Way:
@@ -72,6 +75,11 @@ def run(spec: str, order: Order, beside: Beside, lines: Lines) -> None:
     import torch
 
     name, way = spec.split("+")[0], parse(spec, order.cuda)
+    started_so = engine_start(beside.start) if order.cuda else {}
+    if name == "stock":
+        build_engines_with(**started_so)
+    elif name != "server":
+        way = replace(way, engine={**started_so, **way.engine})
     if not order.cuda:
         torch.set_num_threads(1)
     started = time.perf_counter()
@@ -81,6 +89,8 @@ def run(spec: str, order: Order, beside: Beside, lines: Lines) -> None:
 
         with _engines(way, order, beside, max_model_len=order.tokens * max(LENGTHS) + 64) as engines:
             policy, _ = plain_policy(way, order)
+            if order.cuda:
+                policy = policy.cuda()
             probe(trlpatch.attach_engine(policy, engines), engines, order, lines)
         lines.write("done", device=_device(order), versions=versions())
         return
@@ -100,6 +110,10 @@ def _device(order: Order) -> str:
 
 @contextmanager
 def _colocated(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any, Any]]:
+    if way.name != "stock":
+        import trlpatch
+
+        trlpatch.PatchFastRL("grpo", **way.options)
     model, words = MODELS[way.name](way, order)
     yield grpo_trainer(way, order, model, words), None
 
@@ -147,6 +161,8 @@ def _on_ray(way: Way, order: Order, beside: Beside, **more: Any) -> Iterator[tup
     trlpatch.PatchFastRL("grpo", **way.options)
     with _engines(way, order, beside, **more) as engines:
         policy, words = plain_policy(way, order)
+        if order.cuda:  # engine and policy are compared where it trains
+            policy = policy.cuda()
         yield grpo_trainer(way, order, trlpatch.attach_engine(policy, engines), words), engines
 
 

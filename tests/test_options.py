@@ -14,9 +14,11 @@ from trlpatch.options import (
     DIRECTORIES,
     DISABLE,
     DUMP,
+    LAUNCHERS,
     SECONDS,
     SWITCHES,
     read_directory,
+    read_launcher,
     read_seconds,
     read_switch,
 )
@@ -82,10 +84,28 @@ def test_seconds_are_positive_numbers_and_inf(monkeypatch: pytest.MonkeyPatch, n
         assert SECONDS[name] in str(raised.value)
 
 
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_what_a_launcher_sets_is_a_whole_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for value, expected in {"2": 2, " 0 ": 0, "": 7, "  ": 7}.items():
+        monkeypatch.setenv(name, value)
+        assert read_launcher(name, 7) == expected, value
+    for value in ("two", "-1", "1.0", "$(nproc)", "\u00b2"):
+        with pytest.raises(
+            InvalidOption, match=rf"^{name}={re.escape(repr(value))}: expected a whole number"
+        ) as raised:
+            read_launcher(name, 7, {name: value})
+        assert LAUNCHERS[name] in str(raised.value)
+    monkeypatch.delenv(name)
+    assert read_launcher(name, 7) == 7
+
+
 def test_no_module_reads_a_variable_by_itself() -> None:
     for file in (ROOT / "trlpatch").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert file.name == "options.py" or not re.search(r"environ\S*[\[(]\W*(TRLPATCH_|UNSLOTH_)", text), file
+        assert file.name == "options.py" or not re.search(
+            rf"int\(\S*environ\S*[\[(]\W*({'|'.join(LAUNCHERS)})", text
+        ), file
 
 
 def test_a_page_has_every_variable_in_one_table() -> None:

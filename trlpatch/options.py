@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -137,6 +137,13 @@ SECONDS = {
 }
 """The environment variables that are a number of seconds."""
 
+LAUNCHERS = {
+    "WORLD_SIZE": "how many ranks torchrun or accelerate launch has started",
+    "LOCAL_RANK": "the number of this rank on its host",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "the ZeRO stage that accelerate launch was told",
+}
+"""The environment variables of launchers that are read here, each a whole number."""
+
 CHILDREN = "TRLPATCH_CHILDREN"
 """The variable in which `trlpatch run` hands its options down to child processes; nobody else sets it."""
 
@@ -200,6 +207,23 @@ def read_seconds(name: str) -> float | None:
             "it."
         )
     return seconds
+
+
+def read_launcher(name: str, default: int, environ: Mapping[str, str] | None = None) -> int:
+    """Return the number that a launcher has set in `environ`, `os.environ` by default; `default` where it set none.
+
+    Raises:
+        InvalidOption: it is no whole number from 0 on.
+    """
+    value = (os.environ if environ is None else environ).get(name, "").strip()
+    if not value:
+        return default
+    if not (value.isascii() and value.isdecimal()):
+        raise InvalidOption(
+            f"{name}={value!r}: expected a whole number, {LAUNCHERS[name]}. Start with torchrun or accelerate launch, "
+            "which set it, or unset it."
+        )
+    return int(value)
 
 
 _DEFAULTS = Options()

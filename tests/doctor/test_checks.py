@@ -57,6 +57,7 @@ def test_a_good_machine_has_nothing_to_complain_of() -> None:
         ({"environment": {"PYTORCH_ALLOC_CONF": "expandable_segments: True"}}, "environment", "warn", "sleep"),
         ({"environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}}, "environment", "warn", "another process"),
         ({"environment": {"CUDA_VISIBLE_DEVICES": ""}}, "environment", "fail", "hides every GPU"),
+        ({"environment": {"WORLD_SIZE": "two"}}, "environment", "fail", "expected a whole number"),
     ],
 )
 def test_what_is_wrong_is_found_and_says_what_to_do(

@@ -33,7 +33,7 @@ def measure(directory: str, engines: int, parallel: int) -> dict[str, Any]:
     trlpatch.PatchFastRL("grpo")
     model, words = trlpatch.FastLanguageModel.from_pretrained(
         directory, max_seq_length=512, load_in_4bit=False, max_lora_rank=16, num_engines=engines,
-        tensor_parallel_size=parallel,
+        tensor_parallel_size=parallel, enforce_eager=True,
     )  # fmt: skip
     rollout: Any = model.vllm_engine
     try:

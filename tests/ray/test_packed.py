@@ -34,7 +34,7 @@ def weights(*, ranks: tuple[int, int] = (4, 4), seed: int = 0, dtype: Any = torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_arrives_is_what_an_engine_would_have_rounded_to(dtype: Any) -> None:
     own = weights()
-    packed: PackedAdapter = pickle.loads(pickle.dumps(pack(adapter_tensors(own), dtype)))
+    packed: PackedAdapter = pickle.loads(pickle.dumps(pack(own, dtype)))
     assert packed.nbytes == sum(tensor.numel() for tensor in own.parameters) * dtype.itemsize
     arrived = lora_weights(packed)
     assert arrived.paths == PATHS
@@ -46,24 +46,41 @@ def test_what_arrives_is_what_an_engine_would_have_rounded_to(dtype: Any) -> Non
 
 
 def test_ranks_are_padded_to_one() -> None:
-    arrived = lora_weights(pack(adapter_tensors(weights(ranks=(4, 2))), torch.float32))
+    arrived = lora_weights(pack(weights(ranks=(4, 2)), torch.float32))
     assert [tuple(a.shape) for a in arrived.a] == [(4, 6), (4, 6)]
     assert not arrived.a[1][2:].any()
 
 
+def test_packing_allocates_once_and_rounds_anew() -> None:
+    own = weights(ranks=(4, 2))
+    first = pack(own, torch.bfloat16)
+    address, before = first.buffer.ctypes.data, first.buffer.copy()
+    own.a[0].data.add_(1.0)
+    own.b[1].data.mul_(3.0)
+    own.scalings[1] = 1.0
+    second = pack(own, torch.bfloat16)
+    assert second.buffer.ctypes.data == address
+    assert (second.buffer != before).any()
+    arrived = lora_weights(second)
+    assert torch.equal(arrived.a[0], own.a[0].bfloat16())
+    assert torch.equal(arrived.b[1][:, :2], own.b[1].bfloat16())
+    assert not arrived.b[1][:, 2:].any(), "the padding stays zero"
+    assert pack(own, torch.float32).dtype == "float32"
+
+
 def test_the_next_version_is_written_over_the_one_before_and_another_shape_is_not() -> None:
-    before = lora_weights(pack(adapter_tensors(weights()), torch.float32))
-    following = adapter_tensors(weights(seed=1))
+    before = lora_weights(pack(weights(), torch.float32))
+    following = weights(seed=1)
     again = lora_weights(pack(following, torch.float32), before)
     assert again is before
-    assert torch.equal(again.a[0], next(iter(following.tensors.values())))
-    other = lora_weights(pack(adapter_tensors(weights(ranks=(2, 2))), torch.float32), before)
+    assert torch.equal(again.a[0], following.a[0])
+    other = lora_weights(pack(weights(ranks=(2, 2)), torch.float32), before)
     assert other is not before
-    assert lora_weights(following, before) is before, "tensors are taken as they are, too"
+    assert lora_weights(adapter_tensors(following), before) is before, "tensors are taken as they are, too"
 
 
 def test_what_an_engine_keeps_is_not_the_message() -> None:
-    packed = pack(adapter_tensors(weights()), torch.float32)
+    packed = pack(weights(), torch.float32)
     kept = lora_weights(packed)
     kept.a[0].zero_()
     assert packed.unpack().tensors[f"base_model.model.{PATHS[0]}.lora_A.weight"].any()
@@ -107,6 +124,7 @@ def test_an_adapter_is_sent_when_its_contents_have_changed() -> None:
     assert sync.publish(own) is first
     assert len(engines.sent) == 1
     assert engines.sent[0].dtype == "bfloat16"
+    assert engines.sync_seconds > 0, "packing counts, too"
     own.b[0].data.add_(1.0)  # as fused AdamW does, without moving a version counter
     second = sync.publish(own)
     assert second is not first

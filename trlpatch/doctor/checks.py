@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 from packaging.version import InvalidVersion, Version
 
 from trlpatch.doctor.machine import GIB, Gpu, Machine
+from trlpatch.errors import InvalidOption
+from trlpatch.options import read_launcher
 
 Level = Literal["ok", "info", "warn", "fail", "skip"]
 
@@ -222,8 +224,12 @@ def _variables(machine: Machine) -> Iterator[Result]:
         )
     if there.get("CUDA_VISIBLE_DEVICES") == "" and machine.gpus:
         yield Result("environment", "fail", "CUDA_VISIBLE_DEVICES is empty", "it hides every GPU: unset it")
-    if int(there.get("WORLD_SIZE") or 1) > 1:
-        yield Result("environment", "info", f"WORLD_SIZE={there['WORLD_SIZE']}", 'docs/limits.md: "Several ranks"')
+    try:
+        if (ranks := read_launcher("WORLD_SIZE", 1, there)) > 1:
+            yield Result("environment", "info", f"WORLD_SIZE={ranks}", 'docs/limits.md: "Several ranks"')
+    except InvalidOption as error:
+        what, _, advice = str(error).partition(": ")
+        yield Result("environment", "fail", what, advice)
 
 
 def _credentials(machine: Machine) -> Iterator[Result]:

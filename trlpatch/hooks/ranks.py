@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from trlpatch.errors import EngineMismatch, SharedWeights
+from trlpatch.options import read_launcher
 
 _NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _before: dict[str, str | None] = {}
@@ -40,8 +41,9 @@ def require_process_group(trainer: object) -> None:
 
     Raises:
         EngineMismatch: it knows of this one alone.
+        InvalidOption: WORLD_SIZE is no number.
     """
-    asked = int(os.environ.get("WORLD_SIZE") or 1)
+    asked = read_launcher("WORLD_SIZE", 1)
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if asked < 2 or distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return

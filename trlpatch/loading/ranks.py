@@ -14,6 +14,7 @@ from typing import Any
 
 from trlpatch.errors import ConflictingArguments, EngineBuildFailed
 from trlpatch.loading.load_config import LoadConfig
+from trlpatch.options import read_launcher
 
 LAUNCHER = "external_launcher"
 """vLLM's executor for an engine whose rank, and whose other ranks if it has some, somebody else has started."""
@@ -30,8 +31,9 @@ def meet_other_ranks(config: LoadConfig) -> LoadConfig:
         EngineBuildFailed: not all ranks met.
         ConflictingArguments: they cannot be divided among engines of this size; or `share_weights=True` where the
             launcher shards the trainer's weights.
+        InvalidOption: WORLD_SIZE is no number.
     """
-    world = int(os.environ.get("WORLD_SIZE") or 1)
+    world = read_launcher("WORLD_SIZE", 1)
     if not config.fast_inference or world < 2:
         return config
     size = int(config.engine.get("tensor_parallel_size") or 1)
@@ -91,7 +93,7 @@ def _zero_stage() -> int:
     """The stage of accelerate's own questionnaire, or of the DeepSpeed configuration that it names."""
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     if path in ("", "none"):
-        return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or 0)
+        return read_launcher("ACCELERATE_DEEPSPEED_ZERO_STAGE", 0)
     try:
         stage = json.loads(Path(path).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError):  # base64, or one that DeepSpeed will refuse

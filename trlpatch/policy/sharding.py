@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.options import read_launcher
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -41,7 +43,7 @@ def filled_later() -> bool:
     """
     wanted = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     asked = all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in wanted)
-    return asked and int(os.environ.get("LOCAL_RANK") or 0) != 0
+    return asked and read_launcher("LOCAL_RANK", 0) != 0
 
 
 def shape_of(tensor: Any) -> torch.Size:

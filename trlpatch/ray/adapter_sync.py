@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,6 @@ from trlpatch.engine import probes
 from trlpatch.engine.adapter_sync import registry
 from trlpatch.engine.protocols import LoraRequest
 from trlpatch.policy.adapter import LoraWeights
-from trlpatch.policy.adapter_tensors import adapter_tensors
 from trlpatch.policy.change_detection import Sums, content
 from trlpatch.ray.packed import pack
 
@@ -66,10 +66,12 @@ class RayAdapterSync:
             if of() is weights and scalings_then == scalings and marks_then == marks:
                 return request
         self._request = self._sent = None
+        started = time.monotonic()
         dtype = getattr(probes.lora_config(engines), "lora_dtype", None)
-        packed = pack(adapter_tensors(weights), dtype if isinstance(dtype, torch.dtype) else torch.float32)
+        packed = pack(weights, dtype if isinstance(dtype, torch.dtype) else torch.float32)
         request = registry.fresh_request(registry.NOWHERE, lora_id=registry.LIVE_ID)
         engines.publish_adapter(packed, request)
+        engines.sync_seconds = time.monotonic() - started  # with the time of packing
         self._request, self._sent = request, (weakref.ref(weights), marks, scalings)
         return request
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trlpatch.errors import NotEnoughResources, RayNotInstalled
 from trlpatch.log import logger
+from trlpatch.options import read_launcher
 from trlpatch.ray.environment import RAY_DEFAULTS
 from trlpatch.ray.plan import Need, Node
 from trlpatch.versions import pip_install
@@ -43,6 +44,7 @@ def join(options: Mapping[str, Any] | None = None) -> Any:
     Raises:
         RayNotInstalled: Ray is missing.
         NotEnoughResources: this process is one of several ranks and there is no common cluster.
+        InvalidOption: WORLD_SIZE is no number.
     """
     global _started_here
     ray = import_ray()
@@ -52,7 +54,7 @@ def join(options: Mapping[str, Any] | None = None) -> Any:
     if os.environ.get("RAY_ADDRESS") or options.get("address"):
         ray.init(**{"log_to_driver": True, **options})
         return ray
-    ranks = int(os.environ.get("WORLD_SIZE") or 1)
+    ranks = read_launcher("WORLD_SIZE", 1)
     if ranks > 1:
         raise NotEnoughResources(
             f"create_engines: this process is rank {os.environ.get('RANK', '?')} of {ranks}, and each would start a "
@@ -137,7 +139,7 @@ def trainer_device() -> str | None:
     count = torch.cuda.device_count()
     if not count:
         return None
-    place = torch.cuda.current_device() if torch.cuda.is_initialized() else int(os.environ.get("LOCAL_RANK") or 0)
+    place = torch.cuda.current_device() if torch.cuda.is_initialized() else read_launcher("LOCAL_RANK", 0)
     devices = _visible(count)
     return devices[place] if place < len(devices) else None
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
+from trlpatch.options import read_launcher
 from trlpatch.runtime.compat.removed import TABLE, Removed, known
 from trlpatch.runtime.compat.said import explain, say, tell
 from trlpatch.runtime.configs import generated_assignments, rebuild_on
@@ -194,10 +195,10 @@ def raise_batch_size(config: Any) -> None:
         return  # a generation batch that is given is what the user wants: upstream checks it
     steps = getattr(config, "steps_per_generation", None) or config.gradient_accumulation_steps
     # `config.world_size` initializes the device, which upstream does later.
-    if size * steps * int(os.environ.get("WORLD_SIZE", "1")) % group == 0:
+    ranks = read_launcher("WORLD_SIZE", 1)
+    if size * steps * ranks % group == 0:
         return
     config.per_device_train_batch_size = group
-    ranks = os.environ.get("WORLD_SIZE", "1")
     tell(
         f"{type(config).__name__}: per_device_train_batch_size={size} is raised to num_generations={group}, because "
         f"{size} x {steps} (gradient_accumulation_steps or steps_per_generation) x {ranks} (ranks) is no multiple of "
