@@ -146,12 +146,12 @@ def trainer_logprobs(
     model.eval()
     try:
         with torch.no_grad():
-            ids = torch.tensor([[*prompt, *completion]])
+            ids = torch.tensor([[*prompt, *completion]], device=model.device)
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float() / temperature
             if top_k > 0:
                 logits = logits.where(logits >= logits.topk(top_k).values[:, -1:], float("-inf"))
             picked = torch.log_softmax(logits, dim=-1)
-            return picked.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+            return picked.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu()
     finally:
         model.train(was_training)
 

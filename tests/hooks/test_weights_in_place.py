@@ -171,7 +171,7 @@ def test_an_interrupt_in_the_first_write_is_made_up_for_before_the_rollout(build
     model, engine = build(), WritableEngineStub(base_model())
     train(model, 0)
     owner = Since110(model, engine, sleep=False)
-    write, writes = merge.write, []
+    copy_all, write, writes = merge.copy_all, merge.write, []
 
     def interrupted(*arguments: Any) -> None:
         writes.append(arguments)
@@ -179,7 +179,15 @@ def test_an_interrupt_in_the_first_write_is_made_up_for_before_the_rollout(build
             raise KeyboardInterrupt
         write(*arguments)
 
+    def half(pairs: list[Any]) -> None:
+        copy_all(pairs[: len(pairs) // 2])
+        if build is full and not writes:
+            writes.append(pairs)
+            raise KeyboardInterrupt
+        copy_all(pairs[len(pairs) // 2 :])
+
     monkeypatch.setattr(merge, "write", interrupted)
+    monkeypatch.setattr(merge, "copy_all", half)
     with pytest.raises(KeyboardInterrupt):
         owner.sync_weights()
     assert state_of(engine).torn

@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 
 from tests.fakes.models import base_model, lora_model  # noqa: E402
 from trlpatch.engine.weights_in_place.merge import float32_products, merged  # noqa: E402
-from trlpatch.policy.policy_weights import ContentMark, NotMergeable, policy_weights  # noqa: E402
+from trlpatch.policy.policy_weights import ContentMark, NotMergeable, bit_sums, policy_weights  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -146,3 +146,18 @@ def test_the_mark_moves_with_whatever_is_trained(build: Any) -> None:
         assert before != ContentMark(policy_weights(model))
         parameter.data.copy_(kept)
     assert before == ContentMark(policy_weights(model))
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_element_of_a_trained_parameter_counts(dtype: Any, size: int) -> None:
+    storage = torch.arange(1, 3 * size + 6, dtype=torch.float32).to(dtype)
+    for whole in (storage[:size], storage[1 : size + 1], storage[: 3 * size : 3]):
+        before = bit_sums([whole])
+        assert before == bit_sums([whole])
+        for place in range(size):
+            kept = whole[place].clone()
+            whole[place] = kept * 2
+            assert before != bit_sums([whole]), (place, whole)
+            whole[place] = kept
+        assert before == bit_sums([whole])

@@ -44,12 +44,16 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
         return "the engine's weights are the trainer's own"
     base = base_of(model)
     transfer = state.backend.weight_transfer()
-    reason = None if transfer is not None else layout_reason(engine)
-    if reason is not None:
-        return reason
+    plan, unproven = None, False
     try:
         weights = policy_weights(model, adapters=adapters)
-        plan, unproven = (None, False) if transfer is not None else _writer(state).plan(base, weights)
+        if transfer is None:
+            plan = _writer(state).known(base, weights)
+            if plan is None:
+                reason = layout_reason(engine)
+                if reason is not None:
+                    return reason
+                plan, unproven = _writer(state).plan(base, weights)
     except (NotMergeable, NotInPlace) as refusal:
         return str(refusal)
     _require_idle(state)
@@ -57,6 +61,7 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     mark = ContentMark(weights)  # before the copies: a later change must not look written
     before, state.torn = state.torn, True
     state.written = state.published = None
+    reason = None
     try:
         if transfer is not None:
             reason = transfer.send(weights)

@@ -238,5 +238,18 @@ def bit_sums(tensors: list[Tensor]) -> list[Sums]:
     with torch.inference_mode(False), torch.no_grad():
         for device in sorted({str(tensor.device) for tensor in tensors}):
             there = [tensor.detach() for tensor in tensors if str(tensor.device) == device]
-            found.append(Sums(torch.stack([as_integers(tensor).sum(dtype=torch.int64) for tensor in there])))
+            found.append(Sums(torch.stack([_bits_of(tensor) for tensor in there])))
     return found
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    """Sum words of 64 bits, modulo 2**64: of narrower integers torch first writes a copy four times as large."""
+    import torch
+
+    flat = tensor.contiguous().view(-1)
+    per_word = 8 // flat.element_size()
+    odd = flat.numel() % per_word
+    if flat.storage_offset() % per_word or flat.numel() == odd:
+        return as_integers(flat).sum(dtype=torch.int64)
+    words = flat[: flat.numel() - odd].view(torch.int64).sum()
+    return words + as_integers(flat[-odd:]).sum(dtype=torch.int64) if odd else words

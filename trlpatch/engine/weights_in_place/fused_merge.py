@@ -73,25 +73,25 @@ def _launch(
 
     module = kernel_module()
     device = group[0][1].device
-    rows, where = [], []
-    for number, (weight, target) in enumerate(group):
+    rows: list[list[int]] = []
+    tiles: list[int] = []
+    for weight, target in group:
         term = weight.terms[0]
         tensors = (weight.base, term.left, term.right, target)
-        rows.append([*(tensor.data_ptr() for tensor in tensors), *target.shape])
-        starts = torch.cartesian_prod(
-            torch.tensor([number]),
-            torch.arange(0, target.shape[0], module.BLOCK_N),
-            torch.arange(0, target.shape[1], module.BLOCK_K),
-        )
-        where.append(starts.to(torch.int32))
+        height, width = target.shape
+        rows.append([*(tensor.data_ptr() for tensor in tensors), height, width, sum(tiles)])
+        tiles.append(-(-height // module.BLOCK_N) * -(-width // module.BLOCK_K))
     with torch.inference_mode(False):
-        tiles = torch.cat(where).contiguous().to(device)
         table = torch.tensor(rows, dtype=torch.int64).to(device)
         scales = torch.tensor([weight.terms[0].scale for weight, _ in group], dtype=torch.float32).to(device)
-    module.merge[(tiles.shape[0],)](
+        # A 7B model has 800,000 tiles: spread over the matrices on the device, as the host takes tens of milliseconds.
+        matrices = torch.arange(len(group), dtype=torch.int32, device=device)
+        counts = torch.tensor(tiles, dtype=torch.int64).to(device)
+        where = matrices.repeat_interleave(counts, output_size=sum(tiles))
+    module.merge[(where.shape[0],)](
         table,
         scales,
-        tiles,
+        where,
         BASE=triton_kernels.language(base),
         FACTOR=triton_kernels.language(factor),
         TARGET=triton_kernels.language(to),

@@ -7,8 +7,8 @@ import triton.language as tl
 
 BLOCK_N, BLOCK_K = 64, 128
 """Rows and columns of one program's tile."""
-COLUMNS = 6
-"""Of the table: addresses of base, B, A and target; rows and columns."""
+COLUMNS = 7
+"""Of the table: addresses of base, B, A and target; rows and columns; the program of the first tile."""
 
 
 # No annotations but Triton's own: it evaluates them as part of the kernel.
@@ -28,12 +28,10 @@ def merge(  # type: ignore[no-untyped-def]
 ):
     """Write round(base + scale * B @ A) into the target; base and target [N, K], B [N, RANK], A [RANK, K], contiguous.
 
-    One program per tile: `where` has its matrix and its first row and column. PADDED is RANK or the next power of two.
+    One program per tile, row by row: `where` has its matrix. PADDED is RANK or the next power of two.
     """
     program = tl.program_id(0)
-    matrix = tl.load(where + 3 * program)
-    row = tl.load(where + 3 * program + 1)
-    column = tl.load(where + 3 * program + 2)
+    matrix = tl.load(where + program)
     entry = table + COLUMNS * matrix
     base = tl.load(entry).to(tl.pointer_type(BASE))
     left = tl.load(entry + 1).to(tl.pointer_type(FACTOR))
@@ -42,6 +40,10 @@ def merge(  # type: ignore[no-untyped-def]
     height = tl.load(entry + 4)
     width = tl.load(entry + 5)
     scale = tl.load(scales + matrix)
+    tile = program - tl.load(entry + 6)
+    across = (width + BLOCK_K - 1) // BLOCK_K
+    row = tile // across * BLOCK_N
+    column = tile % across * BLOCK_K
     rows = row + tl.arange(0, BLOCK_N)
     columns = column + tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, PADDED)

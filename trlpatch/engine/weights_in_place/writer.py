@@ -51,15 +51,17 @@ class WeightsWriter:
         still, of = int(self._unmoved[0]), self._unmoved[1]
         return f"{said}, where {still / of:.1%} of the weights under the adapter round back to the base's"
 
+    def known(self, base: Module, weights: list[PolicyWeight]) -> Plan | None:
+        """Return the plan that has been proven for the model, if it is one for these parameters still."""
+        plan = self._plans.get(base)
+        return plan if plan is not None and plan.fits(weights) else None
+
     def plan(self, base: Module, weights: list[PolicyWeight]) -> tuple[Plan | None, bool]:
-        """Return (plan, whether it still has to be proven); no plan where the engine's weights are reloaded instead.
+        """Return (new plan, True: it has to be proven); no plan where the engine's weights are reloaded instead.
 
         Raises:
             NotInPlace: the engine's parameters cannot be written directly.
         """
-        known = self._plans.get(base)
-        if known is not None and known.fits(weights):
-            return known, False
         structure = structure_of(weights)
         before, reason = self._refused.get(base, (None, ""))
         if before == structure:
@@ -106,9 +108,10 @@ class WeightsWriter:
                 (weight, target) for weight, target in zip(weights, plan.targets, strict=True) if target is not None
             ]
             fused = [pair for pair in pairs if fused_merge.mergeable(*pair)] if self._fused(pairs) else []
+            merge.copy_all([pair for pair in pairs if pair[0].plain])
             chosen = {id(target) for _, target in fused}
             for weight, target in pairs:
-                if id(target) not in chosen:
+                if not weight.plain and id(target) not in chosen:
                     merge.write(weight, target)
             if fused:
                 fused_merge.write(fused)
