@@ -11,9 +11,11 @@ rollout. Before every timed call there is a step as in training (forward, backwa
 what a forward pass leaves behind in the processor's caches, nothing of the model, is part of the price. The device is
 idle before the call, and at its end.
 
-`ms` is the time of the call. `host` is what of it the host worked, `waited` what it waited for the copy: they overlap
-with `device`, which is the copy itself, by the device's clock. On a CPU all three are processor time, and the copy is
-the host's own work. `calls` are those of Python and C functions in one call, as `sys.setprofile` counts them.
+`ms` is the time of the call, `p90` what nine of ten calls do not exceed. `python` is what of it the host looked at the
+model and decided, `launches` what it took to start the copy, `waited` what it waited for it: together they are the
+call, and they overlap with `device`, which is the copy itself, by the device's clock. On a CPU all are processor time,
+and the copy is the host's own work. `calls` are those of Python and C functions in one call, as `sys.setprofile`
+counts them.
 """
 
 from __future__ import annotations
@@ -87,15 +89,17 @@ def main() -> None:
         f"{linears} linears, {size / 1e6:.1f} M adapter parameters; engine: {arguments.engine}, vLLM "
         f"{vllm.__version__}, torch {torch.__version__}, {device}; medians of {arguments.repeats} calls\n"
     )
-    print("| | ms | host | waited | device | slowest ms | calls |\n|---|---|---|---|---|---|---|")
+    parts = ("python", "launches", "waited", "device")
+    print(f"| | ms | p90 | {' | '.join(parts)} | calls |\n|---|{'---|' * (3 + len(parts))}")
     for name, samples in measure(policy, engine, arguments.repeats, ways=arguments.ways):
-        medians = (statistics.median(getattr(one, what) for one in samples) for what in ("ms", "host", "waited"))
-        copied = statistics.median(one.device for one in samples)
-        print(
-            f"| {name} | {' | '.join(f'{number:.3f}' for number in medians)} | {copied:.3f} | "
-            f"{max(one.ms for one in samples):.2f} | {samples[-1].calls or ''} |",
-            flush=True,
-        )
+        medians = [statistics.median(getattr(one, what) for one in samples) for what in ("ms", *parts)]
+        medians.insert(1, ninth_of_ten([one.ms for one in samples]))
+        print(f"| {name} | {' | '.join(f'{one:.3f}' for one in medians)} | {samples[-1].calls or ''} |", flush=True)
+
+
+def ninth_of_ten(numbers: list[float]) -> float:
+    """Return the smallest of the numbers that nine of ten do not exceed."""
+    return sorted(numbers)[-(-len(numbers) * 9 // 10) - 1]
 
 
 @dataclass
@@ -103,14 +107,15 @@ class Sample:
     """One timed call, in ms."""
 
     ms: float
+    launches: float
     waited: float
     device: float
     calls: int = 0
 
     @property
-    def host(self) -> float:
-        """What the host did meanwhile."""
-        return self.ms - self.waited
+    def python(self) -> float:
+        """What the host did besides."""
+        return self.ms - self.launches - self.waited
 
 
 class CopyClock:
@@ -124,13 +129,15 @@ class CopyClock:
 
         self._clock = clock
         self._events: list[tuple[Any, Any]] = []
-        self._waited = self._ran = 0.0
+        self._launching = self._waited = self._ran = 0.0
         launch, answer, start = FusedCopy._launch, FusedCopy.answer, ForeachCopy.start
 
         def timed_launch(copy: Any, *arguments: Any) -> None:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             before.record()
+            begin = clock()
             launch(copy, *arguments)
+            self._launching += clock() - begin
             after.record()
             self._events.append((before, after))
 
@@ -151,13 +158,13 @@ class CopyClock:
 
     def sample(self, call: Callable[[], Any], settle: Callable[[], None]) -> Sample:
         """Time one call."""
-        self._events, self._waited, self._ran = [], 0.0, 0.0
+        self._events, self._launching, self._waited, self._ran = [], 0.0, 0.0, 0.0
         begin = self._clock()
         call()
         settle()
         total = (self._clock() - begin) * 1e3
         device = self._ran * 1e3 + sum(before.elapsed_time(after) for before, after in self._events)
-        return Sample(total, (self._waited + self._ran) * 1e3, device)
+        return Sample(total, self._launching * 1e3, (self._waited + self._ran) * 1e3, device)
 
 
 def build(shape: str, rank: int, max_lora_rank: int, directory: Path, *, minimal: bool = False) -> tuple[Any, Any]:

@@ -71,6 +71,22 @@ def the_same_scalings_elsewhere(model: Any) -> None:
     layer(model).scaling = dict(layer(model).scaling)
 
 
+def scaling_of_an_equal_dictionary(model: Any) -> None:
+    the_same_scalings_elsewhere(model)
+    look(model)
+    scaling(model)
+
+
+def merged_in_an_equal_list(model: Any) -> None:
+    layer(model).merged_adapters = []
+    look(model)
+    layer(model).merged_adapters.append("default")
+
+
+def scaling_added(model: Any) -> None:
+    layer(model).scaling["other"] = 1.0
+
+
 def switch(model: Any) -> None:
     layer(model)._disable_adapters = True
 
@@ -104,11 +120,13 @@ def cast(model: Any) -> None:
         linear_behind_the_back,
         scaling,
         scalings,
-        the_same_scalings_elsewhere,
+        scaling_of_an_equal_dictionary,
         switch,
         activated,
         activated_in_place,
         merged,
+        merged_in_an_equal_list,
+        scaling_added,
         deleted,
         cast,
     ],

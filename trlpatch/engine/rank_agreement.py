@@ -86,8 +86,14 @@ def require_together(view: LoraView, model: object) -> None:
 
 
 def _spans_ranks(engine: RolloutEngine) -> bool:
-    """Is this process one of several that each have a worker of the engine and drive it alike?"""
-    return (probes.tensor_parallel_size(engine) or 1) > 1 and state_of(engine).backend.location == ""
+    """Is this process one of several that each have a worker of the engine and drive it alike?
+
+    Asked three times a rollout; an engine is built either way.
+    """
+    state = state_of(engine)
+    if state.spans_ranks is None:
+        state.spans_ranks = (probes.tensor_parallel_size(engine) or 1) > 1 and state.backend.location == ""
+    return state.spans_ranks
 
 
 def _highest_of_engine(number: int) -> int:

@@ -71,6 +71,8 @@ class EngineState:
 
     backend: RolloutBackend
     """How its workers are reached, wherever they are."""
+    spans_ranks: bool | None = None
+    """Do several processes drive it alike, each with a worker of its own? None until it was asked."""
     attached: bool = False
     """The user (not TRL) built it: its base weights are never discarded by a level-2 sleep."""
     shared_weights: bool = False

@@ -42,9 +42,12 @@ def unwrap(model: Any) -> Any:
 
 def base_of(model: Any) -> Any:
     """The transformers model under wrappers and PEFT: the object that PEFT puts its layers into."""
-    model = unwrap(model)
-    get_base_model = getattr(model, "get_base_model", None)
-    return unwrap(get_base_model()) if callable(get_base_model) else model
+    return _under_peft(unwrap(model))
+
+
+def _under_peft(outer: Any) -> Any:
+    get_base_model = getattr(outer, "get_base_model", None)
+    return unwrap(get_base_model()) if callable(get_base_model) else outer
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +248,7 @@ class PeftLayers:
             return None
         try:
             return Guard(self._attributes, sites, weights.parameters, weights.addresses)
-        except KeyError:
+        except (KeyError, TypeError):
             return None
 
     def active(self) -> tuple[str, ...]:
@@ -375,7 +378,8 @@ def lora_view(model: Any) -> LoraView | None:
     """The PEFT layers of a model (wrapped or not), or None when the model has no PEFT adapter at all."""
     if sys.modules.get("peft") is None:
         return None
-    outer, base = unwrap(model), base_of(model)
+    outer = unwrap(model)
+    base = _under_peft(outer)
     configs = getattr(outer, "peft_config", None)
     if not isinstance(configs, dict) or not callable(getattr(base, "named_modules", None)):
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
-from itertools import chain
 from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,7 @@ def addresses_of(tensors: list[Tensor]) -> list[int]:
 
 
 class Guard:
-    """What was read of PEFT layers and of the parameters of one adapter, by identity."""
+    """What was read of PEFT layers, by value, and of the parameters of one adapter, by identity."""
 
     def __init__(
         self,
@@ -61,10 +60,13 @@ class Guard:
 
         Raises:
             KeyError: a layer says what its class says.
+            TypeError: it says something else than names, switches and numbers.
         """
         self._attributes = attributes
-        self._kept = list(chain.from_iterable(map(_KEPT, attributes)))
-        self._contents = Contents(chain(self._kept, found_in))
+        # By value, of what is in the layers then: a list or dictionary that was replaced by an equal one, as PEFT's
+        # `rescale_adapter_scale` does, is read as the layer has it and needs no watching of its own.
+        self._said = list(map(_copied, map(_KEPT, attributes)))
+        self._contents = Contents(found_in)
         self._parameters = parameters
         self._addresses = addresses
         # Kept, so that nothing else comes to their addresses, of another dtype: a model that is moved and cast keeps
@@ -74,7 +76,29 @@ class Guard:
     def holds(self) -> bool:
         """Is everything where and what it was?"""
         return (
-            all(map(is_, chain.from_iterable(map(_KEPT, self._attributes)), self._kept))
+            list(map(_KEPT, self._attributes)) == self._said
             and self._contents.are_the_same()
             and addresses_of(self._parameters) == self._addresses
         )
+
+
+def _copied(said: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What one layer says, in containers of its own.
+
+    Raises:
+        TypeError: not by plain values. Tensors compare element by element, and are written in place.
+    """
+    return tuple(
+        [_plain(one) for one in thing]
+        if type(thing) is list
+        else {_plain(name): _plain(one) for name, one in thing.items()}
+        if type(thing) is dict
+        else _plain(thing)
+        for thing in said
+    )
+
+
+def _plain(thing: Any) -> Any:
+    if type(thing) not in (str, bool, int, float):
+        raise TypeError(f"a {type(thing).__name__}")
+    return thing
