@@ -103,10 +103,7 @@ class Watch(Fleet):
         return min(SLICE, self.timeouts.health / 4, self.timeouts.rollout / 4)
 
     def check(self) -> None:
-        """Lose engines that hang; called, without waiting, by whoever waits for an engine.
-
-        What a lost engine owed is answered by Ray, with the error that its actor has died.
-        """
+        """Lose engines that hang; called, without waiting, by whoever waits for an engine."""
         if not self.lock.acquire(blocking=False):  # somebody replaces or updates engines, and checks afterwards
             return
         try:
