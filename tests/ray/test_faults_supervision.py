@@ -13,6 +13,7 @@ from tests.ray.simulated import (
     Actor,
     ActorDiedError,
     Make,
+    Never,
     Simulated,
     dealt,
     right,
@@ -213,6 +214,22 @@ def test_an_engine_that_was_killed_is_not_waited_for_after_an_interrupt() -> Non
     supervisor.settle()
     assert cluster.clock - begun < 1
     assert not supervisor._unsettled
+
+
+def test_an_engine_that_knows_nothing_of_what_it_was_asked_is_replaced() -> None:
+    idle = EngineHealth(1, "running", 0, 0, Version(), 1, 0.0, 1)
+
+    def forgetful(cluster: Simulated, index: int, number: int) -> Actor:
+        replies = {"health": idle, "generate": Never()} if number == 1 else {}
+        return Actor(cluster, index, seconds=3, replies=replies)
+
+    supervisor, cluster = supervisor_of(2, forgetful)
+    cluster.ends = cluster.clock + 1000
+    begun = cluster.clock
+    assert rolled(supervisor, 8, size=2) == right(8)
+    assert cluster.killed == [cluster.actors[1]]
+    assert "it held no request" in str(supervisor.faults[0])
+    assert FAST.health < cluster.clock - begun < 3 * FAST.health
 
 
 def test_a_slow_engine_that_steps_is_kept(caplog: pytest.LogCaptureFixture) -> None:

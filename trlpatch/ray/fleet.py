@@ -115,6 +115,8 @@ class Place:
     replaced: int = 0
     looked_at: float = 0.0
     """When its health was asked for last."""
+    idle: tuple[float, float] | None = None
+    """Since when, and until when, it has said that it holds no request; None where it last said that it holds some."""
     load: int = 0
     """Tokens that it owes, over all rollouts: prompts, and the most that may be sampled."""
 
@@ -285,7 +287,7 @@ class Fleet:
     def _create(self, place: Place) -> None:
         assert self._build is not None
         place.actor = self._build(place.index)
-        place.state, place.since = "starting", self.cluster.now()
+        place.state, place.since, place.idle = "starting", self.cluster.now(), None
         place.ready = self.cluster.call(place.actor, "ready")
 
     def revive(self, *, wait: bool = False) -> list[Place]:

@@ -289,6 +289,12 @@ class _Rollout:
             if now - flight.since > self.timeouts.rollout:
                 late = self.supervisor.late(flight.place, "its prompts were not answered", "rollout")
                 self.supervisor.lose(flight.place, flight.actor, late)
+            elif flight.place.idle is not None and flight.actor is flight.place.actor:
+                since, until = flight.place.idle
+                if until - max(since, flight.since) > self.timeouts.health:
+                    what = "it held no request, and had not answered those that it was asked,"
+                    late = self.supervisor.late(flight.place, what, "health")
+                    self.supervisor.lose(flight.place, flight.actor, late)
         ended = {
             ref: (flight, fault)
             for ref, flight in self.flights.items()

@@ -137,6 +137,9 @@ class Watch(Fleet):
         if health.state in ("lost", "stopped"):
             self.lose(place, actor, Fault(place.index, "failed", EngineLost(health.reason or health.state)))
             return
+        now = self.cluster.now()
+        idle = not health.running and not health.waiting
+        place.idle = (now if place.idle is None else place.idle[0], now) if idle else None
         # Paused or asleep it steps not: whoever does that has the timeout `sync` to end it.
         limit = self.timeouts.health + (0.0 if health.state == "running" else self.timeouts.sync)
         if health.seconds_since_step > limit:
