@@ -27,7 +27,7 @@ MAX_SEQS = 8
 CLUSTER = {"num_cpus": 4, "object_store_memory": 200 * 2**20, "include_dashboard": False, "log_to_driver": False}
 ATTEMPTS = 2
 RAYLET_SECONDS = 130.0
-"""For the raylet to be up. Ray gives it 30 (2.60, `Node.__init__`), and an agent starts first, too long on a busy
+"""For the raylet to be up. Ray gives it 30 (2.60, `Node.__init__`), in which two agents start, too: too few on a busy
 machine."""
 
 LIMITS = {"init": 240.0, "health": 120.0, "sync": 90.0, "rollout": 240.0, "abort": 60.0}
@@ -42,6 +42,8 @@ os.environ |= {
     "RAY_worker_niceness": "0",  # actors that start at 15 starve on a busy machine
     "RAY_memory_monitor_refresh_ms": "0",  # it kills actors when the host's memory is 95 % full, whoever fills it
     "RAY_USAGE_STATS_ENABLED": "0",
+    # The raylet aborts (2.60, node_manager.cc) when its agent, a Python process, has not written its port by then.
+    "RAY_agent_register_timeout_ms": "120000",
 }
 
 
@@ -131,7 +133,7 @@ def patience(seconds: float) -> Iterator[None]:
             try:
                 return look(*args)
             except RuntimeError:  # it is not there yet, or GCS does not answer
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or not raylet_runs():
                     raise
                 time.sleep(0.5)
 
@@ -140,6 +142,11 @@ def patience(seconds: float) -> Iterator[None]:
         yield
     finally:
         services.get_node = look
+
+
+def raylet_runs() -> bool:
+    """Does one that this process has started?"""
+    return any("/raylet/raylet " in processes.command_of(pid) for pid in processes.children())
 
 
 def end_daemons(place: str) -> None:
