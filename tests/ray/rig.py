@@ -127,11 +127,11 @@ def patience(seconds: float) -> Iterator[None]:
 
     look = services.get_node
 
-    def look_longer(*args: Any) -> Any:
+    def look_longer(*args: Any, **named: Any) -> Any:
         deadline = time.monotonic() + seconds
         while True:
             try:
-                return look(*args)
+                return look(*args, **named)
             except RuntimeError:  # it is not there yet, or GCS does not answer
                 if time.monotonic() > deadline or not raylet_runs():
                     raise

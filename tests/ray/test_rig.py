@@ -13,6 +13,8 @@ import pytest
 
 from tests.ray import fault_cases, rig
 
+pytestmark = pytest.mark.cpu  # the rig sets vLLM's environment
+
 
 @pytest.fixture
 def services(monkeypatch: pytest.MonkeyPatch) -> Any:
