@@ -84,7 +84,7 @@ def test_a_driver_that_does_not_come_up_is_an_error(code: str, why: str, monkeyp
 def test_logs_of_a_cluster_that_failed_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = tmp_path / "session_2026" / "logs"
     logs.mkdir(parents=True)
-    (logs / "raylet.out").write_text("".join(f"line {number}\n" for number in range(100)))
+    (logs / "raylet.out").write_text("Check failed: it\n" + "".join(f"line {number}\n" for number in range(100)))
     (logs / "worker-1.err").write_text("")
     rig.show_logs(tmp_path, lines=2)
-    assert capsys.readouterr().err == "end of raylet.out:\n  line 98\n  line 99\n"
+    assert capsys.readouterr().err == "end of raylet.out:\n  Check failed: it\n  line 98\n  line 99\n"
