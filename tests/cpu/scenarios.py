@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests import processes
+
+SECONDS = 900
+"""The limit of a run; a cluster with all its cases takes a third of it on two cores that others use, too."""
 
 # float32 on both sides; thirty steps with several seeds stayed below 3e-4, while the control reaches 1.
 TOLERANCE = 1e-3
@@ -22,10 +24,14 @@ def train(case: str, directory: Path, *, algorithm: str = "grpo", steps: int = 3
 
 
 def report_of(module: str, arguments: list[str], options: list[str], out: Path) -> dict[str, Any]:
-    """Run `python -m module *arguments out *options` in a process of its own and read the report that it writes."""
+    """Run `python -m module *arguments out *options` in a process of its own and read the report that it writes.
+
+    Raises:
+        AssertionError: it failed, or did not end in time; with the ends of what it said.
+    """
     environ = {**os.environ, "XDG_CACHE_HOME": str(out.parent / "cache"), "PYTHONWARNINGS": "default"}
     command = [sys.executable, "-m", module, *arguments, str(out), *options]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=900, check=False)
+    done = processes.run(command, env=environ, timeout=SECONDS)
     assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report: dict[str, Any] = json.loads(out.read_text())
     return report

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.step_timers import PARTS
+from tests import processes
 
 pytest.importorskip("vllm")
 
@@ -34,7 +33,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, 
         "--ways", f"{PLAIN},{SLOW}", "--options", "adapter=nonsense",
         "--models", str(folder / "models"), "--out", str(folder / "step.json"),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+    done = processes.run(command, timeout=1200)
     assert (folder / "step.json").exists(), done.stderr[-2000:]
     return json.loads((folder / "step.json").read_text(encoding="utf-8")), done.stdout, done.returncode
 

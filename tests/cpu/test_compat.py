@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cpu.scenarios import ROOT
+from tests import processes
 
 pytestmark = [pytest.mark.cpu, pytest.mark.release]
 
@@ -19,14 +18,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.release]
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/cpu/compat_runs.py found, with TRL imported before `PatchFastRL` and after it."""
     out = tmp_path_factory.mktemp("compat") / "found.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cpu.compat_runs", str(out), request.param],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = processes.run([sys.executable, "-m", "tests.cpu.compat_runs", str(out), request.param], timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(Path(out).read_text(encoding="utf-8"))
     return result

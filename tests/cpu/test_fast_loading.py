@@ -6,7 +6,6 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import dataclasses
 import os
-import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from tests import processes  # noqa: E402
 from tests.cpu.fast import PLACES, SMALL, Surroundings, draw_seeds, interrupt, random_state, rollout  # noqa: E402
 from trlpatch import FastLanguageModel  # noqa: E402
 from trlpatch.errors import EngineMismatch  # noqa: E402
@@ -73,7 +73,7 @@ print("tokens", len(rollout(model).outputs[0].token_ids))
 def test_a_process_without_another_engine_gets_its_distributed_state_back(checkpoint: Path) -> None:
     environ = {**os.environ, "PYTHONWARNINGS": "default", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FRESH, str(checkpoint)]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    done = processes.run(command, env=environ, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert "tokens 8" in done.stdout
 

@@ -7,7 +7,6 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 import inspect
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ torch = pytest.importorskip("torch")
 vllm = pytest.importorskip("vllm")
 
 import trlpatch  # noqa: E402
+from tests import processes  # noqa: E402
 from tests.cpu.fast import PARAMS, SMALL, draw_seeds, random_state, rollout  # noqa: E402
 from trlpatch import FastLanguageModel  # noqa: E402
 from trlpatch.engine import build, probes  # noqa: E402
@@ -321,7 +321,7 @@ def test_grpo_as_the_readme_shows_it(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "tests.cpu.fast_training", str(out)]
     environ = {**os.environ, "PYTHONWARNINGS": "default"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    done = processes.run(command, env=environ, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert [line for line in done.stderr.splitlines() if line.startswith("trlpatch: ") and " ready in " in line]
     report = json.loads(out.read_text())

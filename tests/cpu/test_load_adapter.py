@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
+from tests import processes
 from tests.cpu.fast import SMALL, rollout
 from trlpatch import FastLanguageModel
 from trlpatch.engine import probes
@@ -106,7 +106,7 @@ def _train(case: str, directory: Path, model: str) -> dict[str, Any]:
     out = directory / "report.json"
     command = [sys.executable, "-m", "tests.cpu.loaded_training", case, model, str(out)]
     environ = {**os.environ, "PYTHONWARNINGS": "default"}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    done = processes.run(command, env=environ, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report: dict[str, Any] = json.loads(out.read_text())
     return report

@@ -6,13 +6,13 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from tests.cpu.scenarios import ROOT, TOLERANCE
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
@@ -73,7 +73,7 @@ def test_each_rollout_has_the_adapter_and_nothing_is_written_here(ranks: int, tm
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environ = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": path}
     command = [sys.executable, __file__, str(tmp_path), str(ranks)]
-    done = subprocess.run(command, cwd=here, env=environ, capture_output=True, text=True, timeout=500, check=False)
+    done = processes.run(command, cwd=here, env=environ, timeout=500)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     found = json.loads(lines[0].removeprefix("RESULT "))

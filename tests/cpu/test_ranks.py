@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from tests import ports
+from tests import ports, processes
 from tests.cpu.ranks import SECONDS
-from tests.cpu.scenarios import ROOT, TOLERANCE
+from tests.cpu.scenarios import TOLERANCE
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
 
@@ -35,14 +35,10 @@ def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
     checkpoint = tiny.checkpoint(directory / "model")
     master = ports.environment()["MASTER_PORT"]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", master]
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", *launcher, "-m", "tests.cpu.ranks", case, str(checkpoint), str(directory)],
-        cwd=ROOT,
         env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
-        capture_output=True,
-        text=True,
         timeout=SECONDS + 60,
-        check=False,
     )
 
 

@@ -6,15 +6,15 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from tests.cpu.ranks import SECONDS
-from tests.cpu.scenarios import ROOT, TOLERANCE
+from tests.cpu.scenarios import TOLERANCE
 from tests.cpu.sharded_ranks import STEPS
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
@@ -33,17 +33,12 @@ def ranks_of(case: str, directory: Path) -> list[dict[str, Any]]:
     """What each rank has found. torchrun binds a port of the system's choice and keeps it (`--standalone`)."""
     checkpoint = tiny.checkpoint(directory / "model")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with (directory / "log").open("w") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", *launcher, "-m", "tests.cpu.sharded_ranks", case, str(checkpoint), str(directory)],
-            cwd=ROOT,
-            env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=SECONDS + 60,
-            check=False,
-        )
-    assert done.returncode == 0, (directory / "log").read_text()[-8000:]
+    done = processes.run(
+        [sys.executable, "-m", *launcher, "-m", "tests.cpu.sharded_ranks", case, str(checkpoint), str(directory)],
+        env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
+        timeout=SECONDS + 60,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"
     ranks: list[dict[str, Any]] = [json.loads((directory / f"rank{i}.json").read_text()) for i in range(2)]
     for rank in ranks:
         assert rank["ranks"] == 2

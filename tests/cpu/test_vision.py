@@ -6,13 +6,13 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import processes
 from trlpatch.source.locate import find_trl
 from trlpatch.versions import installed_version
 
@@ -85,7 +85,7 @@ def _run(case: str, directory: Path) -> dict[str, Any]:
     environ = {**os.environ, "PYTHONWARNINGS": "default"}
     environ["PYTHONPATH"] = os.pathsep.join([os.environ["PYTHONPATH"], TORCHVISION])
     command = [sys.executable, "-m", "tests.cpu.vision_training", case, str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600, check=False)
+    done = processes.run(command, env=environ, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report: dict[str, Any] = json.loads(out.read_text())
     return report

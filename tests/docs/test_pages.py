@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, pages, path_of, runnable
+from tests import processes
+from tests.docs.pages import pages, path_of, runnable
 from tests.golden.sources import wheel_cache
 from trlpatch.source.locate import find_trl
 
@@ -30,5 +30,5 @@ def test_a_page_runs_as_pasted(page: Path, tmp_path: Path) -> None:
     if "trlpatch export gguf" in page.read_text(encoding="utf-8"):
         environ["TRLPATCH_CACHE_DIR"] = str(CONVERTER)
     words = [sys.executable, "-m", "tests.docs.run_page", path_of(page), str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=900)
+    done = processes.run(words, env=environ, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

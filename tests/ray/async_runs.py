@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tests.cases import case
 from tests.ray.rig import Rig, checkpoint_in, cluster, create
 
 STEPS = 4
@@ -140,7 +141,8 @@ def main(out: Path, chosen: list[str]) -> None:
         rig = Rig(out.parent, checkpoint, create(checkpoint, 1, **changes))
         for name in chosen or list(CASES):
             began = time.monotonic()
-            report[name] = {**{**CASES, **ON_REQUEST}[name](rig), "seconds": time.monotonic() - began}
+            with case(name, 1800.0):
+                report[name] = {**{**CASES, **ON_REQUEST}[name](rig), "seconds": time.monotonic() - began}
             out.write_text(json.dumps(report, indent=1))
             print(name, report[name], flush=True)
 

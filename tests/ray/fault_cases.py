@@ -5,15 +5,17 @@ Functions for `tests.ray.grpo_runs`, which has Ray and engines up; each returns 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trlpatch.ray.faults import all_errors_travel, fault_of
 from trlpatch.ray.fleet import RayCluster
@@ -21,6 +23,11 @@ from trlpatch.ray.messages import EngineHealth, Version
 from trlpatch.ray.spread import Group, Spread
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
+
+DRIVER_SECONDS = 180.0
+"""For a driver to join the cluster and to have two actors up."""
+ANSWER_SECONDS = 90.0
+"""For an actor to raise, or for Ray to say that it has ended."""
 
 
 class OddSignature(Exception):
@@ -100,14 +107,14 @@ def toy_faults() -> dict[str, Any]:
     """Errors as Ray brings them, a process that is killed and one that is stopped, an interrupt."""
     import ray
 
-    patient = Timeouts(init=300, health=300, sync=60, abort=60)
+    patient = Timeouts(init=180, health=180, sync=60, rollout=180, abort=60)
     supervisor = toys(2, patient)
     right = [(place, 10 * place) for place in range(8)]
     errors = {}
     for kind in ("odd exception", "memory", "value", "interrupt", "exit"):
         actor = supervisor.places[0].actor
         try:
-            ray.get(actor.fail.remote(kind))
+            ray.get(actor.fail.remote(kind), timeout=ANSWER_SECONDS)
         except Exception as error:
             fault = fault_of(0, error)
             errors[kind] = [fault.kind, type(fault.error).__name__, str(fault.error)[:300]]
@@ -123,14 +130,18 @@ def toy_faults() -> dict[str, Any]:
     wait_for_all(supervisor)
     found["killed"] = rolled(supervisor, 8, at(2, end(1, "SIGKILL"))) == right
     wait_for_all(supervisor)
-    supervisor.timeouts = Timeouts(init=300, health=8)
+    supervisor.timeouts = Timeouts(init=180, health=8, rollout=180)
     found["stopped"] = rolled(supervisor, 8, at(1, end(0, "SIGSTOP"))) == right
     supervisor.timeouts = patient
     wait_for_all(supervisor)
+    # A shell's background processes, and what they start, ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         rolled(supervisor, 8, at(3, lambda: os.kill(os.getpid(), signal.SIGINT)), wait=True)
     except KeyboardInterrupt as error:
         found["interrupted"] = type(error).__name__
+    finally:
+        signal.signal(signal.SIGINT, before)
     found["left_in_flight"] = len(supervisor._unsettled)
     found["after_interrupt"] = rolled(supervisor, 8) == right
     found["faults"] = [fault.kind for fault in supervisor.faults]
@@ -141,7 +152,7 @@ def toy_faults() -> dict[str, Any]:
 
 def wait_for_all(supervisor: Supervisor) -> None:
     """Until every place serves again."""
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 240
     while supervisor.degraded:
         assert time.monotonic() < deadline, supervisor.degraded
         supervisor.revive(wait=True)
@@ -208,24 +219,50 @@ def killed_driver() -> dict[str, Any]:
 
     address = ray.get_runtime_context().gcs_address
     code = f"from tests.ray.fault_cases import toys_of_a_driver; toys_of_a_driver({address!r})"
-    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert driver.stdout is not None
-    pids = next(line for line in driver.stdout if line.startswith("pids")).split()[1:]
-    before = [alive(int(pid)) for pid in pids]
-    began = time.monotonic()
-    driver.kill()
-    driver.wait()
+    with tempfile.TemporaryFile("w+") as said:
+        driver = subprocess.Popen([sys.executable, "-c", code], stdout=said)
+        try:
+            pids = told_by(driver, said)
+            before = [alive(int(pid)) for pid in pids]
+            began = time.monotonic()
+        finally:
+            driver.kill()
+            driver.wait()
     while any(alive(int(pid)) for pid in pids) and time.monotonic() - began < 60:
         time.sleep(0.05)
     return {"before": before, "after": [alive(int(pid)) for pid in pids], "seconds": time.monotonic() - began}
+
+
+def told_by(driver: subprocess.Popen[bytes], said: IO[str]) -> list[str]:
+    """The processes that a driver names once its actors are up.
+
+    Raises:
+        AssertionError: it has ended, or is not there in time; it shows its stacks then.
+    """
+    deadline = time.monotonic() + DRIVER_SECONDS
+    while True:
+        ended = driver.poll() is not None
+        said.seek(0)
+        text = said.read()
+        for line in text.splitlines(keepends=True):
+            if line.startswith("pids") and line.endswith("\n"):
+                return line.split()[1:]
+        if ended or time.monotonic() > deadline:
+            if not ended:
+                driver.send_signal(signal.SIGABRT)
+                driver.wait()
+            why = f"has ended with status {driver.returncode}" if ended else f"was not up in {DRIVER_SECONDS:g} s"
+            raise AssertionError(f"the driver {why}; it said {text!r}")
+        time.sleep(0.05)
 
 
 def toys_of_a_driver(address: str) -> None:
     """Join the cluster, say which processes the actors are, and do nothing more."""
     import ray
 
+    faulthandler.enable()
     ray.init(address=address, log_to_driver=False)
-    supervisor = toys(2, Timeouts(init=300))
+    supervisor = toys(2, Timeouts(init=DRIVER_SECONDS))
     print("pids", *(place.info for place in supervisor.places), flush=True)
     time.sleep(600)
 

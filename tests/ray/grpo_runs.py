@@ -13,13 +13,18 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.cases import case
 from tests.cpu.features import TEMPLATE
 from tests.ray import fault_cases
 from tests.ray.rig import MAX_SEQS, Rig, checkpoint_in, cluster, create
 from tests.ray.weights_runs import full_weights
+
+CASE_SECONDS = 300.0
+"""Of one case. The longest takes 40 s on two cores, and three times as long where five others use them."""
 
 
 def main(out: Path, chosen: list[str]) -> None:
@@ -31,12 +36,14 @@ def main(out: Path, chosen: list[str]) -> None:
     report: dict[str, Any] = {}
     with cluster():
         began = time.monotonic()
-        engines = create(checkpoint)
+        with case("engines", CASE_SECONDS):
+            engines = create(checkpoint)
         report["init_seconds"] = time.monotonic() - began
         rig = Rig(directory, checkpoint, engines)
         for name in chosen or CASES:
             began = time.monotonic()
-            report[name] = {**CASES, **ON_REQUEST}[name](rig)
+            with case(name, CASE_SECONDS if name in CASES else 3600.0):
+                report[name] = {**CASES, **ON_REQUEST}[name](rig)
             report[f"{name}_seconds"] = time.monotonic() - began
     out.write_text(json.dumps(report, indent=1))
 
@@ -170,7 +177,7 @@ def greedily(engine: Any, ids: list[Any], request: Any, rig: Rig) -> list[Any]:
     asked = handle.generate.options(concurrency_group="rollouts").remote(
         RolloutRequest(ids, params, adapter=rig.engines.adapter_version)
     )
-    return list(ray.get(asked).outputs)
+    return list(ray.get(asked, timeout=120).outputs)
 
 
 def seed_of(llm: Any) -> int:
@@ -225,12 +232,14 @@ def hands(rig: Rig) -> dict[str, Any]:
         "bare_gap": max(gap_of(policy, output) for output in supplied),
     }
     submit = engines.submit
+    kept: list[Any] = []  # Ray prints the error of an answer that nobody has looked at
     engines.on_each("pause")  # nothing of it ends by itself
     tokens_before = sampled_tokens(engines)
 
     def interrupted(index: int, one: Any) -> Any:
         sent = submit(index, one)
         if index == 1:
+            kept.append(sent)
             raise KeyboardInterrupt
         return sent
 
@@ -238,7 +247,8 @@ def hands(rig: Rig) -> dict[str, Any]:
 
     def and_wait(key: str | None = None) -> None:
         abort(key)
-        ray.get([handle.abort.options(concurrency_group="control").remote(key) for handle in engines.handles])
+        aborts = [handle.abort.options(concurrency_group="control").remote(key) for handle in engines.handles]
+        ray.get(aborts, timeout=120)
 
     engines.submit, engines.abort = interrupted, and_wait
     try:
@@ -247,13 +257,16 @@ def hands(rig: Rig) -> dict[str, Any]:
         found["interrupted"] = type(error).__name__
     finally:
         del engines.submit, engines.abort
+    for sent in kept:
+        with suppress(Exception):
+            ray.get(sent, timeout=120)
     found["left"] = left_after(engines)
     engines.on_each("resume")
     after = engines.generate(ids, params, lora_request=request, use_tqdm=False)
     found["gap_after"] = max(gap_of(policy, output) for output in after)
     found["tokens_after"] = [sampled_tokens(engines) - tokens_before, sum(map(tokens_of, after))]
     try:
-        ray.get(engines.submit(0, RolloutRequest(ids[:1], [params], adapter=99)))
+        ray.get(engines.submit(0, RolloutRequest(ids[:1], [params], adapter=99)), timeout=120)
     except WrongVersion as error:
         found["wrong_version"] = str(error)
     try:

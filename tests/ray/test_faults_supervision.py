@@ -13,7 +13,9 @@ from tests.ray.simulated import (
     Actor,
     ActorDiedError,
     Make,
+    Never,
     Simulated,
+    dealt,
     right,
     rolled,
     supervisor_of,
@@ -21,6 +23,7 @@ from tests.ray.simulated import (
 from trlpatch.errors import EngineHung, EngineLost, NoEngineLeft, RolloutFailed, WrongVersion
 from trlpatch.ray.faults import Fault
 from trlpatch.ray.messages import EngineHealth, Version
+from trlpatch.ray.spread import Group
 from trlpatch.ray.supervision import Supervisor
 from trlpatch.ray.timeouts import Timeouts
 
@@ -139,6 +142,94 @@ def test_an_actor_that_answers_nothing_at_all_is_killed_too() -> None:
     assert rolled(supervisor, 4) == right(4)
     assert cluster.killed == [hung]
     assert "not even `health`" in str(supervisor.faults[0])
+
+
+@pytest.mark.parametrize("deaf", [True, False])
+def test_a_lost_engine_is_not_waited_for_where_ray_says_nothing_of_its_end(deaf: bool) -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
+    cluster.fall_silent()
+    cluster.actors[1].hangs_at, cluster.actors[1].deaf = cluster.clock, deaf
+    begun = cluster.clock
+    assert rolled(supervisor, 8, size=2) == right(8)
+    assert cluster.killed == [cluster.actors[1]]
+    assert cluster.clock - begun < 3 * FAST.health
+
+
+def test_answers_that_a_lost_engine_has_given_count() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
+    cluster.fall_silent()
+    asked: list[tuple[int, ...]] = []
+
+    def ask(index: int, group: Group) -> Any:
+        asked.append(group.places)
+        return supervisor.places[index].actor.generate.remote(group.places)
+
+    wait, first = cluster.wait, True
+
+    def lost_after(refs: Any, timeout: float) -> Any:
+        nonlocal first
+        found = wait(refs, timeout)
+        if first and found and found[0].method == "generate":
+            first = False
+            place = supervisor.places[1]
+            supervisor.lose(place, place.actor, Fault(1, "hung", EngineHung("seen by another thread")))
+            return found[:1]  # of engine 0: those of engine 1 are there, and not looked at yet
+        return found
+
+    cluster.wait = lost_after  # type: ignore[method-assign]
+    answers = supervisor.rollout(dealt(4), ask)
+    assert [answer for _, answer in answers] == [[0], [10], [20], [30]]
+    assert len(asked) == 4
+
+
+def test_a_rollout_whose_engines_were_shut_down_ends(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=3))
+    cluster.fall_silent()
+    sent = 0
+
+    def ask(index: int, group: Group) -> Any:
+        nonlocal sent
+        sent += 1
+        if sent == 3:
+            supervisor.shutdown()
+        return supervisor.places[index].actor.generate.remote(group.places)
+
+    for actor in cluster.actors:
+        actor.hangs_at = cluster.clock
+    with pytest.raises(NoEngineLeft, match="they were shut down"):
+        supervisor.rollout(dealt(6), ask)
+    assert not caplog.text, "that nothing serves is what was asked for"
+
+
+def test_an_engine_that_was_killed_is_not_waited_for_after_an_interrupt() -> None:
+    supervisor, cluster = supervisor_of(2, lambda cluster, index, number: Actor(cluster, index, seconds=50))
+    cluster.fall_silent()
+    cluster.actors[1].hangs_at = cluster.clock
+    cluster.interrupt_at = cluster.clock + FAST.health + 0.5 * supervisor.slice
+    with pytest.raises(KeyboardInterrupt):
+        rolled(supervisor, 4)
+    place = supervisor.places[1]
+    supervisor.lose(place, cluster.actors[1], Fault(1, "hung", EngineHung("seen by another thread")))
+    begun = cluster.clock
+    supervisor.settle()
+    assert cluster.clock - begun < 1
+    assert not supervisor._unsettled
+
+
+def test_an_engine_that_knows_nothing_of_what_it_was_asked_is_replaced() -> None:
+    idle = EngineHealth(1, "running", 0, 0, Version(), 1, 0.0, 1)
+
+    def forgetful(cluster: Simulated, index: int, number: int) -> Actor:
+        replies = {"health": idle, "generate": Never()} if number == 1 else {}
+        return Actor(cluster, index, seconds=3, replies=replies)
+
+    supervisor, cluster = supervisor_of(2, forgetful)
+    cluster.ends = cluster.clock + 1000
+    begun = cluster.clock
+    assert rolled(supervisor, 8, size=2) == right(8)
+    assert cluster.killed == [cluster.actors[1]]
+    assert "it held no request" in str(supervisor.faults[0])
+    assert FAST.health < cluster.clock - begun < 3 * FAST.health
 
 
 def test_a_slow_engine_that_steps_is_kept(caplog: pytest.LogCaptureFixture) -> None:

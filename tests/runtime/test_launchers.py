@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ports
+from tests import ports, processes
 from tests.helpers import SKIP
 from tests.runtime.conftest import REPOSITORY, FakeTrl
 from trlpatch.source.locate import find_trl
@@ -50,12 +50,9 @@ def script(directory: Path, name: str, home: str, function: str = "main") -> Pat
 
 
 def run(directory: Path, environment: dict[str, str], *words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return processes.run(
         [sys.executable, "-m", "trlpatch", "run", *map(str, words)],
         env={**environment, "PATH": f"{directory / 'bin'}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
         timeout=400,
         cwd=directory,
     )

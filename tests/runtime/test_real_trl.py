@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHOSEN = os.environ.get("TRLPATCH_TEST_TRL", "")
@@ -119,12 +120,9 @@ print("done", len(targets))
 @pytest.mark.parametrize("code", [LATE, EARLY], ids=["patched_before_import", "patched_after_import"])
 def test_every_target_is_patched_and_returned(code, tmp_path):
     path = os.pathsep.join(filter(None, [str(REPOSITORY), CHOSEN]))
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-c", COMMON + code],
         env={**os.environ, "PYTHONPATH": path, "TRLPATCH_CACHE_DIR": str(tmp_path), "TRL_EXPERIMENTAL_SILENCE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr

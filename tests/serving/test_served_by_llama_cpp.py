@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.cpu import tiny
 from tests.serving import tiny_gguf
 from trlpatch.serving import Server, serve
@@ -73,11 +73,8 @@ def test_a_quantized_file_is_told_from_one_of_another_checkpoint(model: Path) ->
     assert of_itself.passed, str(of_itself)
     assert of_itself.why == "llama.cpp with its own Q8_0 weights"
     other = tiny.checkpoint(model.parent / "other", seed=3)
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "trlpatch", "serve", str(file), "--check", "--json", "--reference", str(other)],
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
         timeout=300,
     )
     assert done.returncode == 1, done.stderr

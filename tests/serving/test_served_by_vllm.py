@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import processes
 from tests.cpu import tiny
 from tests.serving import made
 from trlpatch.source.locate import find_trl
@@ -25,6 +26,9 @@ pytestmark = [
 ]
 
 OPTIONS = ["--max-model-len", "256", "--enforce-eager", "--max-num-seqs", "8", "--dtype", "float32"]
+
+SECONDS = 700.0
+"""For the server to start, which has 600 of them, or to compare."""
 
 OWNER = """
 import json, sys
@@ -70,7 +74,7 @@ class Owner:
     """The process that serves the adapter, and what it says of its server."""
 
     def __init__(self, adapter: Path) -> None:
-        words = [sys.executable, "-c", OWNER, str(adapter), *OPTIONS]
+        words = [sys.executable, "-X", "faulthandler", "-c", OWNER, str(adapter), *OPTIONS]
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         told = self._read()
         self.url, self.model, self.pid, self.curl = told["url"], told["model"], told["pid"], told["curl"]
@@ -83,7 +87,10 @@ class Owner:
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
-        found: dict[str, Any] = json.loads(self.process.stdout.readline())
+        with processes.limited(self.process, SECONDS):
+            line = self.process.stdout.readline()
+        assert line, f"the process that serves has ended, or said nothing in {SECONDS:g} s"
+        found: dict[str, Any] = json.loads(line)
         return found
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from trlpatch.errors import EngineHung, EngineInitFailed, NoEngineLeft
+from trlpatch.errors import EngineHung, EngineInitFailed, EngineLost, NoEngineLeft
 from trlpatch.log import logger
 from trlpatch.ray.faults import Fault, fault_of
 from trlpatch.ray.timeouts import Timeouts
@@ -115,6 +115,8 @@ class Place:
     replaced: int = 0
     looked_at: float = 0.0
     """When its health was asked for last."""
+    idle: tuple[float, float] | None = None
+    """Since when, and until when, it has said that it holds no request; None where it last said that it holds some."""
     load: int = 0
     """Tokens that it owes, over all rollouts: prompts, and the most that may be sampled."""
 
@@ -207,7 +209,11 @@ class Fleet:
         words: dict[State, str] = {
             "starting": "is being replaced",
             "stale": "waits for the current weights",
-            "gone": f"was given up after {STARTS} failed starts" if self._build else "is lost",
+            "gone": "was shut down"
+            if self._closed
+            else f"was given up after {STARTS} failed starts"
+            if self._build
+            else "is lost",
         }
         missing = [place for place in self.places if place.state != "serving"]
         if not missing:
@@ -219,9 +225,9 @@ class Fleet:
         return f"{len(self.places) - len(missing)} of {len(self.places)} rollout engines serve: {each}"
 
     def _say(self) -> None:
-        """Log which engines serve, once per change."""
+        """Log which engines serve, once per change; that none does once they were shut down is no news."""
         words = self.degraded
-        if words == self._said:
+        if words == self._said or self._closed:
             return
         if words:
             goes_on = "Rollouts go on with those that serve" if self.serving() else "The next rollout waits for one"
@@ -250,6 +256,15 @@ class Fleet:
             self._say()
             return fault
 
+    def ended(self, place: Place, actor: Any) -> Fault | None:
+        """Say why nothing is to be expected of an actor any more; None while its place has it."""
+        with self.lock:
+            if place.lost is not None and place.lost[0] is actor:
+                return place.lost[1]
+            if place.actor is actor and not self._closed:
+                return None
+            return Fault(place.index, "killed", EngineLost("its actor was replaced, or all engines were shut down"))
+
     def doubt(self, place: Place, actor: Any, fault: Fault) -> None:
         """Have an engine given the current weights before it is asked again: it answered with others."""
         with self.lock:
@@ -272,7 +287,7 @@ class Fleet:
     def _create(self, place: Place) -> None:
         assert self._build is not None
         place.actor = self._build(place.index)
-        place.state, place.since = "starting", self.cluster.now()
+        place.state, place.since, place.idle = "starting", self.cluster.now(), None
         place.ready = self.cluster.call(place.actor, "ready")
 
     def revive(self, *, wait: bool = False) -> list[Place]:

@@ -107,6 +107,9 @@ class Supervisor(Watch):
                 flight = pending.get(ref)
                 if flight is not None:
                     self._settled(ref, flight)
+            for ref, flight in pending.items():
+                if self.ended(flight.place, flight.actor) is not None:
+                    self._unsettled.pop(ref, None)
             if self.cluster.now() > deadline:
                 for ref, flight in list(self._unsettled.items()):
                     what = "the requests of an interrupted rollout were not dropped"
@@ -275,13 +278,34 @@ class _Rollout:
             self.leave(flight.place.index)
 
     def look_after(self) -> None:
-        """Lose engines that have had the time that a rollout may take."""
+        """Lose engines that have had the time that a rollout may take; what a lost one owes is asked of others.
+
+        That its actor was killed is known here. Ray's error for each of its answers comes later, or never: where the
+        process is stopped, its node is out of reach, or the word of its death was lost.
+        """
         self.supervisor.check()
         now = self.cluster.now()
         for flight in self.flights.values():
             if now - flight.since > self.timeouts.rollout:
                 late = self.supervisor.late(flight.place, "its prompts were not answered", "rollout")
                 self.supervisor.lose(flight.place, flight.actor, late)
+            elif flight.place.idle is not None and flight.actor is flight.place.actor:
+                since, until = flight.place.idle
+                if until - max(since, flight.since) > self.timeouts.health:
+                    what = "it held no request, and had not answered those that it was asked,"
+                    late = self.supervisor.late(flight.place, what, "health")
+                    self.supervisor.lose(flight.place, flight.actor, late)
+        ended = {
+            ref: (flight, fault)
+            for ref, flight in self.flights.items()
+            if (fault := self.supervisor.ended(flight.place, flight.actor)) is not None
+        }
+        for ref in self.cluster.wait(ended, 0.0) if ended else ():  # its last answers count
+            if ref in self.flights:
+                self.arrived(ref, self.flights[ref])
+        for ref, (flight, fault) in ended.items():
+            if ref in self.flights:
+                self.fell(flight, fault)
 
     def say_slow(self) -> None:
         """Warn of engines that took much longer for a prompt than the fastest one."""

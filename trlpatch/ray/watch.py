@@ -103,10 +103,7 @@ class Watch(Fleet):
         return min(SLICE, self.timeouts.health / 4, self.timeouts.rollout / 4)
 
     def check(self) -> None:
-        """Lose engines that hang; called, without waiting, by whoever waits for an engine.
-
-        What a lost engine owed is answered by Ray, with the error that its actor has died.
-        """
+        """Lose engines that hang; called, without waiting, by whoever waits for an engine."""
         if not self.lock.acquire(blocking=False):  # somebody replaces or updates engines, and checks afterwards
             return
         try:
@@ -140,6 +137,9 @@ class Watch(Fleet):
         if health.state in ("lost", "stopped"):
             self.lose(place, actor, Fault(place.index, "failed", EngineLost(health.reason or health.state)))
             return
+        now = self.cluster.now()
+        idle = not health.running and not health.waiting
+        place.idle = (now if place.idle is None else place.idle[0], now) if idle else None
         # Paused or asleep it steps not: whoever does that has the timeout `sync` to end it.
         limit = self.timeouts.health + (0.0 if health.state == "running" else self.timeouts.sync)
         if health.seconds_since_step > limit:
