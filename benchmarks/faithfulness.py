@@ -53,7 +53,7 @@ ENVIRONMENT_CPU = {
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
 }  # fmt: skip
-SHOWN = 400
+SHOWN = 200
 """Tokens of a panel of the picture, which the JSON keeps."""
 
 
@@ -170,6 +170,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             document["ways"] = {
                 name: [fit(*pair) for pair in zip(changes["reference"], found, strict=True)]
                 for name, found in changes.items()
+                if name != "reference"
             }
             given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     document["total_seconds"] = time.perf_counter() - started
@@ -252,7 +253,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.rcParams.update({"svg.hashsalt": "trlpatch", "svg.fonttype": "none", "font.size": 8})
     rates = document["settings"]["learning_rates"]
-    ways = [way for way in document["ways"] if way != "reference"]
+    ways = list(document["ways"])
     figure, grid = pyplot.subplots(
         len(rates), len(ways), figsize=(2.6 * len(ways), 2.5 * len(rates)), squeeze=False, sharex="row", sharey="row"
     )

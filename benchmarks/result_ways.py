@@ -65,7 +65,8 @@ def train(way: str, order: Order, lines: Lines) -> None:
     settings: dict[str, Any] = {
         "output_dir": str(Path(order.model).parent / f"{way}-out"), "per_device_train_batch_size": batch,
         "num_generations": order.generations, "max_completion_length": order.problems.answer_tokens,
-        "max_steps": order.steps, "learning_rate": order.learning_rate, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": WARM,
+        "max_steps": order.steps, "learning_rate": order.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": WARM,
         "logging_steps": 1, "seed": order.seed, "report_to": [], "save_strategy": "no", "bf16": order.cuda,
         "use_cpu": not order.cuda, "disable_tqdm": True, "gradient_checkpointing": False, "use_vllm": True,
         "vllm_mode": "colocate", "vllm_gpu_memory_utilization": order.utilization,
