@@ -115,7 +115,10 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
             document |= {key: event[key] for key in ("versions", "device", "grown", "seconds") if key in event}
         if error:
             return {**document, "error": error}
-        at, attempt = compared(order)
+        try:
+            at, attempt = compared(order)
+        except ValueError as none:  # what was sampled is worth having
+            return {**document, "error": str(none)}
         left = max(60, given.seconds - (time.perf_counter() - started))
         _, error = child(["resume", order.as_json(), f"{order.out}/checkpoint-{at}"], Path(scratch), left)
         if error:

@@ -68,9 +68,9 @@ def train(order: Order, lines: Lines) -> None:
     engine = model.vllm_engine
     trouble.watch(engine)
     sampler = Sampler(engine)
-    trainer = _trainer(order, model, words, trouble, lines, sampler)
+    progress = Progress(sampler)
+    trainer = _trainer(order, model, words, trouble, lines, progress)
     lines.write("started", versions=versions(), device=_device(order))
-    started = time.perf_counter()
     for disturbed in (KeyboardInterrupt, Failed, None):
         resume = _last_checkpoint(Path(order.out))
         trouble.attempt = f"resumed-{resume.name}" if resume else "first"
@@ -81,13 +81,13 @@ def train(order: Order, lines: Lines) -> None:
             if not isinstance(error, disturbed or ()):
                 raise
         else:
-            if disturbed is not None and time.perf_counter() - started < order.seconds:
+            if disturbed is not None and progress.seconds < order.seconds:
                 raise RuntimeError(f"training went on: expected {disturbed.__name__} at a step before {order.steps}")
             break
         if disturbed is Failed:  # the first time the same trainer goes on, the second time another one
-            trainer = _trainer(order, model, words, trouble, lines, sampler)
+            trainer = _trainer(order, model, words, trouble, lines, progress)
     sampler.mark()
-    lines.write("done", step=trainer.state.global_step, grown=sampler.grown, seconds=time.perf_counter() - started)
+    lines.write("done", step=trainer.state.global_step, grown=sampler.grown, seconds=progress.seconds)
 
 
 def resume(order: Order, checkpoint: Path, lines: Lines) -> None:
@@ -151,25 +151,39 @@ class Trouble:
         return self.armed and kind not in self._done and training
 
 
-def _callback(order: Order, lines: Lines, sampler: Sampler) -> Any:
+class Progress:
+    """How far all trainers of this process together are.
+
+    Attributes:
+        trained: steps, those that were trained again after a disturbance included.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self.trained = 0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first trainer was about to be built."""
+        return time.perf_counter() - self._started
+
+
+def _callback(order: Order, lines: Lines, progress: Progress) -> Any:
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):  # type: ignore[misc]
-        trained = 0
-        started = time.perf_counter()
-
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.wall, self.cpu = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             spent = {"wall": time.perf_counter() - self.wall, "cpu": time.process_time() - self.cpu}
-            watch = type(self)  # of all trainers of this process
-            watch.trained += 1
-            sample = sampler.sample(watch.trained)
-            lines.write("step", sample={**sample, **spent, "trained": watch.trained, "step": state.global_step})
-            if watch.trained == order.steps // 3:
-                sampler.mark()
-            if time.perf_counter() - watch.started > order.seconds:
+            progress.trained += 1
+            sample = progress.sampler.sample(progress.trained)
+            lines.write("step", sample={**sample, **spent, "trained": progress.trained, "step": state.global_step})
+            if progress.trained == order.steps // 3:
+                progress.sampler.mark()
+            if progress.seconds > order.seconds:
                 control.should_save = control.should_training_stop = True
 
     return Watch()
@@ -223,7 +237,7 @@ def _policy(order: Order) -> tuple[Any, Any]:
     return policy, AutoTokenizer.from_pretrained(order.model)
 
 
-def _trainer(order: Order, model: Any, words: Any, trouble: Trouble, lines: Lines, sampler: Sampler | None) -> Any:
+def _trainer(order: Order, model: Any, words: Any, trouble: Trouble, lines: Lines, progress: Progress | None) -> Any:
     import transformers
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -244,7 +258,7 @@ def _trainer(order: Order, model: Any, words: Any, trouble: Trouble, lines: Line
         model=model, args=GRPOConfig(**settings), reward_funcs=trouble.reward,
         train_dataset=Dataset.from_dict({"prompt": (PROMPTS * rows)[:rows]}), processing_class=words,
         eval_dataset=Dataset.from_dict({"prompt": PROMPTS[: order.completions // order.generations]}),
-        callbacks=[_callback(order, lines, sampler)] if sampler else [],
+        callbacks=[_callback(order, lines, progress)] if progress else [],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     trouble.trainer = trainer

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks import long_run
 from benchmarks.long_run import failed, same, table
 from benchmarks.long_samples import trends
+from benchmarks.long_training import Order, Progress, _callback
+from benchmarks.step_timers import Lines
 
 STEPS = 300
 ROLLOUT: dict[str, Any] = {"adapter": True, "tokens": [[[1, 2], [3, 4]], [[5], [6, 7]]]}
@@ -69,3 +76,37 @@ def test_a_process_that_failed_fails() -> None:
 def test_another_rollout_fails(other: dict[str, Any]) -> None:
     assert not failed({**document(), "rollouts": [{"after": 1, "of": "it", **same(ROLLOUT, ROLLOUT)}]})
     assert failed({**document(), "rollouts": [{"after": 1, "of": "it", **same(ROLLOUT, other)}]})
+
+
+ORDER = Order(
+    model="m", out="none", steps=6, eval_every=9, save_every=9, interrupt=9, fail=9, tokens=1, completions=1,
+    generations=1, rank=1, seconds=1e9, cuda=False, eager=True,
+)  # fmt: skip
+
+
+def test_steps_are_counted_over_all_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(TrainerCallback=object))
+    marks: list[int] = []
+    sampler: Any = SimpleNamespace(sample=lambda at: {"rss": at}, mark=lambda: marks.append(1))
+    lines, progress = Lines(tmp_path / "lines"), Progress(sampler)
+    for resumed_at in (0, 1):
+        watch = _callback(ORDER, lines, progress)
+        for step in (1, 2):
+            watch.on_step_begin()
+            watch.on_step_end(None, SimpleNamespace(global_step=resumed_at + step), SimpleNamespace())
+    samples = [event["sample"] for event in Lines.read(tmp_path / "lines")]
+    assert [(sample["trained"], sample["step"]) for sample in samples] == [(1, 1), (2, 2), (3, 2), (4, 3)]
+    assert len(marks) == 1
+
+
+def test_a_run_that_trained_on_from_no_checkpoint_keeps_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = {"event": "step", "sample": {"trained": 1, "step": 1, "rss": 1.0}}
+    monkeypatch.setattr(long_run, "child", lambda *_: ([step], None))
+    monkeypatch.setattr(long_run, "random_model", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["long_run.py", "run", "--device", "cpu", "--out", str(tmp_path / "long.json")])
+    assert long_run.main() == 1
+    written = json.loads((tmp_path / "long.json").read_text(encoding="utf-8"))
+    assert written["samples"] == [step["sample"]]
+    assert "none was trained on from" in written["error"]
