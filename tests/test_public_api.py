@@ -28,6 +28,7 @@ def test_public_names():
         "__version__",
         "attach_engine",
         "child_environment",
+        "detach_engine",
         "errors",
         "is_bf16_supported",
         "is_bfloat16_supported",

@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING without importing typing
 if TYPE_CHECKING:
     from typing import Any
 
-    from trlpatch.engine.attach import attach_engine
+    from trlpatch.engine.attach import attach_engine, detach_engine
     from trlpatch.engine.sampling_params import vLLMSamplingParams
     from trlpatch.hooks.lora_request import live_lora_request as lora_request
     from trlpatch.loading.model import FastLanguageModel, FastModel, FastVisionModel, is_bfloat16_supported
@@ -37,6 +37,7 @@ __all__ = [
     "__version__",
     "attach_engine",
     "child_environment",
+    "detach_engine",
     "errors",
     "is_bf16_supported",
     "is_bfloat16_supported",
@@ -55,6 +56,7 @@ _HOMES = {
     "PatchReport": ("trlpatch.runtime.report", "PatchReport"),
     "attach_engine": ("trlpatch.engine.attach", "attach_engine"),
     "child_environment": ("trlpatch.runtime.children", "child_environment"),
+    "detach_engine": ("trlpatch.engine.attach", "detach_engine"),
     "is_bf16_supported": ("trlpatch.loading.model", "is_bfloat16_supported"),
     "is_bfloat16_supported": ("trlpatch.loading.model", "is_bfloat16_supported"),
     "lora_request": ("trlpatch.hooks.lora_request", "live_lora_request"),

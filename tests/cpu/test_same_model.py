@@ -71,6 +71,20 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def test_a_detached_engine_is_for_its_own_model_only(checkpoint: Path, engine: Any) -> None:
+    model = trlpatch.attach_engine(loaded(checkpoint), engine)
+    assert trlpatch.detach_engine(model) is engine
+    assert not hasattr(model, "vllm_engine")
+    (alone,) = engine.generate(["the cat"], vllm.SamplingParams(max_tokens=2), use_tqdm=False)
+    assert alone.lora_request is None
+    with torch.no_grad():
+        other = adapter_merged(loaded(checkpoint))
+    with pytest.raises(EngineMismatch):
+        trlpatch.attach_engine(other, engine)
+    again = trlpatch.attach_engine(loaded(checkpoint), engine)
+    assert trlpatch.detach_engine(again) is engine
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("adapted", [False, True], ids=["before PEFT", "after PEFT"])
 def test_another_model_is_refused(change: str, adapted: bool, checkpoint: Path, engine: Any) -> None:

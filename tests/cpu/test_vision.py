@@ -46,6 +46,10 @@ def test_grpo_trains_on_what_was_sampled_with_the_image(tmp_path: Path) -> None:
     assert max(one["gap"] for one in report["rollouts"]) < TOLERANCE
     assert report["gap"] < TOLERANCE
     assert min(report["gap_without_adapter"], report["gap_of_other_image"]) > MOVED
+    exports = report["exports"]
+    assert max(exports[way] for way in ("live", "unnamed", "adapter")) < TOLERANCE
+    assert exports["base"] > MOVED
+    assert "would hold the language model alone" in exports["gguf"]
 
 
 def _messages() -> bool:

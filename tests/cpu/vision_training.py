@@ -59,7 +59,49 @@ def grpo(directory: Path) -> dict[str, Any]:
         "rewards": logged(trainer, "reward"),
         "witness": logged(trainer, "sampling/sampling_logp_difference/max"),
         **score(model, processor),
+        "exports": exports(model, processor, directory),
     }
+
+
+def exports(model: Any, processor: Any, directory: Path) -> dict[str, Any]:
+    """Largest difference of log-probabilities between the policy and its exports, loaded anew with their processors.
+
+    Of the live policy, of it without naming its processor, of its adapter, of the base alone; and what GGUF says.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from trlpatch.errors import CannotExport
+    from trlpatch.export import save_pretrained_merged
+
+    def logps(one: Any, processor: Any) -> Any:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the cat"}]}], tokenize=False
+        )
+        inputs = processor(text=[text], images=tiny_vision.images("red"), return_tensors="pt")
+        with torch.no_grad():
+            return torch.log_softmax(one.eval()(**inputs).logits.float(), dim=-1)
+
+    import torch
+
+    wanted = logps(model, processor)
+    found: dict[str, Any] = {}
+    model.save_pretrained_merged(directory / "adapter", save_method="lora", tokenizer=processor)
+    for name, source, given in (
+        ("live", model, processor),
+        ("unnamed", model, None),
+        ("adapter", directory / "adapter", None),
+        ("base", directory / "model", None),
+    ):
+        merged = directory / f"merged-{name}"
+        save_pretrained_merged(source, merged, given, dtype="float32", verify=False)
+        again = AutoModelForImageTextToText.from_pretrained(merged)
+        found[name] = float((logps(again, AutoProcessor.from_pretrained(merged)) - wanted).abs().max())
+    try:
+        model.save_pretrained_gguf(directory / "gguf", processor, "f16")
+        found["gguf"] = "written"
+    except CannotExport as error:
+        found["gguf"] = str(error)
+    return found
 
 
 def kinds(directory: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
+import trlpatch  # noqa: E402
 from tests.fakes.engine import RecordingAdapterSync, RecordingEngineStub  # noqa: E402
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.engine import stock_trainers  # noqa: E402
@@ -78,6 +79,8 @@ def test_detaching(engine: Any) -> None:
     assert not state_of(engine).attached
     assert detach_engine(model) is None
     assert copy.deepcopy(engine) is not engine
+    assert state_of(engine).guards is None, "nothing of ours is on the engine"
+    assert trlpatch.detach_engine is detach_engine
 
 
 @pytest.mark.parametrize(

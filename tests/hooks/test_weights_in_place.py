@@ -20,7 +20,7 @@ from trlpatch.engine.attach import attach_engine, detach_engine  # noqa: E402
 from trlpatch.engine.describe import describe  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.engine.weights_in_place import merge  # noqa: E402
-from trlpatch.errors import AdapterNotExpressible, SharedWeights  # noqa: E402
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch, SharedWeights  # noqa: E402
 from trlpatch.options import Options  # noqa: E402
 from trlpatch.options import activate as set_options  # noqa: E402
 
@@ -128,6 +128,20 @@ def test_off_lets_trl_push(build: Any) -> None:
     Since110(build(), engine, sleep=False).batch()
     assert "load_weights" in engine.calls
     assert state_of(engine).policy_location == "policy"
+
+
+@pytest.mark.parametrize("build", [lora_model, dora, full])
+def test_no_push_starts_where_vllm_has_no_place_for_it(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA layers without `load_weights`, as those of vLLM 0.23: its loader raises in the middle of the push."""
+    set_options(Options(adapter="off"))
+    engine = WritableEngineStub(base_model())
+    wrapper = engine.module.get_submodule("model.layers.0.self_attn.qkv_proj")
+    monkeypatch.setattr(wrapper, "can_replace_layer", lambda: True, raising=False)
+    with pytest.raises(EngineMismatch, match=r"0\.self_attn\.qkv_proj' is a LoRA layer .* without enable"):
+        hooks.hand_over(Since110(build(), engine, sleep=False))
+    assert "load_weights" not in engine.calls
+    monkeypatch.setattr(wrapper, "load_weights", lambda weights: None, raising=False)  # vLLM 0.28's
+    assert not hooks.hand_over(Since110(build(), engine, sleep=False))
 
 
 def test_request_forbids_it() -> None:

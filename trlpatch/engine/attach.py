@@ -105,6 +105,10 @@ def attach_engine(model: Model, llm: RolloutEngine, *, shared_weights: bool = Fa
 def detach_engine(model: object) -> RolloutEngine | None:
     """Undo `attach_engine`; returns the engine that was attached (still running), or None.
 
+    The model has no `vllm_engine`, `fast_generate`, `load_lora` and `save_lora` any more, and the engine is vLLM's as
+    it was built: requests carry what they name, and it can be attached again, to a model of the same weights (others
+    are refused as ever). A trainer that was built with it keeps it: build trainers after that.
+
     Shared weights stay shared, but nothing guards them any more. Another model that the engine is attached to keeps
     it, with its guards. Weights that were a merged policy are the base model's again, if the engine is awake.
     """

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.errors import CannotExport, ExportMismatch
 from trlpatch.export import places
 from trlpatch.export.merged import Exported, dtype_named
+from trlpatch.export.settings import save_processing
 from trlpatch.export.writer import new_directory, write_report
 from trlpatch.policy.adapter import base_of, lora_view
 
@@ -57,6 +58,7 @@ def write_adapter(
     config.inference_mode = True
     if base is not None:
         config.base_model_name_or_path = os.fspath(base)
+    processor = places.processor_files(tokenizer, near)
     tokenizer = places.tokenizer(tokenizer, near)
     size = sum(one.numel() * one.element_size() for one in tensors.values())
     target = Path(directory).expanduser()
@@ -64,8 +66,7 @@ def write_adapter(
         config.save_pretrained(str(place))
         file = place / places.ADAPTER_WEIGHTS[0]
         save_file({name: one.contiguous() for name, one in tensors.items()}, file, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(place))
+        save_processing(place, tokenizer, processor)
         _compare(load_file(file), tensors, where)
         kinds = sorted({str(one.dtype).removeprefix("torch.") for one in tensors.values()})
         verified = f"{len(tensors)} tensors, read back"

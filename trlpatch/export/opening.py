@@ -19,6 +19,11 @@ from trlpatch.policy.adapter import base_of, lora_view
 if TYPE_CHECKING:
     from torch import Tensor
 
+_NO_PROCESSOR = (
+    "the model reads images and no processor was found beside it: what loads the export needs one; give the processor "
+    "as tokenizer="
+)
+
 
 @dataclass(frozen=True)
 class Opening:
@@ -174,6 +179,10 @@ class Opening:
         if assembly.untied and found.get_text_config().tie_word_embeddings:
             settings.untie(found)
         generation = getattr(live, "generation_config", None) if live is not None else places.generation_config(base)
+        processor = places.processor_files(self.tokenizer, tokenizers)
+        notes = assembly.notes
+        if places.reads_images(config) and not processor and not hasattr(self.tokenizer, "image_processor"):
+            notes += (_NO_PROCESSOR,)
         kinds: dict[str, int] = {}
         for site in assembly.changes:
             kinds[site.kind] = kinds.get(site.kind, 0) + 1
@@ -186,13 +195,14 @@ class Opening:
             adapter=adapter,
             kinds=kinds,
             base_name=str(getattr(config, "_name_or_path", "") or base or ""),
-            notes=assembly.notes,
+            notes=notes,
             model=model,
             base_directory=base,
             base=assembly.base,
             trust_remote_code=self.trust_remote_code,
             # A whole model in training may be saved to where it was loaded from: nothing else belongs to that.
             inputs=() if live is not None and adapter is None else tuple(tokenizers),
+            processor=processor,
         )
 
 

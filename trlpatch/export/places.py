@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+"""Either makes a directory one with a processor: transformers 4 writes the first, 5 the second."""
+_BESIDE_PROCESSOR = ("video_preprocessor_config.json", "chat_template.json")
 
 
 def is_adapter(directory: Path) -> bool:
@@ -174,3 +177,23 @@ def tokenizer(given: Any, directories: list[Path]) -> Any:
         if directory.is_dir() and has_tokenizer(directory):
             return AutoTokenizer.from_pretrained(directory)
     return None
+
+
+def processor_files(given: Any, directories: list[Path]) -> tuple[Path, ...]:
+    """The files that a processor has beside its tokenizer, of the first directory that has one.
+
+    None where `given` is a processor, which saves its own. They are copied as they are: transformers makes no
+    processor of them without torchvision, and a merge changes nothing that they say.
+    """
+    if hasattr(given, "image_processor"):
+        return ()
+    for directory in directories:
+        if any((directory / name).is_file() for name in _PROCESSOR):
+            names = (*_PROCESSOR, *_BESIDE_PROCESSOR)
+            return tuple(directory / name for name in names if (directory / name).is_file())
+    return ()
+
+
+def reads_images(config: Any) -> bool:
+    """Has a model of this config a vision tower?"""
+    return getattr(config, "vision_config", None) is not None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +67,13 @@ def _saves(config: Any) -> bool:
 
 
 def save_settings(
-    directory: Path, config: Any, generation_config: Any, tokenizer: Any, *, dtype: torch.dtype | None
+    directory: Path,
+    config: Any,
+    generation_config: Any,
+    tokenizer: Any,
+    *,
+    processor: Sequence[Path] = (),
+    dtype: torch.dtype | None,
 ) -> list[str]:
     """Write the files; their names."""
     before = set(directory.iterdir())
@@ -74,9 +82,16 @@ def save_settings(
         _set_dtype(directory / "config.json", str(dtype).removeprefix("torch."))
     if generation_config is not None:
         generation_config.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    save_processing(directory, tokenizer, processor)
     return sorted(path.name for path in set(directory.iterdir()) - before)
+
+
+def save_processing(directory: Path, tokenizer: Any, processor: Sequence[Path]) -> None:
+    """Write the tokenizer, or the processor that `tokenizer` is, or both where a processor is given by its files."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    for path in processor:
+        shutil.copyfile(path, directory / path.name)
 
 
 def _set_dtype(path: Path, dtype: str) -> None:

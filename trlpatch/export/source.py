@@ -122,7 +122,7 @@ class ExportSource:
     generation_config: Any
     """None where there is none; one that transformers saves (sampling values imply do_sample=True)."""
     tokenizer: Any
-    """None where none was found."""
+    """Or a processor; None where none was found."""
     adapter: str | None
     """The name of the adapter that is merged; None for a model without one."""
     kinds: dict[str, int]
@@ -140,6 +140,8 @@ class ExportSource:
     trust_remote_code: bool = False
     inputs: tuple[Path, ...] = ()
     """Directories that an export must not replace."""
+    processor: tuple[Path, ...] = ()
+    """Files of the processor of a model that reads images, where `tokenizer` is none."""
 
     def stream(self) -> Iterator[tuple[str, Tensor, bool]]:
         """(name, tensor as `ExportTensor.read` has it, is it changed by the adapter?)."""
@@ -172,12 +174,15 @@ class ExportSource:
         return 4 * max([BLOCK, *(3 * count for count in wholes)])
 
     def save_settings(self, directory: Path, *, dtype: torch.dtype | None = None) -> list[str]:
-        """Write config.json, generation_config.json, the tokenizer and its chat template; the names of the files."""
+        """Write config.json, generation_config.json, tokenizer or processor, chat template; the names of the files."""
         from trlpatch.export.settings import save_settings
 
-        return save_settings(directory, self.config, self.generation_config, self.tokenizer, dtype=dtype)
+        return save_settings(
+            directory, self.config, self.generation_config, self.tokenizer, processor=self.processor, dtype=dtype
+        )
 
     def save_tokenizer(self, directory: Path) -> None:
-        """Write the tokenizer and its chat template, where there is one."""
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(directory))
+        """Write the tokenizer or processor and its chat template, where there is one."""
+        from trlpatch.export.settings import save_processing
+
+        save_processing(directory, self.tokenizer, self.processor)

@@ -15,8 +15,9 @@ from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.engine.rank_agreement import agreed_reason
 from trlpatch.engine.sleep import wake
 from trlpatch.engine.state import EngineState, state_of
+from trlpatch.engine.weights_in_place.reload import push_refusal
 from trlpatch.engine.weights_publisher import write_policy
-from trlpatch.errors import AdapterNotExpressible, SharedWeights, StaleAdapter
+from trlpatch.errors import AdapterNotExpressible, CannotShare, EngineMismatch, SharedWeights, StaleAdapter
 from trlpatch.hooks.protocols import Owner
 from trlpatch.hooks.trainers import engine_of, model_of, own_sync, serves_remotely
 from trlpatch.log import log_once
@@ -71,6 +72,7 @@ def hand_over(owner: Owner, *, every_rank: bool = True) -> bool:
             weights cannot be written.
         SharedWeights: instead of False, when the engine computes with the trainer's own weights: merged ones must not
             be pushed there.
+        EngineMismatch: instead of False, when the engine has LoRA layers that the loader of its vLLM does not know.
         EngineBusy: another thread generates on the engine.
     """
     engine = engine_of(owner)
@@ -110,6 +112,7 @@ def _hand_over(owner: Owner, engine: RolloutEngine, every_rank: bool) -> bool:
             'process; use PatchFastRL(adapter="auto")'
         )
     _refuse_to_push(owner, state, str(reason))
+    _refuse_lora_engine(owner, state, str(reason))
     _refuse_alone(owner, str(reason), every_rank)
     _say(owner, path, f"TRL's own full-weight sync runs instead of LoRA requests: {reason}")
     state.backend.before_weight_push()
@@ -131,6 +134,20 @@ def _refuse_to_push(owner: Owner, state: EngineState, why: str) -> None:
             f"synchronising {type(owner).__name__}: TRL would push full weights ({why}) into an engine whose base "
             "weights are the trainer's own, and change what it trains on; expected a LoRA adapter that vLLM can "
             "serve. Use one, or load the model separately and call trlpatch.attach_engine(model, llm)"
+        )
+
+
+def _refuse_lora_engine(owner: Owner, state: EngineState, why: str) -> None:
+    try:
+        refusal = push_refusal(state.backend.worker_model())
+    except CannotShare:  # its model is in another process
+        return
+    if refusal is not None:
+        raise EngineMismatch(
+            f"synchronising {type(owner).__name__}: TRL has to push every weight ({why}) into an engine that was "
+            f"built with enable_lora=True, and it cannot: {refusal}; expected a plain LoRA adapter, which a request "
+            "carries, or an engine without LoRA. Build it with vllm.LLM(model=...), without enable_lora, or leave it "
+            "to TRL (use_vllm=True, and no engine on the model)"
         )
 
 

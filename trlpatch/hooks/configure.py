@@ -75,7 +75,7 @@ def configure(trainer: TrainerLike, model: Module | str | None, args: TrainerArg
                 f"{type(trainer).__name__}(args={type(args).__name__}(...)): the model carries an engine, and these "
                 "arguments have no field use_vllm to switch it on with; rollouts would come from elsewhere. Pass "
                 f"{type(trainer).__name__.removesuffix('Trainer')}Config(output_dir=...), or take the engine off with "
-                "trlpatch.engine.attach.detach_engine(model)"
+                "trlpatch.detach_engine(model)"
             )
         if wanted:
             warn_once(

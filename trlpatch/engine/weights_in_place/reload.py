@@ -44,6 +44,22 @@ def lora_loader_reason(module: Module) -> str | None:
     return None
 
 
+def push_refusal(module: Module) -> str | None:
+    """Why a push under a checkpoint's names fails in this model; None where nothing says that it does.
+
+    LoRA puts its layers around the model's, and weights that are fused keep their name without `base_layer`. vLLM
+    0.28's LoRA layers have a `load_weights` that passes them on; those of 0.23 have none, and the loader raises
+    "There is no module or parameter named 'model.layers.0.self_attn.qkv_proj.weight'".
+    """
+    import torch
+
+    for path, part in module.named_modules():
+        wraps = isinstance(part._modules.get("base_layer"), torch.nn.Module) and hasattr(part, "can_replace_layer")
+        if wraps and not callable(getattr(part, "load_weights", None)):
+            return f"{path!r} is a LoRA layer ({type(part).__name__}), which the loader of this vLLM does not know"
+    return None
+
+
 def load(weights: list[PolicyWeight], module: Any, model_config: Any) -> None:
     """Load the whole policy. What fails in between leaves a model of two policies."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload

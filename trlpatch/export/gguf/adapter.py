@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.errors import CannotExport
 from trlpatch.export import places
 from trlpatch.export.adapter_files import write_adapter
+from trlpatch.export.gguf.checks import refuse_images
 from trlpatch.export.gguf.converter_files import converter_files
 from trlpatch.export.gguf.export import GgufExport, GgufFile
 from trlpatch.export.gguf.pipe import child_environment
@@ -56,7 +57,8 @@ def export_adapter_gguf(
         token: for private adapters on the hub.
 
     Raises:
-        CannotExport: DoRA, modules_to_save, trained biases or tokens: nothing of it fits into a LoRA file.
+        CannotExport: DoRA, modules_to_save, trained biases or tokens: nothing of it fits into a LoRA file; a base
+            model that reads images.
         ExportMismatch: with `base_gguf`, llama.cpp computes something else; the file was not kept.
     """
     started = time.monotonic()
@@ -168,6 +170,7 @@ def _base_config(source: Any, folder: Path, settings: Path, token: str | bool | 
         if not name:
             raise CannotExport("exporting an adapter as GGUF: it names no base model; name it with base=")
         config = AutoConfig.from_pretrained(places.directory_of(name, token=token, revision=None, code=False))
+    refuse_images(config, "an adapter")
     settings.mkdir()
     config.save_pretrained(settings)
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trlpatch.errors import CannotExport
+from trlpatch.export.places import reads_images
+
 Config = Mapping[str, Any]
 
 ACCEPTED = ("sliding_window", "hidden_act", "norm_topk_prob")
@@ -67,6 +70,22 @@ def findings(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Findin
         lambda: _ends(folder, text_config),
     ]
     return [finding for check in checks for finding in check()]
+
+
+def refuse_images(config: Any, where: str) -> None:
+    """Raise CannotExport for a model with a vision tower.
+
+    The converter drops the tower and its connector, adapted or not, without a message: llama.cpp reads them from a
+    second file, which `--mmproj` makes of a directory.
+    """
+    if reads_images(config):
+        raise CannotExport(
+            f"exporting {where} as GGUF: {type(config).__name__} reads images, and a GGUF of it would hold the "
+            "language model alone; expected a model that reads text. Export merged weights, which have the vision "
+            "tower and the processor (save_pretrained_merged, trlpatch export merged), and serve those; or run "
+            "llama.cpp's convert_hf_to_gguf.py on that directory twice, the second time with --mmproj: what they "
+            "compute has not been compared"
+        )
 
 
 def window_of(config: Config) -> int | None:

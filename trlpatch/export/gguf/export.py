@@ -127,6 +127,7 @@ def export_gguf(
     )  # fmt: skip
     if isinstance(source, ExportSource) and (tokenizer is not None or base is not None or opening):
         raise CannotExport("export_gguf got an ExportSource; give tokenizer= and base= to open_source")
+    checks.refuse_images(opened.config, opened.where)
     types = file_types(quantization_method, dtype=str(opened.dtype).removeprefix("torch."))
     named = name or Path(opened.base_name).name or "model"
     targets = _targets(Path(out).expanduser(), types, named)
