@@ -75,7 +75,8 @@ def interrupt(*_: Any, **__: Any) -> None:
 
 
 PLACES = {
-    "while the weights are read": "vllm.v1.worker.cpu_model_runner.CPUModelRunner.load_model",
+    # Of the loader, not of a runner: vLLM has two classes CPUModelRunner, and from 0.29 on it prefers the second.
+    "while the weights are read": "vllm.model_executor.model_loader.default_loader.DefaultModelLoader.load_weights",
     "while the KV cache is made": "vllm.v1.engine.core.EngineCore._initialize_kv_caches",
     "when the engine is done": "vllm.entrypoints.llm.load_chat_template",
     "while transformers reads": "trlpatch.loading.loading.load_transformers_model",

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
         for release, case in ordered(given.releases or newest_of_minors(), given.cases):
             if any((run.trl, run.case) == (release.version, case) for run in done):
                 continue
-            run = measure(release, stacks()[given.stack or release.cpu], case, given.steps, Path(scratch))
+            run = measure_pinned(release, stacks()[given.stack or release.cpu], case, given.steps, Path(scratch))
             print(f"{case:18}{run.trl:8}{run.verdict:7}{summary(run)}", flush=True)
             done.append(run)
             write(given.out, done)
@@ -80,32 +80,57 @@ def ordered(versions: list[str], cases: list[str]) -> Iterator[tuple[PinnedRelea
                 yield release, case
 
 
-def measure(release: PinnedRelease, stack: Stack, case: str, steps: int, scratch: Path) -> Run:
-    """Run one case in a process of its own and judge it; what can serve again is left in `scratch`."""
-    python, tree = installed(stack), unpacked(release, wheel_cache())
+def measure_pinned(release: PinnedRelease, stack: Stack, case: str, steps: int, scratch: Path) -> Run:
+    """Run one case of a pinned release on a pinned stack; what can serve again is left in `scratch`."""
+    python, environ = installed(stack), environment_of(unpacked(release, wheel_cache()))
+    elsewhere = f" --stack {stack.name}" if stack.name != release.cpu else ""
+    command = f"python -m tests.cpu.matrix --out RUNS.json --steps {steps}{elsewhere} --cases {case} -- "
+    return measure(python, environ, release.version, case, steps, stack.name, scratch, command + release.version)
+
+
+def measure(
+    python: Path,
+    environ: dict[str, str],
+    release: str,
+    case: str,
+    steps: int,
+    stack: str,
+    scratch: Path,
+    command: str,
+) -> Run:
+    """Run one case in a process of its own and judge it; the model and compiled files are left in `scratch`.
+
+    Args:
+        python: the interpreter of the stack.
+        environ: the environment with which it imports TRL.
+        release: the TRL release that it must import.
+        case: as of tests/runs/case.py.
+        steps: optimizer steps.
+        stack: what the run's entry calls the stack.
+        scratch: a folder that runs share.
+        command: what the run's entry says that it was made with.
+    """
     started = time.monotonic()
-    environ = environment_of(tree) | {"XDG_CACHE_HOME": str(scratch / release.version), "PYTHONWARNINGS": "default"}
+    environ = environ | {"XDG_CACHE_HOME": str(scratch / release), "PYTHONWARNINGS": "default"}
     # A tokenizer that transformers 5 saved does not load in transformers 4.
-    model = scratch / stack.name
+    model = scratch / stack
     if not model.exists():
         code = f"from pathlib import Path; from tests.cpu import tiny; tiny.checkpoint(Path({str(model)!r}))"
         subprocess.run([str(python), "-c", code], cwd=ROOT, env=environ, check=True, capture_output=True)
     order = json.dumps({"case": case, "model": str(model), "steps": steps})
     result = result_of([str(python), "-m", "tests.runs.case", order], environ)
     versions = result.get("versions") or _versions(python)
-    if versions.get("trl", release.version) != release.version:
+    if versions.get("trl", release) != release:
         result = {"error": f"the process had TRL {versions['trl']}"}
-    elsewhere = f" --stack {stack.name}" if stack.name != release.cpu else ""
     about: dict[str, Any] = {
-        "trl": release.version,
+        "trl": release,
         "case": case,
         "device": "cpu",
-        "stack": stack.name,
+        "stack": stack,
         # `0.28.0+cpu` is what the metadata of the stand-in distribution says.
         "versions": {name: text.partition("+")[0] for name, text in versions.items() if name != "trl"},
         "date": datetime.date.today().isoformat(),
-        "command": f"python -m tests.cpu.matrix --out RUNS.json --steps {steps}{elsewhere} --cases {case} -- "
-        + release.version,
+        "command": command,
         "stock": False,
         "seconds": round(time.monotonic() - started, 1),
     }

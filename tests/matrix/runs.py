@@ -19,7 +19,7 @@ from trlpatch.source.releases import parse_release
 MATRIX = ROOT / "docs" / "matrix.json"
 SUMMARY = ROOT / "trlpatch" / "compatibility" / "tested.json"
 DEVICES = ("gpu", "cpu")
-STACKS = ("tf4", "tf5", "cpu4", "cpu5")
+STACKS = ("tf4", "tf5", "cpu4", "cpu5", "newest")
 SLEEPS = ("", "1", "2", "kv")
 VERDICTS = ("pass", "fail", "wrong", "error")
 PLATFORM = ("vllm", "transformers")
