@@ -106,6 +106,7 @@ def test_each_rollout_is_the_policys(
         assert "written in place (torch, write" in describe(engine, state_of(engine))
         # The same without the writes: the gap is seen.
         monkeypatch.setattr(merge, "write", lambda *_: None)
+        monkeypatch.setattr(merge, "copy_all", lambda *_: None)
         control = trained(model, engine, tmp_path)
         assert max(rollout["gap"] for rollout in control) > 30 * TOLERANCE
     finally:

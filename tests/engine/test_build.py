@@ -115,6 +115,20 @@ def test_frames_let_go_of_what_they_held_although_they_were_looked_at() -> None:
     assert error.__traceback__ is not None, "where it happened can still be read"
 
 
+def test_an_engine_that_was_let_go_of_is_freed_although_vllm_has_frozen_it() -> None:
+    class Engine: ...
+
+    gone: Any = Engine()
+    gone.itself = gone
+    memory = weakref.ref(gone)
+    gc.freeze()
+    del gone
+    gc.collect()
+    assert memory() is not None
+    build.let_go_of_engines()
+    assert memory() is None
+
+
 def test_the_environment_is_put_back_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRLPATCH_TEST_KEPT", "before")
     monkeypatch.setenv("TRLPATCH_TEST_GONE", "before")

@@ -85,6 +85,7 @@ def build_engine(arguments: Mapping[str, Any], *, layers: str = "auto") -> Rollo
     before the exception goes on. Seeds the global generators, as vLLM does: see `random_state_kept`.
     """
     groups = ProcessGroups.now()
+    let_go_of_engines()
     with _set_unless_given(MULTIPROCESSING, "0"):
         try:
             from vllm import LLM
@@ -100,6 +101,21 @@ def build_engine(arguments: Mapping[str, Any], *, layers: str = "auto") -> Rollo
             groups.restore()
             free_memory(groups)
             raise
+
+
+def let_go_of_engines() -> None:
+    """Free engines that nothing refers to any more, as those of a notebook whose cell is run again.
+
+    vLLM calls `gc.freeze()` at the end of building one (seen in 0.23 and 0.28), and `gc.unfreeze()` only in a shutdown that
+    nothing asks for: `del llm; gc.collect()` leaves its weights and its KV cache where they are.
+    """
+    import torch
+
+    gc.unfreeze()
+    if gc.collect():
+        gc.collect()  # what finalizers of the first held
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def shut_down(llm: RolloutEngine, groups: ProcessGroups) -> None:
