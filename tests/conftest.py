@@ -49,8 +49,8 @@ def memory_of_engines() -> Iterator[None]:
     """Give back what the engines of a file held, a GiB of KV cache each.
 
     vLLM calls `gc.freeze()` where it has built an engine (`EngineCore.__init__`): nothing that is part of a cycle is
-    collected any more, until its `shutdown`, which nothing calls for an engine that is only let go of. Two processes of
-    pytest had 20 GiB, and the kernel killed Ray's actors, which it is told to kill first.
+    collected any more, until its `shutdown`, which nothing calls for an engine that is only let go of. Two processes
+    of pytest had 20 GiB, and the kernel killed Ray's actors, which it is told to kill first.
     """
     yield
     if "vllm" in sys.modules:

@@ -106,8 +106,8 @@ def build_engine(arguments: Mapping[str, Any], *, layers: str = "auto") -> Rollo
 def let_go_of_engines() -> None:
     """Free engines that nothing refers to any more, as those of a notebook whose cell is run again.
 
-    vLLM calls `gc.freeze()` at the end of building one (seen in 0.23 and 0.28), and `gc.unfreeze()` only in a shutdown that
-    nothing asks for: `del llm; gc.collect()` leaves its weights and its KV cache where they are.
+    vLLM calls `gc.freeze()` at the end of building one (seen in 0.23 and 0.28), and `gc.unfreeze()` only in a
+    shutdown that nothing asks for: `del llm; gc.collect()` leaves its weights and its KV cache where they are.
     """
     import torch
 
