@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.cpu.scenarios import ROOT
+from tests.processes import ROOT
 from tests.cpu.small_grpo import adapter_of
 from tests.cpu.tool_calls import CALL, rescored_gap, talking_tokenizer
 from tests.cpu.training import count_engines, logged

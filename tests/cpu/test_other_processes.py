@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests import processes
-from tests.cpu.scenarios import ROOT, TOLERANCE
+from tests.cpu.scenarios import TOLERANCE
+from tests.processes import ROOT
 from trlpatch.source.locate import find_trl
 from trlpatch.source.releases import NEWEST_TESTED
 
