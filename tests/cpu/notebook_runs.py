@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tests.processes import ROOT
 from tests.cpu.small_grpo import adapter_of
 from tests.cpu.tool_calls import CALL, rescored_gap, talking_tokenizer
 from tests.cpu.training import count_engines, logged
+from tests.processes import ROOT
 from tests.words import byte_tokenizer
 
 STEPS = 3
