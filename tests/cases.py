@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.processes import SECONDS
+from tests.processes import ENDS
 
 SPARE = 90.0
 """Seconds of a run's limit that are left for what is around the cases."""
 GRACE = 40.0
 """Seconds for a case to end, once it was interrupted."""
-
-_began = time.monotonic()
 
 
 class CaseOverdue(BaseException):
@@ -61,7 +59,7 @@ def case(name: str, seconds: float, *, spare: float = SPARE) -> Iterator[None]:
 
 def _left() -> float:
     """Seconds until the process is ended by the one that has started it."""
-    return float(os.environ.get(SECONDS, "inf")) - (time.monotonic() - _began)
+    return float(os.environ.get(ENDS, "inf")) - time.monotonic()
 
 
 def _say(words: str) -> None:

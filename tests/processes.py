@@ -21,8 +21,8 @@ from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 
-SECONDS = "TRLPATCH_TEST_SECONDS"
-"""Tells a process the limit that it has; tests/cases.py ends a case before."""
+ENDS = "TRLPATCH_TEST_ENDS"
+"""Tells a process when it is ended, by `time.monotonic()`, which is the host's; tests/cases.py ends a case before."""
 
 _MARK = "TRLPATCH_TEST_RUN_"
 """How the variable begins that all processes of a run have, wherever their parents and sessions went."""
@@ -58,14 +58,16 @@ def run(
     """
     mark = f"{_MARK}{uuid.uuid4().hex}"
     environ = {
-        **(os.environ if env is None else env), mark: "1", SECONDS: str(timeout), "PYTHONFAULTHANDLER": "1",
+        **(os.environ if env is None else env), mark: "1", ENDS: str(time.monotonic() + timeout),
+        "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))  # asking for stacks ends a process by SIGABRT
         were: list[str] = []
         late = False
         try:
+            with contextlib.suppress(ProcessLookupError):  # asking for stacks ends a process by SIGABRT
+                resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             late = True
@@ -94,7 +96,10 @@ def limited(process: subprocess.Popen[Any], seconds: float) -> Iterator[None]:
     """End a process that is still waited for after so many seconds: its pipes end, and its stacks are on stderr."""
 
     def end_it() -> None:
-        resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+        if process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
         process.send_signal(signal.SIGABRT)
         time.sleep(_STACKS_SECONDS)
         process.kill()

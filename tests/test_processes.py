@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -27,9 +28,9 @@ print("other", other.pid, flush=True)
 HANGS = """
 import pathlib, threading
 def stuck_here():
+    pathlib.Path(sys.argv[1]).touch()
     threading.Event().wait()
 print("last words", flush=True)
-pathlib.Path(sys.argv[1]).touch()
 stuck_here()
 """
 
@@ -85,7 +86,9 @@ def test_what_ends_leaves_nothing_behind_and_is_not_waited_for_by_its_pipes(monk
     assert not alive(other(done.stdout))
 
 
-def test_processes_of_a_run_in_a_run_are_its_own_too() -> None:
+def test_processes_of_a_run_in_a_run_are_its_own_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(processes._MARK)]:
+        monkeypatch.delenv(name)
     code = f"""import sys
 from tests import processes
 sys.stderr.write(processes.run([sys.executable, "-c", {INNER!r}], timeout=600.0).stderr)

@@ -148,6 +148,17 @@ def test_the_mark_moves_with_whatever_is_trained(build: Any) -> None:
     assert before == ContentMark(policy_weights(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_negated_column_is_seen(dtype: Any) -> None:
+    whole = torch.rand(64, 64).add(0.1).to(dtype)
+    before = bit_sums([whole])
+    for column in range(8):
+        whole[:, column] *= -1
+        assert before != bit_sums([whole]), column
+        whole[:, column] *= -1
+    assert before == bit_sums([whole])
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_element_of_a_trained_parameter_counts(dtype: Any, size: int) -> None:

@@ -243,13 +243,18 @@ def bit_sums(tensors: list[Tensor]) -> list[Sums]:
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
-    """Sum words of 64 bits, modulo 2**64: of narrower integers torch first writes a copy four times as large."""
+    """Sum words of 64 bits, and their upper halves: of narrower integers torch first writes a copy four times as big.
+
+    Sums of words are modulo 2**64, where the signs of an even number of their last elements cancel: the upper halves'
+    are exact, so that both together are the exact sums of both halves.
+    """
     import torch
 
     flat = tensor.contiguous().view(-1)
     per_word = 8 // flat.element_size()
     odd = flat.numel() % per_word
     if flat.storage_offset() % per_word or flat.numel() == odd:
-        return as_integers(flat).sum(dtype=torch.int64)
-    words = flat[: flat.numel() - odd].view(torch.int64).sum()
-    return words + as_integers(flat[-odd:]).sum(dtype=torch.int64) if odd else words
+        return as_integers(flat).sum(dtype=torch.int64).expand(2)
+    words = flat[: flat.numel() - odd].view(torch.int64)
+    sums = torch.stack([words.sum(), (words >> 32).sum()])
+    return sums + as_integers(flat[-odd:]).sum(dtype=torch.int64) if odd else sums

@@ -108,7 +108,7 @@ class Watch(Fleet):
             return
         try:
             for ref in self.cluster.wait(self._health, 0.0) if self._health else []:
-                self._reported(*self._health.pop(ref)[:2], ref)
+                self._reported(*self._health.pop(ref), ref)
             now = self.cluster.now()
             for ref, (place, actor, sent) in list(self._health.items()):
                 if place.actor is not actor:
@@ -126,8 +126,8 @@ class Watch(Fleet):
         finally:
             self.lock.release()
 
-    def _reported(self, place: Place, actor: Any, ref: Any) -> None:
-        """Judge what an engine says of itself."""
+    def _reported(self, place: Place, actor: Any, sent: float, ref: Any) -> None:
+        """Judge what an engine says of itself; it was asked at `sent`."""
         try:
             health = self.cluster.get(ref)
         except Exception as error:
@@ -137,9 +137,9 @@ class Watch(Fleet):
         if health.state in ("lost", "stopped"):
             self.lose(place, actor, Fault(place.index, "failed", EngineLost(health.reason or health.state)))
             return
-        now = self.cluster.now()
         idle = not health.running and not health.waiting
-        place.idle = (now if place.idle is None else place.idle[0], now) if idle else None
+        # Until it was asked: this process may have been stopped since.
+        place.idle = (self.cluster.now() if place.idle is None else place.idle[0], sent) if idle else None
         # Paused or asleep it steps not: whoever does that has the timeout `sync` to end it.
         limit = self.timeouts.health + (0.0 if health.state == "running" else self.timeouts.sync)
         if health.seconds_since_step > limit:
