@@ -109,6 +109,8 @@ def let_go_of_engines() -> None:
     vLLM calls `gc.freeze()` at the end of building one (seen in 0.23 and 0.28), and `gc.unfreeze()` only in a
     shutdown that nothing asks for: `del llm; gc.collect()` leaves its weights and its KV cache where they are.
     """
+    if not gc.get_freeze_count():
+        return
     import torch
 
     gc.unfreeze()
