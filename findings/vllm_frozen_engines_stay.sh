@@ -8,7 +8,7 @@
 #   all; vLLM calls it only in EngineCore.shutdown(), which deleting an LLM does not.
 # Source: vllm/utils/gc_utils.py, freeze_gc_heap; vllm/v1/engine/core.py, EngineCore.__init__ and shutdown
 # Versions: vLLM 0.28.0 (CPU backend), torch 2.13.0, transformers 5.23.0. 2026-11-28.
-# Seen, with a KV cache of 1 GiB:
+# Seen:
 #   engine 0, deleted and collected: its model is there, 1131 MiB more than before the first
 #   engine 1, deleted and collected: its model is there, 2162 MiB more than before the first
 #   engine 2, deleted and collected: its model is there, 3192 MiB more than before the first

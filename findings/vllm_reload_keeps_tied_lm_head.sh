@@ -9,7 +9,7 @@
 # Source: vllm/model_executor/layers/utils.py (dispatch_cpu_unquantized_gemm packs), and
 #   vllm/model_executor/model_loader/reload/layerwise.py
 # Versions: vLLM 0.28.0 (CPU backend), torch 2.13.0, transformers 5.23.0. 2026-11-28.
-# Seen (differences of a log-probability from transformers' model; they vary in the last digits):
+# Seen:
 #   tied False: difference before the reload 4.9e-06, after it 9.5e-07, with the old output layer 9.8e+00
 #   tied True: difference before the reload 8.3e-07, after it 8.6e+00, with the old output layer 1.3e-06
 set -euo pipefail
