@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import sys
 import tempfile
 import time
@@ -38,21 +37,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_step import SHAPES, command_line, random_model, status_of
+from benchmarks.bench_step import SHAPES, command_line, random_model
+from benchmarks.child import run_child
 from benchmarks.step_timers import Lines
-from tests import ports
-from tests.runs.judge import last_error
 
-ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("trlpatch", "vllm", "merge")
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
-ENVIRONMENT_CPU = {
-    "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHINDUCTOR_VEC_ISA_OK": "1",
-}  # fmt: skip
 SHOWN = 200
 """Tokens of a panel of the picture, which the JSON keeps."""
 
@@ -158,7 +147,10 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         changes: dict[str, list[list[float]]] = {}
         for way in ("trainer", *given.ways.split(",")):
             began = time.perf_counter()
-            events, error = child(way, order, given.seconds - (began - started), given.logs)
+            events, error = run_child(
+                Path(__file__), [way, json.dumps(asdict(order))], Path(order.folder),
+                max(given.seconds - (began - started), 10.0), cuda=order.cuda, logs=given.logs,
+            )  # fmt: skip
             document["seconds"][way] = time.perf_counter() - began
             if error:
                 document["errors"][way] = error
@@ -176,28 +168,6 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     document["total_seconds"] = time.perf_counter() - started
     given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return document
-
-
-def child(way: str, order: Order, timeout: float, logs: Path | None) -> tuple[list[dict[str, Any]], str | None]:
-    """Run a way in a process of its own: its events, and its error if it failed."""
-    if logs:
-        logs.mkdir(parents=True, exist_ok=True)
-    folder = Path(order.folder)
-    events, log = folder / f"{way}-events", ((logs or folder) / f"{way}.log").resolve()
-    environ = {
-        **({} if order.cuda else ENVIRONMENT_CPU),
-        **os.environ,
-        **ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(ROOT)])),
-        **ports.environment(),
-    }
-    words = [sys.executable, str(Path(__file__).resolve()), "--child", str(events), way, json.dumps(asdict(order))]
-    status = status_of(words, environ, folder, log, max(timeout, 10.0))
-    if status == 0:
-        return Lines.read(events), None
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = last_error("\n".join(line for line in lines if not line.startswith((" - leaked", "nanobind"))))
-    return Lines.read(events), said if status is not None else f"no end in time; last: {said}"
 
 
 def fit(reference: Sequence[float], change: Sequence[float]) -> dict[str, Any]:

@@ -25,12 +25,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,23 +39,12 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.arithmetic import SHAPES, Problems
-from benchmarks.bench_step import command_line, status_of
+from benchmarks.bench_step import command_line
+from benchmarks.child import run_child
 from benchmarks.result_ways import LOGGED
 from benchmarks.step_timers import Lines
-from tests import ports
-from tests.runs.judge import last_error
 
-ROOT = Path(__file__).resolve().parents[1]
 WAYS = ("stock", "drop-in", "trlpatch")
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
-}  # fmt: skip
-ENVIRONMENT_CPU = {
-    "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-    "TORCHINDUCTOR_VEC_ISA_OK": "1",
-}  # fmt: skip
 SUPERVISED_SECONDS = 60.0
 WARMUP = 3
 """Steps that are left out of the median of seconds."""
@@ -143,6 +132,7 @@ def run(given: argparse.Namespace, ways: Sequence[str]) -> dict[str, Any]:
     started, cuda = time.time(), given.device == "cuda"
     with tempfile.TemporaryDirectory() as scratch:
         model = (given.model or Path(scratch) / "model").resolve()
+        child = partial(run_child, Path(__file__), folder=Path(scratch), cuda=cuda, logs=given.logs)
         order = Order(
             model=str(model), digits=given.digits, held_out=given.held_out, seed=given.seed, steps=given.steps,
             every=given.every, prompts=given.prompts, generations=given.generations, rank=given.rank,
@@ -161,7 +151,7 @@ def run(given: argparse.Namespace, ways: Sequence[str]) -> dict[str, Any]:
         if not (model / "supervised.json").exists():
             limit = min(SUPERVISED_SECONDS if cuda else 3600.0, given.seconds)
             words = [document["settings"]["model"], str(given.until), str(limit)]
-            _, error = child(["supervised", as_json(order), *words], Path(scratch), given.seconds, cuda, given.logs)
+            _, error = child(["supervised", as_json(order), *words], timeout=given.seconds)
             if error:
                 raise SystemExit(f"supervised training: {error}")
         document["supervised"] = json.loads((model / "supervised.json").read_text(encoding="utf-8"))
@@ -169,7 +159,7 @@ def run(given: argparse.Namespace, ways: Sequence[str]) -> dict[str, Any]:
             left = max(30.0, (started + given.seconds - time.time()) / (len(ways) - place))
             limited = Order(**{**asdict(order), "ends": time.time() + 0.9 * left})
             began = time.time()
-            events, error = child([way, as_json(limited)], Path(scratch), left, cuda, given.logs)
+            events, error = child([way, as_json(limited)], timeout=left)
             result = summary(way, events, began)
             if error:
                 result["error"] = error
@@ -183,29 +173,6 @@ def run(given: argparse.Namespace, ways: Sequence[str]) -> dict[str, Any]:
 def as_json(order: Order) -> str:
     """For another process."""
     return json.dumps(asdict(order))
-
-
-def child(
-    words: list[str], scratch: Path, timeout: float, cuda: bool, logs: Path | None
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Run this file with `words` in another process: its events, and its error if it failed."""
-    if logs:
-        logs.mkdir(parents=True, exist_ok=True)
-    events, log = scratch / f"{words[0]}-events", ((logs or scratch) / f"{words[0]}.log").resolve()
-    environ = {
-        **({} if cuda else ENVIRONMENT_CPU),
-        **os.environ,
-        **ENVIRONMENT,
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), str(ROOT)])),
-        **ports.environment(),
-    }
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(events), *words]
-    status = status_of(command, environ, scratch, log, timeout)
-    if status == 0:
-        return Lines.read(events), None
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = last_error("\n".join(line for line in lines if not line.startswith((" - leaked", "nanobind"))))
-    return Lines.read(events), said if status is not None else f"no end after {timeout:.0f} s; last: {said}"
 
 
 def summary(way: str, events: Sequence[Mapping[str, Any]], began: float) -> dict[str, Any]:

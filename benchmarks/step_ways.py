@@ -258,19 +258,22 @@ def one_device(config: Any) -> None:
         config._n_gpu = 1
 
 
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
+"""Of every process that trains or generates."""
+ENVIRONMENT_CPU = {
+    "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",
+}  # fmt: skip
+
+
 def environment(way: Way, order: Order) -> dict[str, str]:
     """Return the environment variables that the child needs before it imports anything."""
-    common = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
-    on_cpu = {
-        "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "TORCHINDUCTOR_VEC_ISA_OK": "1",
-    }  # fmt: skip
     standby = {"UNSLOTH_VLLM_STANDBY": "1"} if way.name == "unsloth" and order.sleep else {}
-    return {**common, **({} if order.cuda else on_cpu), **standby, **way.env}
+    return {**ENVIRONMENT, **({} if order.cuda else ENVIRONMENT_CPU), **standby, **way.env}
 
 
 def as_json(way: Way, order: Order) -> dict[str, Any]:

@@ -52,10 +52,10 @@ def memory_of_engines() -> Iterator[None]:
     of pytest had 20 GiB, and the kernel killed Ray's actors, which it is told to kill first.
     """
     yield
-    if gc.get_freeze_count():  # a collection of all that torch has made takes half a second
-        gc.unfreeze()
-        gc.collect()
-        gc.collect()  # what finalizers of the first held
+    if gc.get_freeze_count():
+        from trlpatch.engine.build import let_go_of_engines
+
+        let_go_of_engines()
 
 
 @pytest.fixture(autouse=True)

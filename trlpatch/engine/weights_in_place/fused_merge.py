@@ -75,20 +75,22 @@ def _launch(
     device = group[0][1].device
     rows: list[list[int]] = []
     tiles: list[int] = []
+    first = 0
     for weight, target in group:
         term = weight.terms[0]
         tensors = (weight.base, term.left, term.right, target)
         height, width = target.shape
-        rows.append([*(tensor.data_ptr() for tensor in tensors), height, width, sum(tiles)])
+        rows.append([*(tensor.data_ptr() for tensor in tensors), height, width, first])
         tiles.append(-(-height // module.BLOCK_N) * -(-width // module.BLOCK_K))
+        first += tiles[-1]
     with torch.inference_mode(False):
         table = torch.tensor(rows, dtype=torch.int64).to(device)
         scales = torch.tensor([weight.terms[0].scale for weight, _ in group], dtype=torch.float32).to(device)
         # A 7B model has 800,000 tiles: spread over the matrices on the device, as the host takes tens of milliseconds.
         matrices = torch.arange(len(group), dtype=torch.int32, device=device)
         counts = torch.tensor(tiles, dtype=torch.int64).to(device)
-        where = matrices.repeat_interleave(counts, output_size=sum(tiles))
-    module.merge[(where.shape[0],)](
+        where = matrices.repeat_interleave(counts, output_size=first)
+    module.merge[(first,)](
         table,
         scales,
         where,
