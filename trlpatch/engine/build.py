@@ -111,12 +111,11 @@ def let_go_of_engines() -> None:
     """
     if not gc.get_freeze_count():
         return
-    import torch
-
     gc.unfreeze()
     if gc.collect():
         gc.collect()  # what finalizers of the first held
-        if torch.cuda.is_initialized():
+        torch = sys.modules.get("torch")  # a process that has not imported it holds none of its memory
+        if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 
