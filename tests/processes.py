@@ -11,13 +11,16 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +51,7 @@ def run(
     """Run a command as `subprocess.run` does with its output captured as text, and end what it leaves behind.
 
     Args:
-        command: program and arguments.
+        command: program and arguments. `run_module` is for what need not start as a fresh interpreter.
         timeout: seconds until it is ended, with all that it has started.
         cwd: where it runs.
         env: its environment; None for that of this process.
@@ -56,13 +59,46 @@ def run(
     Raises:
         Hung: it took longer; with the stacks of its Python processes, all that were there, and the ends of its output.
     """
+
+    def start(environ: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+
+    return _run(command, start, timeout, os.environ if env is None else env)
+
+
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module *arguments` as `run` does, warm where that can be (tests/warm.py), else fresh.
+
+    Raises:
+        Hung: it took longer, as with `run`.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    if not warm.available():
+        return run(command, timeout=timeout, env=env)
+
+    def start(environ: Mapping[str, str], out: IO[bytes], err: IO[bytes]) -> warm.Process:
+        return warm.Process(module, arguments, ROOT, environ, out, err)
+
+    return _run(command, start, timeout, os.environ if env is None else env)
+
+
+def _run(
+    command: Sequence[str | os.PathLike[str]],
+    start: Callable[[Mapping[str, str], IO[bytes], IO[bytes]], subprocess.Popen[bytes] | warm.Process],
+    timeout: float,
+    env: Mapping[str, str],
+) -> subprocess.CompletedProcess[str]:
     mark = f"{_MARK}{uuid.uuid4().hex}"
-    environ = {
-        **(os.environ if env is None else env), mark: "1", ENDS: str(time.monotonic() + timeout),
-        "PYTHONFAULTHANDLER": "1",
-    }  # fmt: skip
+    environ = {**env, mark: "1", ENDS: str(time.monotonic() + timeout), "PYTHONFAULTHANDLER": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = start(environ, out, err)
+        session = process.pid if isinstance(process, warm.Process) else None
         were: list[str] = []
         late = False
         try:
@@ -71,10 +107,10 @@ def run(
             process.wait(timeout)
         except subprocess.TimeoutExpired:
             late = True
-            were = [_described(pid) for pid in marked(mark)]
-            _ask_for_stacks(mark)
+            were = [_described(pid) for pid in marked(mark, session)]
+            _ask_for_stacks(mark, session)
         finally:
-            end(mark, 0.0 if process.poll() is None or late else _LEAVING_SECONDS)
+            end(mark, 0.0 if process.poll() is None or late else _LEAVING_SECONDS, session)
             process.kill()
             process.wait()
         said = _text(out), _text(err)
@@ -113,8 +149,11 @@ def limited(process: subprocess.Popen[Any], seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def marked(mark: str) -> list[int]:
-    """Processes that were started with an environment variable of that name and have not ended."""
+def marked(mark: str, session: int | None = None) -> list[int]:
+    """Processes that were started with an environment variable of that name, or are in a session, and have not ended.
+
+    A process that was forked shows the variables with which the one that forked it has started: a warm one's session.
+    """
     wanted = f"{mark}=".encode()
     found = []
     for place in Path("/proc").glob("[0-9]*"):
@@ -122,32 +161,32 @@ def marked(mark: str) -> list[int]:
             variables = (place / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended, or is another user's
             continue
-        if any(one.startswith(wanted) for one in variables):
+        if any(one.startswith(wanted) for one in variables) or (session and _session(int(place.name)) == session):
             found.append(int(place.name))
     return sorted(found)
 
 
-def end(mark: str, grace: float) -> list[int]:
+def end(mark: str, grace: float, session: int | None = None) -> list[int]:
     """Wait up to `grace` seconds until processes have ended, kill those that have not, and return which."""
     deadline = time.monotonic() + grace
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while (left := marked(mark, session)) and time.monotonic() < deadline:
         time.sleep(0.05)
     killed = left
     while left:  # one that starts another while it is killed
         for pid in left:
             _signal(pid, signal.SIGKILL)
         time.sleep(0.05)
-        left = [pid for pid in marked(mark) if _state(pid) not in "DZ"]
+        left = [pid for pid in marked(mark, session) if _state(pid) not in "DZ"]
     return killed
 
 
-def _ask_for_stacks(mark: str) -> None:
+def _ask_for_stacks(mark: str, session: int | None) -> None:
     """By faulthandler, which Python enables at its start (PYTHONFAULTHANDLER); it ends the process."""
-    asked = [pid for pid in marked(mark) if "python" in _described(pid)]
+    asked = [pid for pid in marked(mark, session) if "python" in _described(pid)]
     for pid in asked:
         _signal(pid, signal.SIGABRT)
     deadline = time.monotonic() + _STACKS_SECONDS
-    while time.monotonic() < deadline and set(asked) & set(marked(mark)):
+    while time.monotonic() < deadline and set(asked) & set(marked(mark, session)):
         time.sleep(0.05)
 
 
@@ -185,6 +224,14 @@ def _described(pid: int) -> str:
     except OSError:
         return f"{pid} has ended"
     return f"{pid} {_state(pid)} {program}: {command_of(pid)[:120]}"
+
+
+def _session(pid: int) -> int:
+    """The session that a process is in; 0 when it has ended."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def _state(pid: int) -> str:

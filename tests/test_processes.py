@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import processes
+from tests import processes, warm
 from tests.cases import SPARE
 from tests.processes import Hung
 
@@ -34,6 +34,18 @@ print("last words", flush=True)
 stuck_here()
 """
 
+
+WARM = f"""
+import atexit, os, sys
+print(__name__, sys.argv[1:], os.environ["GIVEN"], os.getcwd(), "warm" if "decimal" in sys.modules else "fresh")
+atexit.register(print, "at its end")
+{LEAVES_ONE}
+if sys.argv[2] == "raise":
+    1 / 0
+if sys.argv[2] == "exit":
+    sys.exit(3)
+{HANGS}
+"""
 
 INNER = f"""
 import os, sys
@@ -150,3 +162,54 @@ def test_a_case_ends_before_the_run_is_ended() -> None:
     limit = re.search(r"one began; limit (\d+) s", done.stderr)
     assert limit is not None, done.stderr
     assert 0 < int(limit.group(1)) <= 60
+
+
+def test_a_warm_process_is_like_a_fresh_one_and_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = tmp_path / "hangs"
+    wait = warm.Process.wait
+
+    def until_it_hangs(self: warm.Process, timeout: float | None = None) -> int:
+        if timeout != 77.0:
+            return wait(self, timeout)
+        while not hangs.exists():
+            assert self.poll() is None
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired("it", timeout)
+
+    (tmp_path / "runs_warm.py").write_text(WARM, encoding="utf-8")
+    monkeypatch.setattr(processes, "_LEAVING_SECONDS", 0.1)
+    path = os.pathsep.join([str(tmp_path), str(processes.ROOT)])
+    environ = {**os.environ, "PYTHONPATH": path, "GIVEN": "to the run"}
+    with warm.serving(Path(sys.executable), processes.ROOT, environ, ["decimal"]) as variables:
+        monkeypatch.setattr(warm, "_SOCKET", variables[warm.VARIABLE])
+        done = processes.run_module("runs_warm", ["word", "exit"], env=environ, timeout=600.0)
+        assert done.returncode == 3, done.stderr
+        said = done.stdout.splitlines()
+        assert said[0] == f"__main__ ['word', 'exit'] to the run {processes.ROOT} warm"
+        assert "at its end" in said
+        assert "Traceback" not in done.stderr
+        assert not alive(other(done.stdout))
+
+        failed = processes.run_module("runs_warm", ["word", "raise"], env=environ, timeout=600.0)
+        assert failed.returncode == 1
+        assert "ZeroDivisionError" in failed.stderr
+
+        monkeypatch.setattr(warm.Process, "wait", until_it_hangs)
+        with pytest.raises(Hung, match="stuck_here") as hung:
+            processes.run_module("runs_warm", [str(hangs), "hang"], env=environ, timeout=77.0)
+        assert not alive(other(str(hung.value)))
+        assert processes.run_module("runs_warm", ["word", "exit"], env=environ, timeout=600.0).returncode == 3
+
+
+def test_without_one_that_forks_it_is_fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs_warm.py").write_text(WARM, encoding="utf-8")
+    monkeypatch.setattr(warm, "_SOCKET", None)
+    monkeypatch.setattr(processes, "_LEAVING_SECONDS", 0.1)
+    path = os.pathsep.join([str(tmp_path), str(processes.ROOT)])
+    done = processes.run_module(
+        "runs_warm", ["word", "exit"], env={**os.environ, "PYTHONPATH": path, "GIVEN": "to the run"}, timeout=600.0
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[0] == f"__main__ ['word', 'exit'] to the run {processes.ROOT} fresh"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ def report_of(module: str, arguments: list[str], options: list[str], out: Path) 
         AssertionError: it failed, or did not end in time; with the ends of what it said.
     """
     environ = {**os.environ, "XDG_CACHE_HOME": str(out.parent / "cache"), "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", module, *arguments, str(out), *options]
-    done = processes.run(command, env=environ, timeout=SECONDS)
-    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    words = [*arguments, str(out), *options]
+    done = processes.run_module(module, words, env=environ, timeout=SECONDS)
+    assert done.returncode == 0, f"{module} {' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report: dict[str, Any] = json.loads(out.read_text())
     return report
 

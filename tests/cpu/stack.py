@@ -22,11 +22,12 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
 
-from tests import ports
+from tests import ports, warm
 from tests.golden.sources import ROOT, PinnedRelease, Stack, pinned, stacks, unpacked, wheel_cache
 from trlpatch.source.locate import find_trl
 
@@ -57,6 +58,8 @@ WORKERS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 def main(environment: str, arguments: list[str]) -> int:
     """Run the tests of an environment; return pytest's status, the first that is not 0."""
     if environment == "unit-torch":
+        with ThreadPoolExecutor() as pool:  # pip uses one core, and waits for what it downloads
+            list(pool.map(installed, stacks().values()))
         return max(torch_tier(stack, arguments or ["tests"]) for stack in stacks().values())
     if environment.startswith("engine-"):
         stack = _stack(environment.removeprefix("engine-"), environment)
@@ -88,7 +91,8 @@ def engine_tier(stack: Stack, release: PinnedRelease, tier: str, arguments: list
     environ = {**environment_of(tree), "VLLM_CACHE_ROOT": str(python.parents[1] / "vllm-cache")}
     environ["PYTHONPATH"] = os.pathsep.join([environ["PYTHONPATH"], *overlays(stack)])
     environ[VISION] = str(vision(stack))
-    return _run([str(python), "-m", "pytest", "-W", "default", *chosen], environ)
+    with warm.serving(python, ROOT, environ) as variables:
+        return _run([str(python), "-m", "pytest", "-W", "default", *chosen], {**environ, **variables})
 
 
 def torch_tier(stack: Stack, arguments: list[str]) -> int:

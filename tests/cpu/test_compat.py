@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ pytestmark = [pytest.mark.cpu, pytest.mark.release]
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/cpu/compat_runs.py found, with TRL imported before `PatchFastRL` and after it."""
     out = tmp_path_factory.mktemp("compat") / "found.json"
-    done = processes.run([sys.executable, "-m", "tests.cpu.compat_runs", str(out), request.param], timeout=600)
+    done = processes.run_module("tests.cpu.compat_runs", [str(out), request.param], timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     result: dict[str, Any] = json.loads(Path(out).read_text(encoding="utf-8"))
     return result

@@ -7,7 +7,6 @@ from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 import inspect
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -319,9 +318,8 @@ def test_sizes_come_from_the_shapes(checkpoint: Path) -> None:
 @pytest.mark.release
 def test_grpo_as_the_readme_shows_it(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    command = [sys.executable, "-m", "tests.cpu.fast_training", str(out)]
     environ = {**os.environ, "PYTHONWARNINGS": "default"}
-    done = processes.run(command, env=environ, timeout=600)
+    done = processes.run_module("tests.cpu.fast_training", [str(out)], env=environ, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     assert [line for line in done.stderr.splitlines() if line.startswith("trlpatch: ") and " ready in " in line]
     report = json.loads(out.read_text())

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +103,8 @@ def test_grpo_trains_every_weight_and_pushes_them(adapter: Path, tmp_path: Path)
 
 def _train(case: str, directory: Path, model: str) -> dict[str, Any]:
     out = directory / "report.json"
-    command = [sys.executable, "-m", "tests.cpu.loaded_training", case, model, str(out)]
     environ = {**os.environ, "PYTHONWARNINGS": "default"}
-    done = processes.run(command, env=environ, timeout=600)
+    done = processes.run_module("tests.cpu.loaded_training", [case, model, str(out)], env=environ, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
     report: dict[str, Any] = json.loads(out.read_text())
     return report
