@@ -3,8 +3,9 @@
 Importing those takes 13 of the 20 seconds of a short training (5,000 modules; vLLM 0.28, transformers 5.23, one core).
 The process that forks has no engine, no thread, no TRL and no trlpatch: what a test is about is imported by each run.
 
-    python -m tests.warm SOCKET PIPE [MODULE ...]    descriptors of the socket to listen on and of a pipe, at whose end
-                                                     it ends, and what to import
+    python -m tests.warm serve SOCKET PIPE [MODULE ...]    descriptors of the socket to listen on and of a pipe, at
+                                                           whose end it ends, and what to import
+    python -m tests.warm run MODULE [ARGUMENT ...]         what `python -m MODULE ARGUMENT ...` does, for a launcher
 
 `serving` starts it, which tests/cpu/stack.py does for a tier with engines; `available` says whether one is there.
 What depends on how a process starts (launchers, the order of imports, another PYTHONPATH) has to start a fresh one.
@@ -24,9 +25,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from tests import ports
 
@@ -58,7 +58,7 @@ def available() -> bool:
 
 
 class Process:
-    """A warm process, as far as `subprocess.Popen` is needed.
+    """A warm process, as far as `subprocess.Popen` is needed. It does not outlive the one that started it.
 
     Attributes:
         pid: its number; it leads a session, which what it forks is in.
@@ -76,11 +76,13 @@ class Process:
         assert _SOCKET is not None
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(_SOCKET)
-        environ = {**env, **(ports.environment() if "VLLM_PORT" in env else {})}
+        own = ports.environment() if "VLLM_PORT" in env else {}
+        if "TORCHELASTIC_RUN_ID" in env:  # ranks meet at the launcher's port
+            own.pop("MASTER_PORT", None)
+        environ = {**env, **own}
         request = {"module": module, "arguments": list(arguments), "cwd": str(cwd), "env": environ}
         socket.send_fds(self._connection, [b"!"], [out.fileno(), err.fileno()])
-        self._connection.sendall(json.dumps(request).encode())
-        self._connection.shutdown(socket.SHUT_WR)
+        self._connection.sendall(f"{json.dumps(request)}\n".encode())
         self._answers = self._connection.makefile("r", encoding="ascii")
         self.returncode: int | None = None
         self.pid = self._next()
@@ -136,7 +138,7 @@ def serving(
         stack.callback(os.close, ours)
         environ = {**env, "HOME": folder, "XDG_CACHE_HOME": f"{folder}/cache", "PYTHONWARNINGS": "default"}
         passed = listener.fileno(), life
-        command = [str(python), "-X", "faulthandler", "-m", "tests.warm", *map(str, passed), *modules]
+        command = [str(python), "-X", "faulthandler", "-m", "tests.warm", "serve", *map(str, passed), *modules]
         process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, pass_fds=passed)
         os.close(life)
         listener.close()
@@ -147,37 +149,55 @@ def serving(
             process.wait()
 
 
-def main(listener: socket.socket, life: int, modules: Sequence[str]) -> None:
+def run(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Be the warm process for whoever started this one, a fresh one where none forks."""
+    if not available():
+        os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    status = Process(module, arguments, Path.cwd(), os.environ, sys.stdout.buffer, sys.stderr.buffer).wait()
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+def serve(listener: socket.socket, life: int, modules: Sequence[str]) -> None:
     """Import modules, fork for each request, and in the child run what was asked for."""
     for name in modules:
         importlib.import_module(name)
-    asked = _serve(listener, life)
+    asked = _child(listener, life)
     sys.path[0] = asked["cwd"]
     sys.argv[1:] = asked["arguments"]
     runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)
 
 
-def _serve(listener: socket.socket, life: int) -> dict[str, Any]:
+def _child(listener: socket.socket, life: int) -> dict[str, Any]:
     """Tell each connection the number of its child and, later, its status; return in the child, with the request."""
     selector = selectors.DefaultSelector()
-    selector.register(listener, selectors.EVENT_READ)
-    selector.register(life, selectors.EVENT_READ)
-    running: dict[int, tuple[int, socket.socket]] = {}
+    selector.register(listener, selectors.EVENT_READ, "asked")
+    selector.register(life, selectors.EVENT_READ, "alone")
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor of the child's end
     while True:
         for key, _ in selector.select():
-            if key.fd == life:
+            if key.data == "alone":
                 os._exit(0)
-            elif key.fd in running:
+            elif key.data == "left":
+                for pid, connection in running.values():  # none where it has ended just now
+                    if connection is key.fileobj:
+                        selector.unregister(connection)
+                        os.kill(pid, signal.SIGKILL)
+            elif key.data == "ended":
                 pid, connection = running.pop(key.fd)
                 selector.unregister(key.fd)
                 os.close(key.fd)
                 status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with contextlib.suppress(BrokenPipeError), connection:
+                with contextlib.suppress(KeyError):
+                    selector.unregister(connection)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError), connection:
                     connection.sendall(f"{status}\n".encode())
             else:
                 connection, _ = listener.accept()
                 _, files, _, _ = socket.recv_fds(connection, 1, 2)
-                request = json.loads(b"".join(iter(partial(connection.recv, 65_536), b"")))
+                with connection.makefile("rb") as lines:
+                    request = json.loads(lines.readline())
                 if not (pid := os.fork()):
                     for file, (_, other) in running.items():
                         os.close(file)
@@ -191,7 +211,8 @@ def _serve(listener: socket.socket, life: int) -> dict[str, Any]:
                 connection.sendall(f"{pid}\n".encode())
                 file = os.pidfd_open(pid)
                 running[file] = pid, connection
-                selector.register(file, selectors.EVENT_READ)
+                selector.register(file, selectors.EVENT_READ, "ended")
+                selector.register(connection, selectors.EVENT_READ, "left")
 
 
 def _become(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
@@ -207,4 +228,6 @@ def _become(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3:])
+    if sys.argv[1] == "run":
+        run(sys.argv[2], sys.argv[3:])
+    serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]), sys.argv[4:])

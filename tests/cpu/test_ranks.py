@@ -34,9 +34,9 @@ pytestmark = [
 def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
     checkpoint = tiny.checkpoint(directory / "model")
     master = ports.environment()["MASTER_PORT"]
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", master]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", master, "-m", "tests.warm", "run"]
     return processes.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.cpu.ranks", case, str(checkpoint), str(directory)],
+        [sys.executable, "-m", *launcher, "tests.cpu.ranks", case, str(checkpoint), str(directory)],
         env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
         timeout=SECONDS + 60,
     )

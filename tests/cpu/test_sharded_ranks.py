@@ -32,9 +32,9 @@ pytestmark = [
 def ranks_of(case: str, directory: Path) -> list[dict[str, Any]]:
     """What each rank has found. torchrun binds a port of the system's choice and keeps it (`--standalone`)."""
     checkpoint = tiny.checkpoint(directory / "model")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.warm", "run"]
     done = processes.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.cpu.sharded_ranks", case, str(checkpoint), str(directory)],
+        [sys.executable, "-m", *launcher, "tests.cpu.sharded_ranks", case, str(checkpoint), str(directory)],
         env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
         timeout=SECONDS + 60,
     )
