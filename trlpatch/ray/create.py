@@ -65,6 +65,7 @@ def create_engines(
     Raises:
         RayNotInstalled: Ray is missing.
         NotEnoughResources: the cluster has too few GPUs or CPUs, with what is missing and what would fit.
+        ClusterTimeout: Ray did not come up, or did not answer, in `timeouts.cluster` seconds.
         EngineInitFailed: an engine did not come up, or not in `timeouts.init` seconds; none is left.
     """
     arguments = _arguments(
@@ -104,13 +105,13 @@ def start_engines(
     if parallel > 1:
         arguments = {"distributed_executor_backend": "mp", **arguments}
     limits = timeouts or Timeouts()
-    ray = cluster.join(ray_options)
+    ray = cluster.join(ray_options, limits)
     devices = cluster.on_devices()
     need = Need(parallel if devices else 0, parallel)
     trainer = cluster.trainer_device() if devices else None
-    require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
+    require_room(cluster.nodes(limits), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
-    group = cluster.placed(ray, num_engines, need, _RESERVATION)
+    group = cluster.placed(ray, num_engines, need, _RESERVATION, limits)
     started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
     supervisor = Supervisor(started.actor, num_engines, limits, cluster=RayCluster(CONTROL))
     try:
