@@ -24,16 +24,15 @@ EVER = Timeouts(cluster=3600)
 
 
 class HangingRay(ModuleType):
-    """Answers nothing until `goes_on` is set."""
+    """Answers nothing until `goes_on` is set, or fails where it was waited for."""
 
     def __init__(self) -> None:
         super().__init__("ray")
         self.goes_on = threading.Event()
-        self.threads: list[str] = []
 
     def _hang(self, *_: Any, **__: Any) -> None:
-        self.threads.append(threading.current_thread().name)
-        self.goes_on.wait()
+        if not self.goes_on.wait(60.0):
+            raise AssertionError("nobody has given up")
 
     init = shutdown = nodes = _hang
 
@@ -127,3 +126,16 @@ def test_the_process_still_ends_in_order_on_sigterm_and_ray_does_not_say_otherwi
     with pytest.raises(SystemExit) as ended:
         handler(signal.SIGTERM, None)
     assert ended.value.code == signal.SIGTERM
+
+
+def test_resources_that_cannot_be_given_back_are_a_warning(ray: HangingRay, caplog: pytest.LogCaptureFixture) -> None:
+    from trlpatch.ray.create import Started
+    from trlpatch.ray.plan import Need
+
+    ray.is_initialized = lambda: True  # type: ignore[method-assign]
+    ray.util = ModuleType("ray.util")  # type: ignore[attr-defined]
+    ray.util.remove_placement_group = ray._hang
+    started = Started(ray, Need(1, 1), "group", {}, {}, "auto", "auto", SOON)
+    with caplog.at_level(logging.WARNING):
+        started.release()
+    assert "were not given back: giving resources back: Ray did not answer in 0.05 s" in caplog.text

@@ -161,10 +161,10 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
     KnownError(
         "ClusterTimeout",
         r"ClusterTimeout|Ray did not answer in [\d.]+ s",
-        "Ray did not start, answer or end in TRLPATCH_RAY_CLUSTER_TIMEOUT (300 s): its GCS, on the head's host, hangs or "
-        "cannot be reached.",
-        "`ray status` there, and gcs_server.out in Ray's session folder. A head that is started anew (`ray stop`, `ray "
-        "start --head`), and RAY_ADDRESS that names it; too slow: `timeouts=Timeouts(cluster=600)`.",
+        "Ray did not start, answer or end in TRLPATCH_RAY_CLUSTER_TIMEOUT (300 s): its GCS, on the head's host, hangs "
+        "or cannot be reached.",
+        "`ray status` there, and gcs_server.out in Ray's session folder. A head that is started anew (`ray stop`, "
+        "`ray start --head`), and RAY_ADDRESS that names it; too slow: `timeouts=Timeouts(cluster=600)`.",
     ),
     KnownError(
         "EngineInitFailed",

@@ -11,6 +11,7 @@ from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.log import logger
 from trlpatch.ray import cluster
 from trlpatch.ray.actor import CONTROL, ROLLOUTS, LLMRayActor
+from trlpatch.ray.bounded import bounded
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.environment import engine_environment, engine_port
 from trlpatch.ray.fleet import RayCluster
@@ -112,7 +113,7 @@ def start_engines(
     require_room(cluster.nodes(limits), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
     group = cluster.placed(ray, num_engines, need, _RESERVATION, limits)
-    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
+    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer, limits)
     supervisor = Supervisor(started.actor, num_engines, limits, cluster=RayCluster(CONTROL))
     try:
         infos = supervisor.start()
@@ -141,6 +142,7 @@ class Started:
         environment: Mapping[str, str],
         lora_layers: str,
         weight_transfer: str,
+        limits: Timeouts,
     ) -> None:
         self._ray = ray
         self._need = need
@@ -149,6 +151,7 @@ class Started:
         self._environment = environment
         self._lora_layers = lora_layers
         self._weight_transfer = weight_transfer
+        self._limits = limits
 
     def actor(self, index: int) -> Any:
         """Start the engine at `index` in its place; `ready` of the handle waits for it."""
@@ -174,9 +177,13 @@ class Started:
         )
 
     def release(self) -> None:
-        """Give the reserved resources back."""
-        if self._ray.is_initialized():
-            self._ray.util.remove_placement_group(self._group)
+        """Give the reserved resources back; where Ray does not answer they are its until this process has ended."""
+        if not self._ray.is_initialized():
+            return
+        try:
+            bounded("giving resources back", lambda: self._ray.util.remove_placement_group(self._group), self._limits)
+        except Exception as error:  # Ray's own limit is shorter at times, and has an error of its own
+            logger.warning("the resources of rollout engines were not given back: %s", error)
 
 
 def shutdown() -> None:
