@@ -21,8 +21,8 @@ Options behind a way as in bench_step.py: `ray+engine.enforce_eager=True`, `ray-
 `ray+engine.tensor_parallel_size=2` makes half as many engines.
 
 With `--trainers T` so many ranks train by DDP on the first T GPUs, the same batch on each, and the engines are divided
-among them (`ray`, `ray-prefetch`) or are all the first rank's (`ray-async`). They share a Ray cluster that has the
-other GPUs, in a process of its own.
+among them (`ray`) or are all the first rank's (`ray-async`). They share a Ray cluster that has the other GPUs, in a
+process of its own. Prefetch has one trainer.
 
 Whole steps, from the end of one to the end of the next, after --warmup; medians, and every value in the JSON.
 Generation and sync are the calls of the trainer, timed without waiting for the device: with prefetch and async they
@@ -152,8 +152,8 @@ def main() -> int:
 
 
 def ways_of(trainers: int, *, cuda: bool) -> list[str]:
-    """Return the ways that can run: on a CPU no server, with several trainers no probe."""
-    left_out = {*(() if cuda else ("server",)), *(("probe",) if trainers > 1 else ())}
+    """Return the ways that can run: on a CPU no server, with several trainers no prefetch and no probe."""
+    left_out = {*(() if cuda else ("server",)), *(("ray-prefetch", "probe") if trainers > 1 else ())}
     return [way for way in RAY_WAYS if way not in left_out]
 
 
@@ -167,10 +167,10 @@ def fits(spec: str, beside: Beside, *, cuda: bool) -> None:
     name = spec.split("+")[0]
     if beside.trainers < 1:
         raise ValueError(f"--trainers {beside.trainers}: expected 1 or more")
-    if beside.trainers > 1 and name == "probe":
+    if beside.trainers > 1 and name in ("ray-prefetch", "probe"):
         raise ValueError(f"way {name!r}: expected --trainers 1, found {beside.trainers}")
     if name not in ("colocated", "stock"):
-        beside.engines(way, every_rank=name in ("ray", "ray-prefetch"))
+        beside.engines(way, every_rank=name == "ray")
 
 
 def measure(way: str, order: Order, beside: Beside, timeout: float, logs: Path | None, number: int) -> dict[str, Any]:

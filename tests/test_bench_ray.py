@@ -99,7 +99,7 @@ def test_the_calibration_waits_for_the_ways_of_a_run_with_these_settings() -> No
             assert waiting[f"{way}, 7b, 64 x 256, 2 GPUs"] == setting
     for gpus, trainers in ((4, 1), (4, 2), (8, 4)):
         several = {**empty, "gpus": gpus, "trainers": trainers}
-        for way in ("ray", "ray-prefetch", "ray-async", "server"):
+        for way in ("ray", "ray-async", "server"):
             assert waiting[check_name(several, way)] == setting_of(several, way)
 
 
@@ -159,9 +159,9 @@ def test_gpus_are_divided_among_trainers_or_are_refused() -> None:
         with pytest.raises(ValueError, match="expected a multiple"):
             engines(gpus, trainers)
     with pytest.raises(ValueError, match="expected --trainers 1, found 2"):
-        fits("probe", Beside(4, 4, False, "eager", 2), cuda=True)
+        fits("ray-prefetch", Beside(4, 4, False, "eager", 2), cuda=True)
     assert "server" not in ways_of(1, cuda=False)
-    assert ways_of(4, cuda=True) == ["colocated", "stock", "ray", "ray-prefetch", "ray-async", "server"]
+    assert ways_of(4, cuda=True) == ["colocated", "stock", "ray", "ray-async", "server"]
 
 
 def test_ways_are_read_with_their_options() -> None:

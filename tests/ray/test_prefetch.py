@@ -192,12 +192,11 @@ def refused(trainer: Any, depth: Any = 1, **changes: Any) -> str:
 
 def test_trainers_that_cannot_correct_are_refused_with_the_reason() -> None:
     trainer, _, _ = rig()
-    for ranks in (1, 4):
-        refuse_prefetch(trainer, SimpleNamespace(vllm_importance_sampling_correction=True, world_size=ranks), 1)
+    refuse_prefetch(trainer, SimpleNamespace(vllm_importance_sampling_correction=True), 1)
     assert "RLOOTrainer with create_engines(prefetch=1): its loss does not have" in refused(RLOOTrainer())
     assert "=False: nothing would correct" in refused(trainer, vllm_importance_sampling_correction=False)
     assert "dataloader_num_workers=2" in refused(trainer, dataloader_num_workers=2)
-    assert "4 ranks with vllm_tensor_parallel_size=2" in refused(trainer, world_size=4, vllm_tensor_parallel_size=2)
+    assert "4 ranks" in refused(trainer, world_size=4)
     assert "prefetch=2: one batch" in refused(trainer, 2)
     with pytest.raises(PrefetchNotSupported, match=r"came with 0\.23"):
         refuse_prefetch(trainer, SimpleNamespace(), 1)
