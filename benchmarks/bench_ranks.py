@@ -1,42 +1,44 @@
-"""GRPO on two ranks: data parallel, sharded, and one engine over both; each beside what it is compared with.
+"""GRPO on several ranks: data parallel, sharded, and one engine over some; each beside what it is compared with.
 
-    PYTHONPATH=DIR/1.16.0 python benchmarks/bench_ranks.py --parts ddp,fsdp2,tp --out ranks.json
-    python benchmarks/bench_ranks.py --shape tiny --device cpu --tokens 16 --completions 8   # a smoke test
+    PYTHONPATH=DIR/1.16.0 python benchmarks/bench_ranks.py --ranks 2 --out ranks.json
+    PYTHONPATH=DIR/1.16.0 python benchmarks/bench_ranks.py --ranks 8 --parts ddp,fsdp2,zero3,tp,grpotp --out ranks.json
+    python benchmarks/bench_ranks.py --shape tiny --device cpu --tokens 16 --completions 8        # a smoke test
 
-Parts, and the cases of each; every rank of a case is a process of its own:
+Parts on N ranks, and the cases of each; every rank of a case is a process of its own:
 
-    ddp     ddp-1, ddp-2: GRPO by FastLanguageModel on one rank and on two, the same batch on each rank
-    fsdp2   fsdp2-stock, fsdp2-trlpatch: what takes an adapter that FSDP2 shards to an engine on each rank. Stock
+    ddp     ddp-trlpatch-1, ddp-stock-N, ddp-trlpatch-N: GRPO, the same batch on each rank; patched it is loaded by
+            FastLanguageModel
+    fsdp2   fsdp2-stock-N, fsdp2-trlpatch-N: GRPO with an adapter that FSDP2 shards, to an engine on each rank. Stock
             merges, pushes every weight and unmerges; patched the adapter is gathered and handed over
-    zero3   the same under DeepSpeed ZeRO-3, where DeepSpeed can be imported; not by default
-    tp      tp-1, tp-2: generation of 64 sequences by an engine on one GPU and by one over two ranks
-            (external_launcher), without and with the live adapter
+    zero3   the same under DeepSpeed ZeRO-3, where DeepSpeed can be imported
+    tp      tp-trlpatch-1, -2, and -4 with N of 4 or more: generation of 64 sequences by an engine on one GPU and by
+            one over so many ranks (external_launcher), without and with the live adapter
+    grpotp  grpotp-stock-2, grpotp-trlpatch-2, and -4: GRPO on so many ranks that have one engine
 
-`--shape` is that of fsdp2, zero3 and tp, `--ddp-shape` that of ddp. Cases of one rank run first, beside each other
-where there are GPUs for it; those of two ranks run alone, one after another. A case that fails or is not done after
---timeout seconds is ended with all its ranks, and its error is in the JSON; the others stay.
+`--shape` is that of all but ddp, `--ddp-shape` that of ddp. Cases of one rank run first, beside each other where there
+are GPUs for it; the others run alone, one after another. A case that fails or is not done after --timeout seconds is
+ended with all its ranks, and its error is in the JSON; the others stay.
 
-ddp: whole steps as in bench_step.py, medians of rank 0. fsdp2, zero3: every hand-over of --hand-overs training steps
-but the first, waited for on both sides after a barrier; the slower rank counts. `peak` is the most that torch has
-allocated on the rank during one, engine included, `rise` what of it was not there before. tp: medians of three calls.
-Engines capture graphs of decoding steps and compile nothing (`--start compiled`: as vLLM does by itself); those of
-fsdp2 and zero3, whose speed is not measured, are eager. What TRL logs as the difference of log-probabilities, or the
-gap measured after generation, says whether the engine has the policy.
+Steps are whole, medians of rank 0; tokens per second are those of each engine while it generates. Of fsdp2, zero3 and
+grpotp every hand-over but the first is waited for on both sides after a barrier; the slowest rank counts. `peak` is
+the most that torch has allocated on a rank during one, engine included, `rise` what of it was not there before; `GiB a
+rank` is the most of the whole run, on a CPU the process's resident set. tp: medians of three calls. Engines capture
+graphs of decoding steps and compile nothing (`--start compiled`: as vLLM does by itself).
 
-On a CPU ranks share two cores and stock's push fails: that it runs is what is learned, no ratio. This script has not
-run on a GPU yet.
+`logp difference` is TRL's own, a median of the steps. `gap` is taken after training and a last hand-over, the largest
+of all ranks; its control are the same completions beside the policy without the adapter: an engine that lacks it would
+show so much.
+
+On a CPU ranks share the cores: that it runs is what is learned, no ratio. This script has not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import importlib.util
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,7 +46,6 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -53,46 +54,42 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_step import ROOT, SHAPES, command_line, random_model
+from benchmarks.launch import absolute, run_ranks
 from benchmarks.ranks_summary import aims, summary, table
-from benchmarks.ranks_ways import RANKS, Case, environment, run
+from benchmarks.ranks_ways import PARTS, Case, cases_of, run
 from benchmarks.step_timers import Lines
 from benchmarks.step_ways import Order, Way
 from benchmarks.step_ways import environment as step_environment
-from tests import ports
-from tests.runs.judge import last_error
-
-PARTS = ("ddp", "fsdp2", "zero3", "tp")
-GRACE = 15.0
-"""Seconds that the other ranks have to end by themselves once one has ended or is late."""
 
 
 def main() -> int:
     """Run the cases; 1 when one failed that is not stock's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="ddp,fsdp2,tp", help=f"comma-separated, of {', '.join(PARTS)}")
-    parser.add_argument("--cases", help=f"instead of --parts, of {', '.join(RANKS)}")
-    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of fsdp2, zero3 and tp")
+    parser.add_argument("--ranks", type=int, default=2, help="processes, and GPUs")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated, of {', '.join(PARTS)}")
+    parser.add_argument("--cases", help="instead of --parts and --ranks: names as in the table, comma-separated")
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of all but ddp")
     parser.add_argument("--ddp-shape", choices=SHAPES, help="1.5b, or tiny with a tiny --shape")
     parser.add_argument("--tokens", type=int, default=256, help="length of every completion")
-    parser.add_argument("--completions", type=int, default=64, help="a step of a rank, of ddp")
+    parser.add_argument("--completions", type=int, default=64, help="a step of a rank")
     parser.add_argument("--per-device", type=int, default=16, help="completions of one micro-batch")
     parser.add_argument("--generations", type=int, default=8, help="completions of one prompt")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter")
     parser.add_argument("--utilization", type=float, default=0.4, help="an engine's share of its GPU")
-    parser.add_argument("--warmup", type=int, default=3, help="steps of ddp")
-    parser.add_argument("--steps", type=int, default=5, help="of ddp")
-    parser.add_argument("--hand-overs", type=int, default=6, help="of fsdp2 and zero3")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--start", choices=("graphs", "compiled", "eager"), default="graphs", help="of engines")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--timeout", type=int, default=150, help="seconds a case")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds a case")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "trlpatch-bench-models")
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--logs", type=Path, help="a directory for what each rank printed")
     given = parser.parse_args()
-    names = given.cases.split(",") if given.cases else cases_of(given.parts.split(","))
-    if unknown := [name for name in names if name not in RANKS]:
-        known = f"expected --parts of {', '.join(PARTS)}, or --cases of {', '.join(RANKS)}"
-        parser.error(f"{', '.join(unknown)}: {known}")
+    try:
+        names = given.cases.split(",") if given.cases else cases_of(given.parts.split(","), given.ranks)
+        cases = [Case.named(name, given.start) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
     per_device = min(given.per_device, given.completions)
     if given.completions % per_device or given.completions % given.generations:
         parser.error("--completions: expected a multiple of --per-device and of --generations")
@@ -106,60 +103,48 @@ def main() -> int:
     document: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": command_line(sys.argv[1:], script="bench_ranks.py"),
-        "shapes": {part: shapes.get(part, given.shape) for part in PARTS},
+        "ranks": max(case.ranks for case in cases), "shapes": {part: shapes.get(part, given.shape) for part in PARTS},
         "start": given.start, "settings": asdict(shared), "results": [],
     }  # fmt: skip
     if given.logs:
         given.logs.mkdir(parents=True, exist_ok=True)
 
-    def one(name: str, devices: str | None) -> dict[str, Any]:
-        case = Case(name, given.start)
+    def one(case: Case, devices: str | None) -> dict[str, Any]:
         shape = document["shapes"][case.part]
         order = replace(shared, model=str(random_model(shape, models, cuda=cuda)))
-        if case.part in ("fsdp2", "zero3"):  # a small batch: the hand-over is what counts
-            size = given.generations
-            order = replace(order, tokens=16, completions=size, per_device=size, warmup=1, steps=given.hand_overs - 1)
         return measure(case, order, devices, given.timeout, given.logs and given.logs.resolve())
 
-    for part in dict.fromkeys(Case(name, "").part for name in names):  # once, before anything is timed
+    for part in dict.fromkeys(case.part for case in cases):  # once, before anything is timed
         random_model(document["shapes"][part], models, cuda=cuda)
-    for result in each(names, one, cuda=cuda):
+    for result in each(cases, one, cuda=cuda):
         document["results"].append(result)
         document["aims"] = aims(document["results"])
         print("RESULT", json.dumps({key: result[key] for key in result if key != "ranks"}), flush=True)
         if given.out:
             given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(table(document), flush=True)
-    return int(any("error" in result for result in document["results"] if not result["case"].endswith("stock")))
+    return int(any("error" in result for result in document["results"] if "-stock-" not in result["case"]))
 
 
-def cases_of(parts: list[str]) -> list[str]:
-    """Return the cases of some parts; an unknown part stands for itself."""
-    found: list[str] = []
-    for part in parts:
-        found += [name for name in RANKS if part == Case(name, "").part] or [part]
-    return found
-
-
-def each(names: list[str], one: Callable[[str, str | None], dict[str, Any]], *, cuda: bool) -> Any:
+def each(cases: list[Case], one: Callable[[Case, str | None], dict[str, Any]], *, cuda: bool) -> Any:
     """Yield the result of each case: those of one rank beside each other on GPUs of their own, then the others."""
-    alone = [name for name in names if RANKS[name] == 1]
+    alone = [case for case in cases if case.ranks == 1]
     cards: SimpleQueue[str | None] = SimpleQueue()
-    for card in ("0", "1") if cuda else (None,):
-        cards.put(card)
+    for card in range(max(case.ranks for case in cases)) if cuda else (None,):
+        cards.put(None if card is None else str(card))
 
-    def on_a_card(name: str) -> dict[str, Any]:
+    def on_a_card(case: Case) -> dict[str, Any]:
         card = cards.get()
         try:
-            return one(name, card)
+            return one(case, card)
         finally:
             cards.put(card)
 
-    with ThreadPoolExecutor(2 if cuda else 1) as pool:
+    with ThreadPoolExecutor(cards.qsize()) as pool:
         yield from pool.map(on_a_card, alone)
-    for name in names:
-        if name not in alone:
-            yield one(name, "0,1" if cuda else None)
+    for case in cases:
+        if case.ranks > 1:
+            yield one(case, ",".join(map(str, range(case.ranks))) if cuda else None)
 
 
 def measure(case: Case, order: Order, devices: str | None, timeout: float, logs: Path | None) -> dict[str, Any]:
@@ -168,61 +153,21 @@ def measure(case: Case, order: Order, devices: str | None, timeout: float, logs:
         return {"case": case.name, "error": "DeepSpeed cannot be imported"}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
-        # Ranks meet at one MASTER_PORT; what else each of their engines opens is its own.
-        blocks = [ports.environment() for _ in range(case.ranks)]
-        start = partial(_start, case, order, devices, folder, blocks[0]["MASTER_PORT"])
-        printed = [(logs or folder) / f"{case.name}-{rank}.log" for rank in range(case.ranks)]
+        environ = {
+            **os.environ, **step_environment(Way(case.name, "drop-in"), order),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *absolute(os.environ.get("PYTHONPATH", ""))]),
+        }  # fmt: skip
+        asked = json.dumps({"case": asdict(case), "order": asdict(order)})
+        events = [folder / f"rank{rank}.jsonl" for rank in range(case.ranks)]
         began = time.monotonic()
-        statuses = wait_for([start(rank, block["VLLM_PORT"], log) for rank, (block, log) in
-                             enumerate(zip(blocks, printed, strict=True))], timeout)  # fmt: skip
-        ranks = [Lines.read(folder / f"rank{rank}.jsonl") for rank in range(case.ranks)]
-        found = summary(case, order, ranks) | {"wall_s": round(time.monotonic() - began, 1)}
-        errors = [
-            f"rank {rank}: {'no end after ' + format(timeout, 'g') + ' s; last: ' if status is None else ''}"
-            + last_error(log.read_text(encoding="utf-8", errors="replace"))
-            for rank, (status, log) in enumerate(zip(statuses, printed, strict=True))
-            if status != 0
-        ]
-        if errors:
-            found["error"] = "; ".join(errors)
-        return found
-
-
-def _start(
-    case: Case, order: Order, devices: str | None, folder: Path, master: str, rank: int, port: str, log: Path
-) -> subprocess.Popen[bytes]:
-    environ = {
-        **os.environ, **step_environment(Way(case.name, "drop-in"), order), "MASTER_PORT": master, "VLLM_PORT": port,
-        **environment(case, rank, devices, folder),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *_absolute(os.environ.get("PYTHONPATH", ""))])),
-    }  # fmt: skip
-    asked = json.dumps({"case": asdict(case), "order": asdict(order)})
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", asked, str(folder / f"rank{rank}.jsonl")]
-    with log.open("wb") as file:
-        return subprocess.Popen(
-            command, env=environ, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-
-
-def _absolute(paths: str) -> list[str]:
-    return [str(Path(path).resolve()) for path in paths.split(os.pathsep) if path]
-
-
-def wait_for(children: list[subprocess.Popen[bytes]], timeout: float) -> list[int | None]:
-    """Wait for all; once one has failed, or it is late, end the others. Statuses, None for one that was ended here."""
-    deadline, statuses = time.monotonic() + timeout, [child.poll() for child in children]
-    try:
-        while None in statuses and time.monotonic() < deadline:
-            time.sleep(0.2)
-            statuses = [child.poll() for child in children]
-            if any(statuses):  # a rank alone waits for ever in its next collective
-                deadline = min(deadline, time.monotonic() + GRACE)
-        return statuses
-    finally:
-        for child in children:  # and what it has started, which is of its session
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        errors = run_ranks(
+            lambda rank: [sys.executable, str(Path(__file__).resolve()), "--child", asked, str(events[rank])],
+            case.ranks, devices, environ, folder,
+            [(logs or folder) / f"{case.name}-{rank}.log" for rank in range(case.ranks)], timeout,
+        )  # fmt: skip
+        found = summary(case, order, [Lines.read(one) for one in events])
+        found["wall_s"] = round(time.monotonic() - began, 1)
+        return found | ({"error": "; ".join(errors)} if errors else {})
 
 
 if __name__ == "__main__":

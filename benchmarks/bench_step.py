@@ -37,7 +37,6 @@ cannot be timed: vLLM's CPU backend packs the weights, and TRL's push finds noth
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
@@ -230,22 +229,13 @@ def measure(
         return found
 
 
-def status_of(
-    command: list[str], environ: dict[str, str], folder: Path, log: Path, timeout: float, patience: float = 0.0
-) -> int | None:
-    """Run a process that prints into `log`; its exit status, or None if it was not done in time and had to end.
-
-    It is killed then, or, with `patience`, asked to end and given so many seconds to end what it has started.
-    """
+def status_of(command: list[str], environ: dict[str, str], folder: Path, log: Path, timeout: float) -> int | None:
+    """Run a process that prints into `log`; its exit status, or None if it was not done in time and was killed."""
     with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(command, env=environ, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
         try:
             return child.wait(timeout)
         except subprocess.TimeoutExpired:
-            if patience:
-                child.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(patience)
             return None
         finally:
             child.kill()

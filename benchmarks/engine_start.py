@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -30,3 +31,11 @@ def build_engines_with(**arguments: Any) -> None:
         construct(self, *args, **{**kwargs, **arguments})
 
     vllm.LLM.__init__ = constructed
+
+
+def keep_weights_as_they_are() -> None:
+    """Have vLLM's CPU engine not repack its weights (0.28), so that stock's push can load them."""
+    with contextlib.suppress(ImportError):
+        import vllm._custom_ops
+
+        vllm._custom_ops._supports_onednn = False

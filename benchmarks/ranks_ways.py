@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-import os
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_start import build_engines_with, engine_start
-from benchmarks.step_timers import GIB, Lines, callback, settle
+from benchmarks.engine_start import build_engines_with, engine_start, keep_weights_as_they_are
+from benchmarks.engine_watch import EngineWatch, write_gap, write_memory
+from benchmarks.step_timers import Lines, callback, engine_of, settle
 from benchmarks.step_ways import MODELS, Order, Way, grpo_trainer, plain_policy
 from tests.runs.case import versions
 
-RANKS = {
-    "ddp-1": 1, "ddp-2": 2, "fsdp2-stock": 2, "fsdp2-trlpatch": 2, "zero3-stock": 2, "zero3-trlpatch": 2,
-    "tp-1": 1, "tp-2": 2,
-}  # fmt: skip
-"""Processes of each case."""
+PARTS = ("ddp", "fsdp2", "zero3", "tp", "grpotp")
+WAYS = ("stock", "trlpatch")
+PARALLEL = (2, 4)
+"""Ranks of one engine that are measured: 4 is the most that the key-value heads of the 7B shape allow."""
 
 SEQUENCES = 64
 """That one call of `generate` answers."""
@@ -33,22 +31,60 @@ class Case:
     """What one rank is told.
 
     Attributes:
-        name: of RANKS.
-        start: as of `engine_start`, of engines whose speed is measured.
+        part: of PARTS.
+        way: of WAYS.
+        ranks: processes.
+        start: as of `engine_start`.
     """
 
-    name: str
+    part: str
+    way: str
+    ranks: int
     start: str
 
     @property
-    def part(self) -> str:
-        """Of bench_ranks.py."""
-        return self.name.split("-")[0]
+    def name(self) -> str:
+        """PART-WAY-RANKS, as `named` reads it."""
+        return f"{self.part}-{self.way}-{self.ranks}"
 
-    @property
-    def ranks(self) -> int:
-        """Processes."""
-        return RANKS[self.name]
+    @classmethod
+    def named(cls, name: str, start: str) -> Case:
+        """Read PART-WAY-RANKS.
+
+        Raises:
+            ValueError: nothing is called so, or has so many ranks.
+        """
+        part, way, ranks = (*name.split("-"), "", "", "")[:3]
+        if name.count("-") != 2 or part not in PARTS or way not in WAYS or not ranks.isdecimal() or int(ranks) < 1:
+            raise ValueError(
+                f"case {name!r}: expected PART-WAY-RANKS, PART of {', '.join(PARTS)}, WAY of {', '.join(WAYS)}"
+            )
+        if part == "tp" and way == "stock":
+            raise ValueError(f"case {name!r}: stock TRL builds no engine without training; expected grpotp-stock-N")
+        if part not in ("ddp", "tp") and int(ranks) < 2:
+            raise ValueError(f"case {name!r}: nothing is divided over one rank, expected 2 or more")
+        return cls(part, way, int(ranks), start)
+
+
+def cases_of(parts: Sequence[str], ranks: int) -> list[str]:
+    """Return the names of the cases of some parts on so many ranks; engines are divided by each of PARALLEL.
+
+    Raises:
+        ValueError: a part is not of PARTS, or ranks are fewer than two.
+    """
+    if ranks < 2:
+        raise ValueError(f"--ranks {ranks}: expected 2 or more")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"{', '.join(unknown)}: expected parts of {', '.join(PARTS)}")
+    parallel = [number for number in PARALLEL if number <= ranks]
+    made = {
+        "ddp": ["ddp-trlpatch-1", f"ddp-stock-{ranks}", f"ddp-trlpatch-{ranks}"],
+        "fsdp2": [f"fsdp2-{way}-{ranks}" for way in WAYS],
+        "zero3": [f"zero3-{way}-{ranks}" for way in WAYS],
+        "tp": ["tp-trlpatch-1", *(f"tp-trlpatch-{number}" for number in parallel)],
+        "grpotp": [f"grpotp-{way}-{number}" for number in parallel for way in WAYS],
+    }
+    return [name for part in parts for name in made[part]]
 
 
 def run(case: Case, order: Order, lines: Lines) -> None:
@@ -57,125 +93,86 @@ def run(case: Case, order: Order, lines: Lines) -> None:
 
     if not order.cuda:
         torch.set_num_threads(1)
+        keep_weights_as_they_are()
+        if case.part in ("tp", "grpotp") and case.ranks > 1:
+            from tests.cpu.sharded_ranks import with_shared_memory_of_its_own
+
+            with_shared_memory_of_its_own()
     if case.ranks > 1:
-        _meet(order)
-    {"ddp": _data_parallel, "tp": _tensor_parallel}.get(case.part, _sharded)(case, order, lines)
+        from accelerate import PartialState
+
+        PartialState(cpu=not order.cuda)
+    (_tensor_parallel if case.part == "tp" else _train)(case, order, lines)
+    write_memory(lines, cuda=order.cuda)
     device = torch.cuda.get_device_name() if order.cuda else "CPU"
     lines.write("done", device=device, versions=versions())
-
-
-def _meet(order: Order) -> None:
-    from accelerate import PartialState
-
-    PartialState(cpu=not order.cuda)
 
 
 def _engine_arguments(case: Case, order: Order) -> dict[str, Any]:
     return engine_start(case.start if order.cuda else "eager")
 
 
-def _data_parallel(case: Case, order: Order, lines: Lines) -> None:
-    """GRPO by FastLanguageModel, an engine per rank; on GPUs it shares its weights with the rank's model."""
-    import trlpatch
+def _train(case: Case, order: Order, lines: Lines) -> None:
+    """GRPO with an engine per rank, or one over all; patched `ddp` by FastLanguageModel, the rest as TRL builds it.
 
-    trlpatch.PatchFastRL("grpo")
-    way = Way("trlpatch", "trlpatch", engine=_engine_arguments(case, order))
-    started = time.perf_counter()
-    trainer = grpo_trainer(way, order, *MODELS["trlpatch"](way, order))
-    lines.write("loaded", seconds={"all": time.perf_counter() - started})
-    trainer.add_callback(callback(trainer, lines, warmup=order.warmup, steps=order.steps))
-    trainer.train()
+    On GPUs an engine of FastLanguageModel shares its weights with the rank's model.
+    """
+    from tests.gpu.common import set_adapter
 
-
-def _sharded(case: Case, order: Order, lines: Lines) -> None:
-    """GRPO with an engine per rank that TRL builds, stock or patched: every hand-over of the adapter is timed."""
-    import transformers
-
-    if case.name.endswith("trlpatch"):
+    if case.way == "trlpatch":
         import trlpatch
 
         trlpatch.PatchFastRL("grpo")
-    # What a step generates is no matter here, and an eager engine starts at once.
-    build_engines_with(enforce_eager=True, **({} if order.cuda else {"dtype": "float32"}))
+    arguments = _engine_arguments(case, order)
+    config = {} if case.part == "ddp" else {**_divided(case, order), "gradient_checkpointing": False}
+    started = time.perf_counter()
+    if case.part == "ddp" and case.way == "trlpatch":
+        way = Way("trlpatch", "trlpatch", engine=arguments)
+        model, words = MODELS["trlpatch"](way, order)
+    else:
+        # TRL asks for bfloat16 by itself.
+        build_engines_with(**arguments, **({} if order.cuda else {"dtype": "float32"}))
+        way = Way("drop-in", "drop-in", config=config)
+        model, words = plain_policy(way, order)
+    set_adapter(model, seed=1)  # large enough for an engine without it to be told apart
+    trainer = grpo_trainer(way, order, model, words)
+    lines.write("loaded", seconds={"all": time.perf_counter() - started})
+    engine = engine_of(trainer)
+    # Whole steps of ddp are compared with those of one rank: nothing is waited for in them.
+    EngineWatch(lines, cuda=order.cuda, waits=case.part != "ddp").watch(trainer, engine)
+    trainer.add_callback(callback(trainer, lines, warmup=order.warmup, steps=order.steps))
+    trainer.train()
+    write_gap(trainer, engine, lines)
+    if case.way == "trlpatch":
+        from trlpatch.engine.describe import describe_engines
+
+        lines.write("engines", found=describe_engines())
+
+
+def _divided(case: Case, order: Order) -> dict[str, Any]:
+    """Arguments of GRPOConfig that divide the model, or the engine, over the ranks."""
+    if case.part == "grpotp":
+        return {"vllm_tensor_parallel_size": case.ranks}
     if case.part == "fsdp2":
         if not order.cuda:
             from tests.cpu.sharded_ranks import ranks_pass_for_gpus
 
             ranks_pass_for_gpus()
         wrapped = {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
-        sharding: dict[str, Any] = {"fsdp": "full_shard auto_wrap", "fsdp_config": wrapped}
-    else:
-        sharding = {"deepspeed": _zero3()}
-    way = Way("drop-in", "drop-in", config={**sharding, "gradient_checkpointing": False})
-    started = time.perf_counter()
-    trainer = grpo_trainer(way, order, *plain_policy(way, order))
-    lines.write("loaded", seconds={"all": time.perf_counter() - started})
-    _watch_hand_overs(trainer, order, lines)
-
-    class Logged(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            name = "sampling/sampling_logp_difference/mean"
-            if name in (logs or {}):
-                lines.write("log", number=state.global_step, logp_difference=logs[name])
-
-    trainer.add_callback(Logged())
-    trainer.train()
-    if case.name.endswith("trlpatch"):
-        from trlpatch.engine.describe import describe_engines
-
-        lines.write("engines", found=describe_engines())
-
-
-def _zero3() -> dict[str, Any]:
+        return {"fsdp": "full_shard auto_wrap", "fsdp_config": wrapped}
     import deepspeed.ops  # type: ignore[import-not-found,unused-ignore]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, by all ranks at once
-    return {
+    stage3: dict[str, Any] = {
         "zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
-
-
-def _watch_hand_overs(trainer: Any, order: Order, lines: Lines) -> None:
-    """Report what takes the weights to the engine, and the check before a rollout; all ranks begin at once."""
-    import sys
-
-    generation, hooks = getattr(trainer, "vllm_generation", None), sys.modules.get("trlpatch.hooks")
-    for part, owner, name in (
-        ("sync", generation, "sync_weights"),
-        ("sync", trainer, "_move_model_to_vllm"),
-        ("check", hooks, "lora_request"),
-    ):
-        if owner is not None and callable(getattr(owner, name, None)):
-            setattr(owner, name, _measured(part, getattr(owner, name), order, lines))
-
-
-def _measured(part: str, call: Callable[..., Any], order: Order, lines: Lines) -> Callable[..., Any]:
-    import torch
-
-    @functools.wraps(call)
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        torch.distributed.barrier()
-        settle()
-        memory: dict[str, float] = {}
-        if order.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            memory["before_gib"] = torch.cuda.memory_allocated() / GIB
-        started = time.perf_counter()
-        found = call(*args, **kwargs)
-        settle()
-        seconds = time.perf_counter() - started
-        if order.cuda:
-            memory["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        lines.write(part, seconds=seconds, **memory)
-        return found
-
-    return measured
+    return {"deepspeed": stage3}
 
 
 def _tensor_parallel(case: Case, order: Order, lines: Lines) -> None:
-    """Generation by one engine on one GPU or over two ranks, which ask it alike; without and with the live adapter."""
+    """Generation by one engine on one GPU or over its ranks, which ask it alike; without and with the live adapter."""
     from vllm import LLM, SamplingParams
 
     import trlpatch
@@ -190,10 +187,6 @@ def _tensor_parallel(case: Case, order: Order, lines: Lines) -> None:
     }  # fmt: skip
     if case.ranks > 1:
         settings |= {"tensor_parallel_size": case.ranks, "distributed_executor_backend": "external_launcher"}
-        if not order.cuda:
-            from tests.cpu.sharded_ranks import with_shared_memory_of_its_own
-
-            with_shared_memory_of_its_own()
     engine = LLM(model=order.model, **settings)
     policy, _ = plain_policy(Way("tp", "drop-in"), order)
     if order.cuda:
@@ -210,35 +203,14 @@ def _tensor_parallel(case: Case, order: Order, lines: Lines) -> None:
             outputs = engine.generate(prompts, params, lora_request=request, use_tqdm=False)
             settle()
             if number:
-                lines.write("generation", what=name, seconds=time.perf_counter() - began, tokens=order.tokens)
-        found: Any = policy
-        with policy.disable_adapter() if request is None else _nothing():
-            lines.write("gap", what=name, nats=gap(found, outputs[:SCORED]))
+                seconds = time.perf_counter() - began
+                lines.write("generation", what=name, seconds=seconds, tokens=len(prompts) * order.tokens)
+        scored = outputs[:SCORED]
+        with contextlib.nullcontext() if request else policy.disable_adapter():
+            lines.write("gap", what=name, nats=gap(policy, scored))
+        if request is None:  # what an engine without the adapter would give
+            lines.write("gap", what="control", nats=gap(policy, scored))
         lines.write("sampled", what=name, tokens=[list(output.outputs[0].token_ids[:8]) for output in outputs[:4]])
     from trlpatch.engine.describe import describe_engines
 
     lines.write("engines", found=describe_engines())
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
-def environment(case: Case, rank: int, devices: str | None, scratch: Path) -> dict[str, str]:
-    """Return what a rank of this case needs beside `step_ways.environment`."""
-    # Multicast over NVLink is off where others share the host's GPUs: neither NCCL nor vLLM's own all-reduce uses it.
-    found = {
-        "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
-        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_CACHE_ROOT": str(scratch / f"vllm-cache{rank}"),
-        "DS_ACCELERATOR": "cpu" if devices is None else "cuda",
-    }  # fmt: skip
-    if devices is not None:
-        found["CUDA_VISIBLE_DEVICES"] = devices
-    if case.ranks > 1:
-        found |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE":
-            str(case.ranks), "MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": f"ranks{os.getpid()}",
-        }  # fmt: skip
-    return found

@@ -78,4 +78,7 @@ def _point(policy: Any, engines: Any, sequences: int, tokens: int) -> dict[str, 
     prompts = [{"prompt_token_ids": [3 + number % 200] * PROMPT} for number in range(count)]
     request = trlpatch.lora_request(policy)
     seconds = _seconds(lambda: engines.generate(prompts, params, use_tqdm=False, lora_request=request), 3)
-    return {"sequences": sequences, "tokens": tokens, "prompt": PROMPT, "seconds": seconds}
+    return {
+        "sequences": sequences, "tokens": tokens, "prompt": PROMPT, "seconds": seconds,
+        "engines": len(engines.handles),
+    }  # fmt: skip

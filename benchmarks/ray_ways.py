@@ -7,18 +7,21 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_start import build_engines_with, engine_start
-from benchmarks.step_timers import GIB, Lines, settle
+from benchmarks.engine_start import build_engines_with, engine_start, keep_weights_as_they_are
+from benchmarks.engine_watch import peak_memory, write_gap
+from benchmarks.ray_cluster import start
+from benchmarks.ray_steps import Steps, engines_memory
+from benchmarks.step_timers import Lines, engine_of
 from benchmarks.step_ways import MODELS, Order, Way, grpo_trainer, one_device, plain_policy
+from tests.gpu.common import set_adapter
 from tests.runs.case import TARGETS, versions
 from tests.runs.measure import odd_tokens
 from tests.runs.trainers import PROMPTS
@@ -29,10 +32,10 @@ _AS_STEP_WAYS = {"colocated": "trlpatch", "stock": "stock"}
 """Ways of bench_step.py, on the trainer's GPU alone."""
 
 _SERVER_UP_S = 300
-_RAY_ATTEMPTS = 6
-_KEPT = ("loss", "reward", "completions/mean_length", "sampling/sampling_logp_difference/mean")
-_PREFIXES = ("ray/", "perf/", "sample/", "rollout/", "num_steps_off_policy", "async")
-"""What of a trainer's log is written down."""
+_OF_RANKS = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
+"""What a server must not take for its own."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,34 @@ class Beside:
     """What bench_ray.py is asked beside an `Order`.
 
     Attributes:
-        gpus: one trains, the others generate.
+        gpus: the trainers' and the engines'.
         staleness: `max_staleness` of ray-async.
         sdpa: ray-async computes attention by torch, segment by segment, where the kernel that TRL takes from the hub
             (FlashAttention 3) cannot be had.
         start: "compiled", "graphs" or "eager", as in bench_ranks.py.
+        trainers: ranks, by DDP; each has engines of its own, but for AsyncGRPOTrainer's.
     """
 
     gpus: int
     staleness: int
     sdpa: bool
     start: str = "compiled"
+    trainers: int = 1
+
+    def engines(self, way: Way, *, every_rank: bool = True) -> int:
+        """Return how many engines a trainer has, or all have together.
+
+        Raises:
+            ValueError: the GPUs that are left cannot be divided so.
+        """
+        each = int(way.engine.get("tensor_parallel_size", 1)) * (self.trainers if every_rank else 1)
+        found, rest = divmod(self.gpus - self.trainers, each)
+        if not found or rest:
+            raise ValueError(
+                f"{way.spec}: {self.gpus} GPUs, {self.trainers} of them for trainers, leave "
+                f"{self.gpus - self.trainers}; expected a multiple of {each}"
+            )
+        return int(way.engine.get("num_engines", found))
 
 
 def parse(spec: str, cuda: bool) -> Way:
@@ -62,8 +82,8 @@ def parse(spec: str, cuda: bool) -> Way:
     name, *_ = spec.split("+")
     if name not in RAY_WAYS:
         raise ValueError(f"way {name!r}: expected one of {', '.join(RAY_WAYS)}")
-    if not cuda and name in ("stock", "server"):
-        raise ValueError(f"way {name!r}: TRL's push needs a GPU")
+    if not cuda and name == "server":
+        raise ValueError(f"way {name!r}: TRL's server is sent weights over NCCL, which needs GPUs")
     # On a CPU nothing is shared.
     stands_in = _AS_STEP_WAYS.get(name, "trlpatch-attached") if cuda or name != "colocated" else "trlpatch-attached"
     parsed = Way.parse("+".join([stands_in, *spec.split("+")[1:]]))
@@ -77,11 +97,12 @@ def run(spec: str, order: Order, beside: Beside, lines: Lines) -> None:
     name, way = spec.split("+")[0], parse(spec, order.cuda)
     started_so = engine_start(beside.start) if order.cuda else {}
     if name == "stock":
-        build_engines_with(**started_so)
+        build_engines_with(**started_so, **({} if order.cuda else {"dtype": "float32", "enforce_eager": True}))
     elif name != "server":
         way = replace(way, engine={**started_so, **way.engine})
     if not order.cuda:
         torch.set_num_threads(1)
+        keep_weights_as_they_are()
     started = time.perf_counter()
     if name == "probe":
         import trlpatch
@@ -92,14 +113,38 @@ def run(spec: str, order: Order, beside: Beside, lines: Lines) -> None:
             if order.cuda:
                 policy = policy.cuda()
             probe(trlpatch.attach_engine(policy, engines), engines, order, lines)
+            lines.write("memory", engines_gib=engines_memory(engines, cuda=order.cuda))
         lines.write("done", device=_device(order), versions=versions())
         return
+    if beside.trainers > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not order.cuda)
     with _BUILDERS[name](way, order, beside) as (trainer, engines):
         lines.write("loaded", seconds={"all": time.perf_counter() - started})
-        watch = _Steps(trainer, engines, order, lines)
-        trainer.add_callback(watch.callback())
+        set_adapter(trainer.model, seed=1)  # large enough for engines without it to be told apart
+        trainer.add_callback(Steps(trainer, engines, order, lines).callback())
         trainer.train()
+        there = {"engines_gib": engines_memory(engines, cuda=order.cuda)} if engines else {}
+        lines.write("memory", **peak_memory(order.cuda), **there)
+        _compare(name, trainer, engines, order, lines)
     lines.write("done", device=_device(order), versions=versions())
+
+
+def _compare(name: str, trainer: Any, engines: Any, order: Order, lines: Lines) -> None:
+    """Report how far engines and policy are apart; a server's engines can be asked by TRL's client alone."""
+    if name == "ray-async":
+        if engines is not None and order.rank:
+            import trlpatch
+
+            trainer.model.get_base_model().set_attn_implementation("sdpa")  # TRL's own takes packed sequences only
+            model = trlpatch.attach_engine(trainer.model, engines)
+            write_gap(trainer, engines, lines, lambda: trlpatch.lora_request(model))
+    elif name != "server":
+        if (ahead := getattr(engines, "_prefetched", None)) is not None and ahead._underway is not None:
+            ahead._underway.wait()  # of a step that is none any more; engines that are busy take no adapter
+        trainer.model.eval()  # and it is not for this
+        write_gap(trainer, engine_of(trainer), lines)
 
 
 def _device(order: Order) -> str:
@@ -119,39 +164,22 @@ def _colocated(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any, An
 
 
 @contextmanager
-def _engines(way: Way, order: Order, beside: Beside, **more: Any) -> Iterator[Any]:
+def _engines(way: Way, order: Order, beside: Beside, *, every_rank: bool = True, **more: Any) -> Iterator[Any]:
     import trlpatch.ray
 
+    number = beside.engines(way, every_rank=every_rank)
     settings: dict[str, Any] = {
-        "num_engines": max(1, beside.gpus - 1) if order.cuda else 1, "max_lora_rank": max(order.rank, 8),
+        "num_engines": number, "max_lora_rank": max(order.rank, 8),
         "enable_lora": bool(order.rank), "max_model_len": order.length, "seed": 0,
         "logprobs_mode": "processed_logprobs", **({} if order.cuda else {"dtype": "float32", "enforce_eager": True}),
     }  # fmt: skip
-    if not order.cuda:
-        _start_ray()
+    if not order.cuda and "RAY_ADDRESS" not in os.environ:
+        start(number, cuda=False)
     engines = trlpatch.ray.create_engines(order.model, **{**settings, **way.engine, **more})
     try:
         yield engines
     finally:
         trlpatch.ray.shutdown()
-
-
-def _start_ray() -> None:
-    """Start a small cluster; on a busy machine Ray gives up at times, and does it when asked again."""
-    import ray
-
-    for attempt in range(_RAY_ATTEMPTS):
-        try:
-            ray.init(
-                num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False,
-                _temp_dir=tempfile.mkdtemp(prefix="ray", dir="/tmp"),
-            )  # fmt: skip
-            return
-        except Exception:
-            ray.shutdown()
-            if attempt + 1 == _RAY_ATTEMPTS:
-                raise
-            time.sleep(2)
 
 
 @contextmanager
@@ -191,7 +219,8 @@ def _asynchronous(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any,
     config = AsyncGRPOConfig(**{**{name: settings[name] for name in settings if name in known}, **way.config})
     one_device(config)
     lora = LoraConfig(r=order.rank, lora_alpha=order.rank, target_modules=TARGETS, task_type="CAUSAL_LM")
-    with _engines(way, order, beside) as engines:
+    engines_here = _engines(way, order, beside, every_rank=False) if _first() else nullcontext()
+    with engines_here as engines:
         arguments = trlpatch.ray.async_rollouts(
             engines, odd_tokens, Dataset.from_dict({"prompt": PROMPTS * 64}),
             sampling_params={"ignore_eos": True}, args=config, **({"peft_config": lora} if order.rank else {}),
@@ -202,25 +231,33 @@ def _asynchronous(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any,
 
 @contextmanager
 def _server(way: Way, order: Order, beside: Beside) -> Iterator[tuple[Any, Any]]:
-    """TRL's own server on the other GPUs, stock: merge, push every parameter, unmerge."""
+    """TRL's own server on the other GPUs, stock: merge, push every parameter, unmerge. The first rank starts it."""
+    if not _first():
+        stock = Way(way.spec, "stock", config={"vllm_mode": "server", **way.config})
+        yield grpo_trainer(stock, order, *plain_policy(stock, order)), None
+        return
     port = 8000 + os.getpid() % 1000
     settings = {
         "--model": order.model, "--port": port, "--dtype": "bfloat16", "--gpu-memory-utilization": 0.9,
-        "--max-model-len": order.length, "--data-parallel-size": max(1, beside.gpus - 1),
+        "--max-model-len": order.length, "--data-parallel-size": beside.gpus - beside.trainers,
     }  # fmt: skip
     command = [sys.executable, "-c", "from trl.cli import main; main()", "vllm-serve"]
     command += [str(word) for setting in settings.items() for word in setting]
-    others = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(1, beside.gpus)))}
+    others = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(beside.trainers, beside.gpus)))}
+    others = {name: value for name, value in others.items() if name not in _OF_RANKS}
     server = subprocess.Popen(command, env=others, start_new_session=True)
     try:
         _wait_for(server, f"http://localhost:{port}/health/")
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0"
         config = {"vllm_mode": "server", "vllm_server_host": "localhost", "vllm_server_port": port, **way.config}
         stock = Way(way.spec, "stock", config=config)
         yield grpo_trainer(stock, order, *plain_policy(stock, order)), None
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(60)
+
+
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _wait_for(server: subprocess.Popen[bytes], url: str) -> None:
@@ -244,84 +281,3 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "ray-async": _asynchronous,
     "server": _server,
 }
-
-
-class _Steps:
-    """Whole steps, the time of generation and sync in each, and what engines and trainer say; nothing waits for it."""
-
-    def __init__(self, trainer: Any, engines: Any, order: Order, lines: Lines) -> None:
-        self._trainer, self._engines, self._order, self._lines = trainer, engines, order, lines
-        self._seconds = {"generation": 0.0, "sync": 0.0}
-        self._version, self._tokens = 0, 0
-        generation = getattr(trainer, "vllm_generation", None)
-        owners = (generation, trainer)
-        client = next((found for one in owners if (found := getattr(one, "vllm_client", None)) is not None), None)
-        engine = next((found for one in owners if (found := getattr(one, "llm", None)) is not None), None)
-        for part, owner, name in (
-            ("sync", generation, "sync_weights"), ("sync", trainer, "_move_model_to_vllm"),
-            ("sync", trainer, "_sync_weight"), ("generation", engine, "generate"), ("generation", client, "generate"),
-        ):  # fmt: skip
-            if owner is not None and callable(getattr(owner, name, None)):
-                setattr(owner, name, self._timed(part, getattr(owner, name)))
-
-    def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(call)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._seconds[part] += time.perf_counter() - started
-
-        return timed
-
-    def callback(self) -> Any:
-        """Make the transformers callback that writes a line for each step."""
-        import torch
-        from transformers import TrainerCallback
-
-        watch, cuda = self, self._order.cuda
-
-        class Callback(TrainerCallback):  # type: ignore[misc]
-            started: float | None = None
-
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                if self.started is None:
-                    settle()
-                    self.started = time.perf_counter()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                settle()
-                now = time.perf_counter()
-                assert self.started is not None
-                phase = "warmup" if state.global_step <= watch._order.warmup else "timed"
-                entry = {"number": state.global_step, "phase": phase, "seconds": now - self.started, **watch.take()}
-                if cuda:
-                    entry["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-                watch._lines.write("step", **entry)
-                self.started = time.perf_counter()
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-                kept = {
-                    name: value
-                    for name, value in (logs or {}).items()
-                    if (name in _KEPT or name.startswith(_PREFIXES)) and isinstance(value, int | float)
-                }
-                if kept:
-                    watch._lines.write("log", number=state.global_step, **kept)
-
-        return Callback()
-
-    def take(self) -> dict[str, Any]:
-        """Return what was counted since the last call."""
-        found: dict[str, Any] = {f"{part}_s": seconds for part, seconds in self._seconds.items() if seconds}
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
-        if self._engines is None:
-            return found
-        tokens = sum(one.tokens for one in self._engines.health() if not isinstance(one, BaseException))
-        found |= {"engine_tokens": tokens - self._tokens}
-        self._tokens = tokens
-        if self._engines.adapter_version != self._version:
-            self._version = self._engines.adapter_version
-            found |= {"to_engines_s": self._engines.sync_seconds, "sync_bytes": self._engines.adapter_bytes}
-        return found

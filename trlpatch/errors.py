@@ -246,6 +246,10 @@ class NotEnoughResources(RayError, RuntimeError):
     """The Ray cluster has not the GPUs or CPUs that the engines need."""
 
 
+class ClusterTimeout(RayError, TimeoutError):
+    """Ray did not start, answer or end in the time that it had: its GCS hangs, or cannot be reached."""
+
+
 class EngineInitFailed(RayError, RuntimeError):
     """A rollout engine did not come up in its Ray actor, or not in time."""
 

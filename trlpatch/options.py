@@ -129,6 +129,7 @@ DIRECTORIES = {
 """The environment variables that name a directory."""
 
 SECONDS = {
+    "TRLPATCH_RAY_CLUSTER_TIMEOUT": "how long Ray may take to start, to be joined, to say what is free, and to end",
     "TRLPATCH_RAY_INIT_TIMEOUT": "how long an engine on a Ray actor may take to come up",
     "TRLPATCH_RAY_HEALTH_TIMEOUT": "how long such an engine may go without a step, or its actor without an answer",
     "TRLPATCH_RAY_SYNC_TIMEOUT": "how long such engines may take to take over an adapter or weights",

@@ -159,6 +159,14 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "imported.",
     ),
     KnownError(
+        "ClusterTimeout",
+        r"ClusterTimeout|Ray did not answer in [\d.]+ s",
+        "Ray did not start, answer or end in TRLPATCH_RAY_CLUSTER_TIMEOUT (300 s): its GCS, on the head's host, hangs "
+        "or cannot be reached.",
+        "`ray status` there, and gcs_server.out in Ray's session folder. A head that is started anew (`ray stop`, "
+        "`ray start --head`), and RAY_ADDRESS that names it; too slow: `timeouts=Timeouts(cluster=600)`.",
+    ),
+    KnownError(
         "EngineInitFailed",
         r"EngineInitFailed|starting \d+ rollout engine\(s\) on Ray actors",
         "A rollout engine did not come up in its Ray actor: vLLM's reason is behind it, or TRLPATCH_RAY_INIT_TIMEOUT "

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import logging
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trlpatch.errors import NotEnoughResources, RayNotInstalled
+from trlpatch.errors import ClusterTimeout, NotEnoughResources, RayNotInstalled
 from trlpatch.log import logger
 from trlpatch.options import read_launcher
+from trlpatch.ray.bounded import bounded
 from trlpatch.ray.environment import RAY_DEFAULTS
 from trlpatch.ray.plan import Need, Node
+from trlpatch.ray.timeouts import Timeouts
 from trlpatch.versions import pip_install
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -35,7 +42,7 @@ def import_ray() -> Any:
     return ray
 
 
-def join(options: Mapping[str, Any] | None = None) -> Any:
+def join(options: Mapping[str, Any] | None = None, limits: Timeouts | None = None) -> Any:
     """Join the cluster that RAY_ADDRESS names or that this process has joined already, else start one on this host.
 
     `options` are `ray.init`'s. A cluster that is started here has this host's GPUs but for the one that this process
@@ -44,6 +51,7 @@ def join(options: Mapping[str, Any] | None = None) -> Any:
     Raises:
         RayNotInstalled: Ray is missing.
         NotEnoughResources: this process is one of several ranks and there is no common cluster.
+        ClusterTimeout: Ray did not come up, or did not answer, within `limits.cluster` seconds.
         InvalidOption: WORLD_SIZE is no number.
     """
     global _started_here
@@ -52,7 +60,8 @@ def join(options: Mapping[str, Any] | None = None) -> Any:
         return ray
     options = dict(options or {})
     if os.environ.get("RAY_ADDRESS") or options.get("address"):
-        ray.init(**{"log_to_driver": True, **options})
+        where = options.get("address") or os.environ["RAY_ADDRESS"]
+        _init(ray, f"joining the Ray cluster at {where}", {"log_to_driver": True, **options}, limits)
         return ray
     ranks = read_launcher("WORLD_SIZE", 1)
     if ranks > 1:
@@ -67,21 +76,55 @@ def join(options: Mapping[str, Any] | None = None) -> Any:
     if free is not None:
         given["num_gpus"] = len(free)
     with _environment({**RAY_DEFAULTS, **({} if free is None else {_DEVICES: ",".join(free)})}):
-        ray.init(**{**given, **options})
+        _init(ray, "starting a Ray cluster on this host", {**given, **options}, limits)
     _started_here = True
     return ray
 
 
-def leave() -> None:
-    """Stop the cluster that was started here; one that was joined goes on."""
+def _init(ray: Any, what: str, options: Mapping[str, Any], limits: Timeouts | None) -> None:
+    """`ray.init`, bounded, which means in a thread; what Ray does in the main thread only is done here."""
+    if threading.current_thread() is threading.main_thread():
+        # Ray ends with the process on SIGTERM, by atexit; `ray.init` sets this in the main thread alone.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    log = logging.getLogger("ray._private.worker")
+    log.addFilter(_not_of_sigterm)
+    try:
+        bounded(what, lambda: ray.init(**options), limits)
+    finally:
+        log.removeFilter(_not_of_sigterm)
+
+
+def _not_of_sigterm(record: logging.LogRecord) -> bool:
+    return "SIGTERM handler is not set" not in str(record.msg)
+
+
+def leave(limits: Timeouts | None = None) -> None:
+    """Stop the cluster that was started here; one that was joined goes on.
+
+    One that does not stop within `limits.cluster` seconds is left to the end of this process, with a warning.
+    """
     global _started_here
     if _started_here:
         _started_here = False
-        import_ray().shutdown()
+        ray = import_ray()
+        try:
+            bounded("ending the Ray cluster of this process", ray.shutdown, limits)
+        except ClusterTimeout as error:
+            atexit.unregister(ray.shutdown)  # which would be waited for again
+            logger.warning("%s. What Ray has started ends with this process", error)
 
 
-def nodes() -> list[Node]:
-    """The hosts of the cluster that are alive, with what is free on each."""
+def nodes(limits: Timeouts | None = None) -> list[Node]:
+    """The hosts of the cluster that are alive, with what is free on each.
+
+    Raises:
+        ClusterTimeout: Ray did not answer within `limits.cluster` seconds.
+    """
+    found: list[Node] = bounded("asking the Ray cluster for its nodes", _nodes, limits)
+    return found
+
+
+def _nodes() -> list[Node]:
     ray = import_ray()
     alive = [node for node in ray.nodes() if node["Alive"]]
     free = _free_by_node(ray, alive)
@@ -108,13 +151,18 @@ def _free_by_node(ray: Any, alive: list[Any]) -> dict[str, dict[str, float]]:
         return {node["NodeID"]: node["Resources"] for node in alive}
 
 
-def placed(ray: Any, engines: int, need: Need, timeout: float) -> Any:
+def placed(ray: Any, engines: int, need: Need, timeout: float, limits: Timeouts | None = None) -> Any:
     """Reserve a bundle for each engine, close together.
 
     Raises:
         NotEnoughResources: Ray does not give them.
+        ClusterTimeout: it does not answer within `limits.cluster` seconds.
     """
-    group = ray.util.placement_group([need.bundle] * engines, strategy="PACK")
+    group = bounded(
+        "reserving resources for rollout engines",
+        lambda: ray.util.placement_group([need.bundle] * engines, strategy="PACK"),
+        limits,
+    )
     ready, _ = ray.wait([group.ready()], timeout=timeout)
     if not ready:
         ray.util.remove_placement_group(group)

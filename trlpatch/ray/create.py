@@ -11,6 +11,7 @@ from trlpatch.engine.cudagraphs import compilation_config
 from trlpatch.log import logger
 from trlpatch.ray import cluster
 from trlpatch.ray.actor import CONTROL, ROLLOUTS, LLMRayActor
+from trlpatch.ray.bounded import bounded
 from trlpatch.ray.engines import RayEngines, all_engines
 from trlpatch.ray.environment import engine_environment, engine_port
 from trlpatch.ray.fleet import RayCluster
@@ -65,6 +66,7 @@ def create_engines(
     Raises:
         RayNotInstalled: Ray is missing.
         NotEnoughResources: the cluster has too few GPUs or CPUs, with what is missing and what would fit.
+        ClusterTimeout: Ray did not come up, or did not answer, in `timeouts.cluster` seconds.
         EngineInitFailed: an engine did not come up, or not in `timeouts.init` seconds; none is left.
     """
     arguments = _arguments(
@@ -104,14 +106,14 @@ def start_engines(
     if parallel > 1:
         arguments = {"distributed_executor_backend": "mp", **arguments}
     limits = timeouts or Timeouts()
-    ray = cluster.join(ray_options)
+    ray = cluster.join(ray_options, limits)
     devices = cluster.on_devices()
     need = Need(parallel if devices else 0, parallel)
     trainer = cluster.trainer_device() if devices else None
-    require_room(cluster.nodes(), num_engines, need, trainer=trainer if cluster.started_here() else None)
+    require_room(cluster.nodes(limits), num_engines, need, trainer=trainer if cluster.started_here() else None)
     variables = engine_environment(devices=devices) | dict(environment or {})
-    group = cluster.placed(ray, num_engines, need, _RESERVATION)
-    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer)
+    group = cluster.placed(ray, num_engines, need, _RESERVATION, limits)
+    started = Started(ray, need, group, arguments, variables, lora_layers, weight_transfer, limits)
     supervisor = Supervisor(started.actor, num_engines, limits, cluster=RayCluster(CONTROL))
     try:
         infos = supervisor.start()
@@ -140,6 +142,7 @@ class Started:
         environment: Mapping[str, str],
         lora_layers: str,
         weight_transfer: str,
+        limits: Timeouts,
     ) -> None:
         self._ray = ray
         self._need = need
@@ -148,6 +151,7 @@ class Started:
         self._environment = environment
         self._lora_layers = lora_layers
         self._weight_transfer = weight_transfer
+        self._limits = limits
 
     def actor(self, index: int) -> Any:
         """Start the engine at `index` in its place; `ready` of the handle waits for it."""
@@ -173,9 +177,13 @@ class Started:
         )
 
     def release(self) -> None:
-        """Give the reserved resources back."""
-        if self._ray.is_initialized():
-            self._ray.util.remove_placement_group(self._group)
+        """Give the reserved resources back; where Ray does not answer they are its until this process has ended."""
+        if not self._ray.is_initialized():
+            return
+        try:
+            bounded("giving resources back", lambda: self._ray.util.remove_placement_group(self._group), self._limits)
+        except Exception as error:  # Ray's own limit is shorter at times, and has an error of its own
+            logger.warning("the resources of rollout engines were not given back: %s", error)
 
 
 def shutdown() -> None:

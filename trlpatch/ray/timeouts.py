@@ -9,7 +9,7 @@ from functools import partial
 from trlpatch.errors import InvalidOption
 from trlpatch.options import SECONDS, read_seconds
 
-DEFAULTS = {"init": 1200.0, "health": 600.0, "sync": 120.0, "rollout": math.inf, "abort": 60.0}
+DEFAULTS = {"cluster": 300.0, "init": 1200.0, "health": 600.0, "sync": 120.0, "rollout": math.inf, "abort": 60.0}
 """The seconds of each timeout where nobody says another value."""
 
 VARIABLES = {name: f"TRLPATCH_RAY_{name.upper()}_TIMEOUT" for name in DEFAULTS}
@@ -31,6 +31,8 @@ class Timeouts:
         InvalidOption: a value is no positive number, or an environment variable says none.
     """
 
+    cluster: float = field(default_factory=partial(_unless_given, "cluster"))
+    """For Ray itself to answer: joining or starting a cluster, what is free on it, its end. 300."""
     init: float = field(default_factory=partial(_unless_given, "init"))
     """From the creation of an actor until its engine is up: placement, loading, compilation. 1200."""
     health: float = field(default_factory=partial(_unless_given, "health"))
