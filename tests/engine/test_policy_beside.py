@@ -19,7 +19,7 @@ from tests.fakes.owners import Since110  # noqa: E402
 from trlpatch.engine import lora_limits  # noqa: E402
 from trlpatch.engine.attach import attach_engine, detach_engine  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
-from trlpatch.errors import StaleAdapter  # noqa: E402
+from trlpatch.errors import NotAnEngine, StaleAdapter  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -119,6 +119,32 @@ def test_a_model_without_an_adapter_is_not_its_untrained_base(change: str, model
         changed.fast_generate(["a"])
     changed.fast_generate(["a"], lora_request=None)
     assert [None if request is None else request.lora_name for request in engine.requests] == ["v1", None]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_copy_is_no_more_its_untrained_base(
+    shared: bool, change: str, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trlpatch.engine.attach.verify_overlap", lambda *_: None)
+    model = attach_engine(lora_model(), engine, shared_weights=shared)
+    randomize(model)
+    twin = copy.deepcopy(copy.deepcopy(model))
+    assert not reason(twin, engine)
+    twin.unload().fast_generate(["a"])
+    assert engine.requests == [None], "as it was attached"
+    changed = CHANGES[change](copy.deepcopy(model))
+    with pytest.raises(StaleAdapter, match=r"q_proj|norm\.weight"):
+        changed.fast_generate(["a"])
+    assert "is not what it was" in reason(merge_an_earlier_adapter(copy.deepcopy(model)), engine)
+
+
+def test_a_copy_of_a_model_that_was_detached_is_not_believed(model: Any, engine: Any) -> None:
+    twin = copy.deepcopy(model).merge_and_unload()
+    detach_engine(model)
+    with pytest.raises(NotAnEngine, match="a copy of a model that the engine was detached from"):
+        twin.fast_generate(["a"])
+    assert engine.requests == []
 
 
 def test_a_model_as_it_was_attached_needs_no_adapter(model: Any, engine: Any) -> None:

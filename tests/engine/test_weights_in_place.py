@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 
 from tests.fakes.fused import PACKED, LoadingStub, assert_holds, engine_over  # noqa: E402
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
+from trlpatch.engine import probes  # noqa: E402
 from trlpatch.engine.sharing.names import EngineNames  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.engine.weights_in_place import merge, plan  # noqa: E402
@@ -215,6 +216,19 @@ def test_an_interrupted_write_answers_nothing_until_a_whole_one(rig: Any, monkey
     refresh(model, engine)
     engine.llm_engine.add_request("2", "prompt", None)
     assert_holds(module, model)
+
+
+def test_a_vocabulary_that_the_engine_has_no_room_for_is_named(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, engine = rig
+    model = lora_model()
+    size = model.config.vocab_size
+    monkeypatch.setattr(probes, "vocabulary_size", lambda llm: size)
+    assert write_policy(model, engine) is None
+    model.resize_token_embeddings(size + 16, mean_resizing=False)
+    with pytest.raises(StaleAdapter, match=f"vocabulary of {size + 16} tokens, the engine of {size}"):
+        refresh(model, engine)
+    assert not state_of(engine).torn
+    assert not module.loaded
 
 
 def test_an_engine_with_unfinished_requests_is_left_alone(rig: Any) -> None:

@@ -148,6 +148,20 @@ def test_the_mark_moves_with_whatever_is_trained(build: Any) -> None:
     assert before == ContentMark(policy_weights(model))
 
 
+@pytest.mark.parametrize("leaf", ["model.norm.weight", "model.layers.0.self_attn.q_proj.base_layer.weight"])
+def test_the_mark_moves_with_what_is_written_to_frozen_parameters(leaf: str) -> None:
+    model = lora_model(use_dora=True)
+    frozen = model.get_base_model().get_parameter(leaf)
+    assert not frozen.requires_grad
+    before = ContentMark(policy_weights(model))
+    with torch.no_grad():
+        frozen.mul_(1.5)
+    assert before != ContentMark(policy_weights(model))
+    with torch.inference_mode():
+        weights = policy_weights(base_model().requires_grad_(False))
+    assert ContentMark(weights) == ContentMark(weights), "inference tensors have no version"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_negated_column_is_seen(dtype: Any) -> None:
     whole = torch.rand(64, 64).add(0.1).to(dtype)

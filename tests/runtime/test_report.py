@@ -92,6 +92,10 @@ def test_the_summary_of_a_whole_release_is_ten_lines() -> None:
     assert max(map(len, lines)) <= 80
     assert lines[1] == f"  trainers   {', '.join(trainers)}"
     assert lines[2] == "  with       vllm_generation, 8 configs"
+    assert not any("skipped" in line for line in lines), "what is done in another file is done"
+    without = [entry for entry in entries if (entry.patch, entry.status) != ("sleep", "applied")]
+    left = str(PatchReport(trl="1.16.0", entries=tuple(without)))
+    assert f"  skipped    sleep on {trainers[0]}" in left
     assert lines[-2] == "  absent     not in this TRL: openenv"
 
 

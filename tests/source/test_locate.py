@@ -81,6 +81,8 @@ def test_an_unknown_algorithm_lists_the_known_ones(tmp_path: Path):
     install = find_trl(make_trl(tmp_path, "1.9.2"))
     with pytest.raises(UnknownAlgorithm, match=r"'ppo'.*Known: .*grpo.*rloo"):
         sources(install, "ppo")
+    with pytest.raises(UnknownAlgorithm, match=r"'gpro'; did you mean 'grpo'\?.*PatchFastRL\(\) patches all of them"):
+        sources(install, "gpro")
 
 
 def test_an_algorithm_that_this_release_lacks(tmp_path: Path):

@@ -14,7 +14,7 @@ _UNKNOWN_ERROR = 2
 _COLOURS = {"ok": "green", "info": GREY, "skip": GREY, "warn": "yellow", "fail": "red"}
 
 
-@click.command()
+@click.command(short_help="Check this machine and its packages, and say what to do.")
 @click.option("--error", "message", metavar="TEXT", help="Explain this error message instead.")
 @click.option("--log", type=click.File(errors="replace"), help="Explain the errors in this log instead; - is stdin.")
 @json_option

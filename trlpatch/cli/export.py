@@ -29,7 +29,7 @@ _revision = click.option("--revision", metavar="NAME", help="Of the base model o
 _checkpoint = click.argument("checkpoint", metavar="CHECKPOINT")
 
 
-@click.group()
+@click.group(short_help="Write merged weights, the adapter or GGUF of a checkpoint.")
 @click.pass_context
 def export(context: click.Context) -> None:
     """Write what a training run made, for others to load: merged weights, the adapter, GGUF.

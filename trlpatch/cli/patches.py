@@ -52,7 +52,7 @@ def _optional_patches(command: Callable[..., None]) -> Callable[..., None]:
 _targets = click.argument("targets", nargs=-1, metavar="[TARGET]...")
 
 
-@click.command("list")
+@click.command("list", short_help="List the patches: what for, and which releases.")
 @json_option
 def list_patches(as_json: bool) -> None:
     """List the patches: what each is for, and for which releases of which targets."""
@@ -73,7 +73,7 @@ def list_patches(as_json: bool) -> None:
         )
 
 
-@click.command()
+@click.command(short_help="Show which patches apply to which file, and why not.")
 @_targets
 @_trl_path
 @skip_option
@@ -118,7 +118,7 @@ def diff(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], **a
     _leave_on_drift(found)
 
 
-@click.command()
+@click.command(short_help="Write the patched files into a directory.")
 @_targets
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Directory to write to.")
 @_trl_path
@@ -132,7 +132,7 @@ def dump(targets: Sequence[str], out: Path, trl_path: Path | None, skip: Sequenc
         click.echo(path)
 
 
-@click.command()
+@click.command(short_help="Tell whether every patch fits, and the versions ran together.")
 @_targets
 @_trl_path
 @skip_option
@@ -168,7 +168,7 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
     sys.exit(bad)
 
 
-@click.command()
+@click.command(short_help="Show the installed TRL, the cache and the packages beside.")
 @json_option
 def status(as_json: bool) -> None:
     """Show the installed TRL, what lies in the cache for it, the packages beside it, and what these allow.

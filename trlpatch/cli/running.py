@@ -25,6 +25,7 @@ def _patching(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []},
+    short_help="Run a script, a module or a program with TRL patched.",
 )
 @_patching
 @click.option("-q", "--quiet", is_flag=True, help="Do not say on stderr what was patched; as TRLPATCH_QUIET=1.")
@@ -44,7 +45,7 @@ def run(words: Sequence[str], quiet: bool, **chosen: Any) -> Callable[[], None] 
     return functools.partial(run_script, list(words), options, quiet=quiet)
 
 
-@click.command()
+@click.command(short_help="Train a tiny model, without a GPU, and see what happens.")
 @click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option

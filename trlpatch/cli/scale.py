@@ -17,7 +17,7 @@ MODES = ("colocated", "sync", "prefetch", "async")
 SYNCS = ("adapter", "full-nccl", "full-objects", "server")
 
 
-@click.command()
+@click.command(short_help="Say how many rollout GPUs a training run wants.")
 @click.option("--shape", default="7b", show_default=True, help="1.5b, 7b, 32b or 72b; measured is 7b.")
 @click.option("--mode", type=click.Choice(MODES), default="async", show_default=True)
 @click.option("--trainer-gpus", type=click.IntRange(1), default=1, show_default=True)

@@ -33,7 +33,9 @@ class _Asked(BaseException):
         self.number = number
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command(
+    context_settings={"ignore_unknown_options": False}, short_help="Serve a model, an adapter or a GGUF file."
+)
 @click.argument("path")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on; by default a free one.")

@@ -97,9 +97,11 @@ def _conclude(out: Console, result: Result) -> None:
             "",
             console=out,
         )
+    files = result.setting.report.files
+    width = max(map(len, files), default=0)
     show(
         "The patched source that ran:",
-        *(f"  {target}  {file}" for target, file in result.setting.report.files.items()),
-        "What was changed in it: trlpatch diff grpo",
+        *(f"  {target:{width}}  {file}" for target, file in files.items()),
+        f"What was changed in it: trlpatch diff {' '.join(files)}",
         console=out,
     )

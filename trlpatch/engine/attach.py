@@ -153,7 +153,16 @@ def share_in_copies(llm: RolloutEngine) -> None:
     setattr(llm, "__deepcopy__", types.MethodType(_same_object, llm))  # noqa: B010 - no part of the engine's type
 
 
-def _same_object(self: Model, memo: object) -> Model:
+def _same_object(self: RolloutEngine, memo: dict[int, Any]) -> RolloutEngine:
+    """Not a copy, and what is known of the model that is being copied holds for its copy."""
+    state = state_of(self)
+    for base in (*state.weights_attached, *state.sharers):
+        twin = memo.get(id(base))  # copy.deepcopy notes it before it copies what the model refers to
+        if twin is None:
+            continue
+        state.weights_attached[twin] = contents(base) if base in state.sharers else state.weights_attached[base]
+        if base in state.compared:
+            state.compared.add(twin)
     return self
 
 
@@ -262,7 +271,13 @@ def _require_same_weights(base: Module, llm: RolloutEngine) -> None:
     if state.policy_location == "policy":
         _require_pushed_weights(base, state)
         return
-    changed = changed_parameter(state.weights_attached.get(base), base)
+    if base not in state.weights_attached:
+        raise NotAnEngine(
+            f"model.fast_generate: this {type(base).__name__} is a copy of a model that the engine was detached from, "
+            "and nothing says that the engine has its weights; expected a model that the engine is attached to: call "
+            "trlpatch.attach_engine(model, llm), which compares them"
+        )
+    changed = changed_parameter(state.weights_attached[base], base)
     if changed is not None:
         raise StaleAdapter(
             f"model.fast_generate: {changed!r} of this {type(base).__name__} is not what it was when the engine was "

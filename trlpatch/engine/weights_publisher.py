@@ -6,6 +6,7 @@ import weakref
 
 from trlpatch.engine import guards, probes
 from trlpatch.engine.protocols import RolloutEngine
+from trlpatch.engine.same_model import vocabulary_of
 from trlpatch.engine.sharing.eligibility import layout_reason
 from trlpatch.engine.state import EngineState, WrittenPolicy, state_of
 from trlpatch.engine.weights_in_place.plan import NotInPlace
@@ -43,6 +44,9 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
     if state.shared_weights:
         return "the engine's weights are the trainer's own"
     base = base_of(model)
+    own, inside = vocabulary_of(base), probes.vocabulary_size(engine)
+    if None not in (own, inside) and own != inside:  # vLLM's loaders assert what they load, and say nothing of it
+        return f"the model has a vocabulary of {own} tokens, the engine of {inside}"
     transfer = state.backend.weight_transfer()
     plan, unproven = None, False
     try:

@@ -206,7 +206,7 @@ class ContentMark:
     """What is equal as long as the policy is: its structure, and the bits of what is trained.
 
     Factors of adapters are summed by place, which sees any change; parameters that are trained whole by their bits.
-    Frozen parameters count by their storage.
+    Frozen parameters count by their storage and version: what writes to them otherwise than through `.data` is seen.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -218,6 +218,7 @@ class ContentMark:
             (one.path, one.base.data_ptr(), one.base.dtype, [term.scale for term in one.terms], one.magnitude is None)
             for one in weights
         ]
+        self._versions = [_version_of(one.base) for one in weights if not one.base.requires_grad]
         factors = [tensor for one in weights if not one.plain for tensor in list(_tensors(one))[1:]]
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
@@ -227,7 +228,11 @@ class ContentMark:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ContentMark):
             return NotImplemented
-        return self._structure == other._structure and self._sums == other._sums
+        return self._structure == other._structure and self._versions == other._versions and self._sums == other._sums
+
+
+def _version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
 
 
 def bit_sums(tensors: list[Tensor]) -> list[Sums]:

@@ -200,8 +200,12 @@ class PatchReport:
 
         patched = list(dict.fromkeys(entry.target for entry in self.applied))
         yield from patched_lines(patched)
-        for status, lines in (("failed", failure_lines), ("skipped", skip_lines)):
-            yield from ((status, line) for line in lines([entry for entry in self.entries if entry.status == status]))
+        failed = [entry for entry in self.entries if entry.status == "failed"]
+        yield from (("failed", line) for line in failure_lines(failed))
+        # From TRL 0.28 on most of what a trainer needs is done in VLLMGeneration: nothing that is missing.
+        done = {entry.patch for entry in self.applied}
+        skipped = [entry for entry in self.entries if entry.status == "skipped" and entry.patch not in done]
+        yield from (("skipped", line) for line in skip_lines(skipped))
         if stock := [target for target in self.files if target not in patched]:
             yield "stock", ", ".join(stock)
         if self.rebound:

@@ -178,9 +178,13 @@ def spelled(algorithm: str) -> str:
     key = algorithm.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
     key = {"onlinedpo": "online_dpo", "iwopd": "iw_opd"}.get(key, key)
     if key not in ALGORITHMS:
+        import difflib  # here: a warm start does not need it
+
+        near = difflib.get_close_matches(key, ALGORITHMS, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else "."
         raise UnknownAlgorithm(
-            f"Unknown algorithm {algorithm!r}: no trainer of that name rolls out on an in-process vLLM engine. "
-            f"Known: {', '.join(sorted(ALGORITHMS))}. None patches all of them."
+            f"Unknown algorithm {algorithm!r}{guess} No trainer of that name rolls out on an in-process vLLM engine. "
+            f"Known: {', '.join(sorted(ALGORITHMS))}. PatchFastRL() patches all of them."
         )
     return key
 
