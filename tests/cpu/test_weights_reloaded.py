@@ -111,3 +111,19 @@ def test_an_interrupted_reload_is_never_sampled_from(
         engine.generate(PROMPT, sampling())
     assert gap(model, model.fast_generate(PROMPT, sampling())[0]) < TOLERANCE
     detach_engine(model)
+
+
+def test_what_the_loader_does_not_take_is_named_and_never_sampled_from(
+    engine: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PEFT model inside another one has parameters of such names."""
+    model = trlpatch.attach_engine(tiny.policy(checkpoint, use_dora=True), engine, check=False)
+    values = reload.checkpoint_tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(reload, "checkpoint_tensors", lambda found: ((f"base_model.{n}", v) for n, v in values(found)))
+        with pytest.raises(EngineMismatch, match=r"vLLM's loader of Qwen2ForCausalLM does not take .*base_model"):
+            model.fast_generate(PROMPT, sampling())
+    with pytest.raises(StaleAdapter, match="half-written"):
+        engine.generate(PROMPT, sampling())
+    assert gap(model, model.fast_generate(PROMPT, sampling())[0]) < TOLERANCE
+    detach_engine(model)

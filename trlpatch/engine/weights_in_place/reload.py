@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trlpatch.engine.single_adapter.storage import rows_follow_loading
 from trlpatch.engine.weights_in_place import merge
+from trlpatch.errors import EngineMismatch
 from trlpatch.policy.policy_weights import PolicyWeight
 
 if TYPE_CHECKING:
@@ -61,17 +62,28 @@ def push_refusal(module: Module) -> str | None:
 
 
 def load(weights: list[PolicyWeight], module: Any, model_config: Any) -> None:
-    """Load the whole policy. What fails in between leaves a model of two policies."""
+    """Load the whole policy. What fails in between leaves a model of two policies.
+
+    Raises:
+        EngineMismatch: vLLM's loader does not take what the policy has.
+    """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     with rows_follow_loading():
         initialize_layerwise_reload(module)
         try:
             module.load_weights(checkpoint_tensors(weights))
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(Exception):
                 finalize_layerwise_reload(module, model_config)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            raise EngineMismatch(
+                f"writing weights in place: vLLM's loader of {type(module).__name__} does not take the policy's: "
+                f"{error or type(error).__name__}. Expected the parameters of the checkpoint that the engine has "
+                "under its names; a model inside another PEFT model, or a layer of its own, has others: merge "
+                "the inner adapter first (`merge_and_unload`), or build the engine from this model"
+            ) from error
         finalize_layerwise_reload(module, model_config)
     pack_tied(module)
 
