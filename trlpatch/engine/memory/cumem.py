@@ -1,7 +1,7 @@
 """Drive vLLM's CuMemAllocator, in the process that holds it: unmap one pool, and wake without mapping anything twice.
 
-The allocator gives every allocation a tag, "weights" or "kv_cache"; 0.32 has more: "workspace", "runtime" (what is made
-beside the KV cache; from 0.33 the LoRA buffers, too). What differs between releases:
+The allocator gives every allocation a tag, "weights" or "kv_cache", from 0.32 also "runtime" (what is made beside the
+KV cache; from 0.33 the LoRA buffers, too). What differs between releases:
 
 - up to 0.27 `wake_up(tags)` maps whatever bears one of the tags, mapped or not; mapping twice leaks a block of the
   same size and fails in the driver. From 0.28 it skips what is not asleep, and has `discard(tags)`.
@@ -45,7 +45,8 @@ def pool_bytes(tag: str) -> int:
 def bytes_beside(tag: str) -> int:
     """The size of all pools but one, mapped or not; 0 when they are not in this process."""
     instance = allocator()
-    return 0 if instance is None else sum(_bytes(data) for data in instance.pointer_to_data.values() if data.tag != tag)
+    others = [] if instance is None else [data for data in instance.pointer_to_data.values() if data.tag != tag]
+    return sum(_bytes(data) for data in others)
 
 
 def discard_kv_cache(worker: object) -> int:
