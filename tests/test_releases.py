@@ -66,3 +66,8 @@ def test_what_is_there_already_stays_as_it_is() -> None:
 def test_a_line_that_is_gone_is_named() -> None:
     with pytest.raises(releases.CannotAdd, match=r"NEWEST_TESTED.*found 0"):
         releases.with_newest_tested("", NEXT)
+
+
+def test_the_tests_that_write_goldens_exist() -> None:
+    assert {"tests/golden/test_anchors.py", "tests/golden/test_golden.py"} <= set(releases.TESTS)
+    assert all((releases.ROOT / path).is_file() for path in releases.TESTS)

@@ -54,8 +54,9 @@ def driver(llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[DeviceStub]:
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda where=None: driver.synchronize())
     for name, found in (("synchronize", driver.synchronize), ("free_up", driver.free_up)):
         monkeypatch.setattr(device, name, found)
-    for name in ("sleep", "wake_up"):
-        monkeypatch.setattr(CPUWorker, name, getattr(Worker, name))
+    for name in ("sleep", "wake_up", "discard"):  # the last one from 0.31 on
+        if hasattr(Worker, name):
+            monkeypatch.setattr(CPUWorker, name, getattr(Worker, name))
     monkeypatch.setattr(probes.model_config(llm), "enable_sleep_mode", True)
     guards.install(llm, state_of(llm))
     yield driver

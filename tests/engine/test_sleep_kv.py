@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.allocator import RELEASES
+from tests.fakes.allocator import RELEASES, RUNTIME_SIZE
 from tests.fakes.sleep_rig import ALL, KV, Rig
 from trlpatch.engine import guards
 from trlpatch.engine.memory import cumem
@@ -177,6 +177,24 @@ def test_torchs_cache_makes_room_only_when_it_has_to(rig: Rig) -> None:
     rig.device.cached = rig.device.free - rig.device.unit
     wake(rig.engine, rig.state, KV_CACHE)
     assert not rig.device.cached
+    rig.roll_out()
+
+
+def test_what_wakes_with_the_weights_is_counted_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch, "0.32", shared=False)
+    weights = ALL - KV + RUNTIME_SIZE
+    assert rig.state.backend.weights_bytes() == weights * rig.device.unit
+    assert rig.sleep()
+    assert rig.mapped() == 0
+    rig.device.taken = rig.device.free - (weights - 1) * rig.device.unit
+    rig.device.attempts = 0
+    with pytest.raises(NotEnoughMemory, match=r"\(weights\) needs 5\.00 GiB of device memory, but 4\.00 GiB are free"):
+        wake(rig.engine, rig.state, WEIGHTS)
+    assert not rig.device.attempts
+    rig.device.taken = 0
+    assert wake(rig.engine, rig.state, WEIGHTS)
+    assert rig.mapped() == weights
+    assert wake(rig.engine, rig.state, KV_CACHE)
     rig.roll_out()
 
 

@@ -1,7 +1,7 @@
 """vLLM's sleep machinery over a device that is only accounted for: the parts that need a GPU.
 
 `DeviceStub` is the driver: mapping mapped memory and unmapping unmapped memory are assertions, and memory that was
-unmapped comes back with undefined contents. `AllocatorStub` follows CuMemAllocator of one of three releases, the
+unmapped comes back with undefined contents. `AllocatorStub` follows CuMemAllocator of one of four releases, the
 executor and the engine those of 0.23 to 0.28. tests/gpu/sleep_cycles.py runs the same on a device.
 """
 
@@ -18,6 +18,9 @@ from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 LAYOUT = {WEIGHTS: (3, 1), KV_CACHE: (4, 2, 2)}
 """Units of each allocation of a pool."""
 RELEASES = ("0.23", "0.26", "0.28")
+RUNTIME = "runtime"
+RUNTIME_SIZE = 1
+"""Of the pool that 0.32 adds, in units of LAYOUT."""
 
 Handle = tuple[int, int, int, int]
 
@@ -96,7 +99,8 @@ class AllocatorStub:
     def __init__(self, release: str, module: Any, device: DeviceStub) -> None:
         self.release, self._module, self._device = release, module, device
         self.pointer_to_data: dict[int, Any] = {}
-        if release == "0.28":
+        self._looks = release in ("0.28", "0.32")  # whether an allocation sleeps already
+        if self._looks:
             self.discard = self._discard
 
     def allocate(self, size: int, tag: str, contents: str) -> None:
@@ -111,7 +115,7 @@ class AllocatorStub:
 
     def sleep(self, offload_tags: tuple[str, ...]) -> None:
         for pointer, data in self.pointer_to_data.items():
-            if self.release == "0.28" and data.is_asleep:
+            if self._looks and data.is_asleep:
                 continue
             if data.tag in offload_tags:
                 data.cpu_backup_tensor = self._device.contents[pointer]
@@ -130,9 +134,10 @@ class AllocatorStub:
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         for pointer, data in self.pointer_to_data.items():
-            if self.release == "0.28" and not data.is_asleep:
+            if self._looks and not data.is_asleep:
                 continue
-            if tags is None or data.tag in tags:
+            restored = self.release == "0.32" and data.tag not in SLEEP_TAGS
+            if tags is None or data.tag in tags or restored:
                 self._module.create_and_map(data.handle)
                 if self.release != "0.23":
                     data.is_asleep = False
@@ -149,6 +154,8 @@ def cumem_stub(release: str, device: DeviceStub) -> Any:
     for tag, sizes in LAYOUT.items():
         for number, size in enumerate(sizes):
             allocator.allocate(size * device.unit, tag, f"{tag} {number}")
+    if release == "0.32":
+        allocator.allocate(RUNTIME_SIZE * device.unit, RUNTIME, RUNTIME)
     module.CuMemAllocator = SimpleNamespace(instance=allocator)
     return module
 
@@ -164,7 +171,7 @@ class WorkerStub:
     def sleep(self, level: int = 1) -> None:
         if self.release != "0.23":
             self._device.synchronize()
-        self.allocator.sleep((WEIGHTS,) if level == 1 else ())
+        self.allocator.sleep((WEIGHTS, RUNTIME) if level == 1 else (RUNTIME,))
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         self.allocator.wake_up(tags)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from tests.fakes.allocator import LAYOUT, DeviceStub, ExecutorStub, SleepyEngineStub, WorkerStub, cumem_stub
 from trlpatch.engine import guards
 from trlpatch.engine.memory import device
-from trlpatch.engine.probes import KV_CACHE, WEIGHTS
+from trlpatch.engine.probes import KV_CACHE, SLEEP_TAGS, WEIGHTS
 from trlpatch.engine.sleep import put_to_sleep
 from trlpatch.engine.state import state_of
 from trlpatch.engine.worker_extension import KvCacheSleep
@@ -31,6 +31,11 @@ class Rig:
             self.device = DeviceStub()
             module = cumem_stub(release, self.device)
         monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", module)
+        if release != "real":
+            package = ModuleType("vllm.device_allocator")
+            if release == "0.32":
+                package.DEFERRABLE_TAGS = tuple(sorted(SLEEP_TAGS))  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, package.__name__, package)
         monkeypatch.setattr(device, "synchronize", self.device.synchronize)
         monkeypatch.setattr(device, "free_bytes", lambda where=None: self.device.free)
         monkeypatch.setattr(device, "free_up", self.device.free_up)

@@ -112,6 +112,12 @@ def test_rewriter_finds_what_is_expected(
                     counts[KINDS[outcome.patch, anchor]] += count
         if +counts:
             found[file.name] = dict(sorted((+counts).items()))
+    unknown = sorted(expected_anchors.keys() - {file.name for file in previewed(version).files})
+    assert not unknown, (
+        f"{', '.join(unknown)} of TRL {version} uses an engine and is no target. A new trainer: give it and its "
+        "config an entry in trlpatch/source/targets.py, in the variants of the patches that apply to trainers on "
+        "VLLMGeneration, and in the tables of trlpatch/rewrite/census/names.py; one that moved: a location there"
+    )
     assert found == expected_anchors
 
 

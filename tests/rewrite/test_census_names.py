@@ -36,7 +36,15 @@ def test_a_config_with_all_fields_is_clean():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_renamed_field_is_drift(name: str):
     (reason,) = failures(CONFIG.replace(f"    {name}:", f"    renamed_{name}:"))
-    assert reason.startswith(f"the config has no field `{name}`, which hooks rely on; ")
+    assert reason.startswith(
+        f"the config has no field `{name}`, which hooks rely on (the nearest that is there: `renamed_{name}`); "
+        "hooks have to learn the new name; "
+    )
+
+
+def test_another_field_that_hooks_know_is_not_taken_for_a_renamed_one():
+    (reason,) = failures(CONFIG.replace("    vllm_server_host: object = field(default=None)\n", ""))
+    assert reason.startswith("the config has no field `vllm_server_host`, which hooks rely on; ")
 
 
 def test_a_field_in_a_docstring_or_a_method_is_none():

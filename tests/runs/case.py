@@ -106,7 +106,7 @@ def run(order: Order) -> dict[str, Any]:
             trainer.evaluate()
         result: dict[str, Any] = {
             **asdict(counts),
-            "gaps": training.gaps,
+            "gaps": list(training.gaps),  # the comparison of the engine with the control's model adds another
             "eval_rollouts": len(training.gaps) - trained,
             "rewards": training.rewards,
             "weights": digest(trainer.model),
@@ -123,6 +123,7 @@ def run(order: Order) -> dict[str, Any]:
 def control(order: Order, engine: Any, directory: Path) -> list[float]:
     """The gaps of a training whose rollouts get no request."""
     import trlpatch.hooks
+    from trlpatch.engine.state import state_of
 
     live = trlpatch.hooks.lora_request
     # The hook also wakes the engine; only what it returns is left out.
@@ -130,7 +131,9 @@ def control(order: Order, engine: Any, directory: Path) -> list[float]:
     try:
         engine.wake_up()
         training = Training(order, directory)
-        training.start(engine, steps=CONTROL_STEPS).train()
+        trainer = training.start(engine, steps=CONTROL_STEPS)
+        state_of(engine).bare_request = None  # the guard of requests that name no adapter
+        trainer.train()
     finally:
         trlpatch.hooks.lora_request = live
     return training.gaps

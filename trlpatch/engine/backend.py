@@ -108,7 +108,7 @@ class RolloutBackend(Protocol):
         """One pool is mapped, whoever did it."""
 
     def weights_bytes(self) -> int | None:
-        """The size of the engine's weights pool (with its LoRA buffers); None when it is not in this process."""
+        """The size of the engine's pools but the KV cache's, in bytes; None when they are not in this process."""
 
     # Guards.
 

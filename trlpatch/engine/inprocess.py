@@ -126,8 +126,11 @@ class InProcessBackend(LLMBackend):
         self.engine.wake_up(tags=[tag])
 
     def weights_bytes(self) -> int | None:
-        """The allocator's word; None when it is not in this process."""
-        return cumem.pool_bytes(WEIGHTS) or None
+        """The allocator's word, all that a sleep of the KV cache alone leaves mapped; None when it is not here.
+
+        vLLM 0.33 has the LoRA buffers in a pool beside the weights'.
+        """
+        return cumem.bytes_beside(KV_CACHE) or None
 
     @property
     def wakes(self) -> Executor:

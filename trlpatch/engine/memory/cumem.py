@@ -1,10 +1,12 @@
 """Drive vLLM's CuMemAllocator, in the process that holds it: unmap one pool, and wake without mapping anything twice.
 
-The allocator gives every allocation a tag, "weights" or "kv_cache". What differs between releases:
+The allocator gives every allocation a tag, "weights" or "kv_cache", from 0.32 also "runtime" (what is made beside the
+KV cache; from 0.33 the LoRA buffers, too). What differs between releases:
 
 - up to 0.27 `wake_up(tags)` maps whatever bears one of the tags, mapped or not; mapping twice leaks a block of the
   same size and fails in the driver. From 0.28 it skips what is not asleep, and has `discard(tags)`.
 - `AllocationData.is_asleep` came with 0.25.1. Below, only the executor's `sleeping_tags` says what is unmapped.
+- from 0.32 `wake_up(tags)` maps also whatever sleeps under a tag that is not one of its `DEFERRABLE_TAGS`.
 - a failed wake is not rolled back in any of them (vllm-project/vllm#34600).
 """
 
@@ -22,6 +24,7 @@ from trlpatch.engine.protocols import AllocationData, CuMemAllocator
 from trlpatch.errors import EngineWithoutSleep, NotEnoughMemory
 
 _MODULE = "vllm.device_allocator.cumem"
+_PACKAGE = "vllm.device_allocator"
 _MAPPED_EARLY = "_trlpatch_mapped_early"
 _SPARE = GIB
 """Free memory above what is to be mapped, for the rollout's activations; below it torch's cache is emptied first."""
@@ -37,6 +40,13 @@ def pool_bytes(tag: str) -> int:
     """The size of a pool, mapped or not; 0 when it is not in this process."""
     instance = allocator()
     return 0 if instance is None else sum(_bytes(data) for data in _tagged(instance, {tag}))
+
+
+def bytes_beside(tag: str) -> int:
+    """The size of all pools but one, mapped or not; 0 when they are not in this process."""
+    instance = allocator()
+    others = [] if instance is None else [data for data in instance.pointer_to_data.values() if data.tag != tag]
+    return sum(_bytes(data) for data in others)
 
 
 def discard_kv_cache(worker: object) -> int:
@@ -84,7 +94,7 @@ def whole_wake(tags: Collection[str] | None) -> Iterator[None]:
         return
     early: set[int] = instance.__dict__.setdefault(_MAPPED_EARLY, set())
     skip = early | {_pointer(data) for data in _tagged(instance, None) if getattr(data, "is_asleep", None) is False}
-    wanted = [data for data in _tagged(instance, tags) if _pointer(data) not in skip]
+    wanted = [data for data in _mapped_by_waking(instance, tags) if _pointer(data) not in skip]
     needed = sum(_bytes(data) for data in wanted)
     where = int(wanted[0].handle[0]) if wanted else None
     free = device.free_up(needed + _SPARE, where) if wanted else None
@@ -126,6 +136,13 @@ def _unmap_kv_cache_again(module: Any, instance: CuMemAllocator, early: set[int]
 
 def _tagged(instance: CuMemAllocator, tags: Collection[str] | None) -> list[AllocationData]:
     return [data for data in instance.pointer_to_data.values() if tags is None or data.tag in tags]
+
+
+def _mapped_by_waking(instance: CuMemAllocator, tags: Collection[str] | None) -> list[AllocationData]:
+    deferrable = getattr(sys.modules.get(_PACKAGE), "DEFERRABLE_TAGS", None)
+    if tags is None or deferrable is None:
+        return _tagged(instance, tags)
+    return [data for data in instance.pointer_to_data.values() if data.tag in tags or data.tag not in deferrable]
 
 
 def _bytes(data: AllocationData) -> int:

@@ -17,6 +17,7 @@ from trlpatch.source.releases import Release
 from trlpatch.source.targets import TARGETS
 
 TARGET_ADVICE = "a patch has to learn this form; until then this target and those coupled to it can only stay stock"
+NAME_ADVICE = "hooks have to learn the new name; until then this target and those coupled to it can only stay stock"
 MODULE_ADVICE = (
     "no patch knows how it syncs, sleeps and rolls out: do not train on an engine with what this module defines; "
     'on_drift="stock" patches the rest and warns'
@@ -29,12 +30,14 @@ def in_target(source: SourceFile, release: Release, steps: Plan, upstream: Outli
     target = source.target
     found = [*unknown_uses(patched.parents, stock)] if _mentions("".join(patched.lines)) else []
     found += _left_over(steps, patched)
+    lost: list[Use] = []
     if "live_adapter" not in steps.excluded:
-        found += lost_names(target.name, release, target.classes, patched)
-    lines = _upstream_lines(upstream.lines, patched.lines) if found else []
+        lost += lost_names(target.name, release, target.classes, patched)
+    lines = _upstream_lines(upstream.lines, patched.lines) if found or lost else []
     return [
-        _outcome(target.name, str(source.path), upstream, Use(lines[use.line - 1], use.what), TARGET_ADVICE)
-        for use in dict.fromkeys(found)
+        _outcome(target.name, str(source.path), upstream, Use(lines[use.line - 1], use.what), advice)
+        for uses, advice in ((found, TARGET_ADVICE), (lost, NAME_ADVICE))
+        for use in dict.fromkeys(uses)
     ]
 
 

@@ -7,6 +7,7 @@ the owner. All are asked for with `getattr`, because not every release has them 
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Iterator
 
 from trlpatch.rewrite.census.uses import Use
@@ -80,7 +81,9 @@ def lost_names(target: str, release: Release, classes: tuple[str, ...], file: Ou
         found = names(bodies, file) if wanted else set()
         for name in dict.fromkeys(wanted):
             if name not in found:
-                yield Use(bodies[0].lineno if bodies else 1, f"{what.format(name)}, which hooks rely on")
+                near = difflib.get_close_matches(name, sorted(found.difference(wanted)), n=1)
+                renamed = f" (the nearest that is there: `{near[0]}`)" if near else ""
+                yield Use(bodies[0].lineno if bodies else 1, f"{what.format(name)}, which hooks rely on{renamed}")
 
 
 def _fields(bodies: list[ast.ClassDef], file: Outline) -> set[str]:
