@@ -80,7 +80,7 @@ def load(weights: list[PolicyWeight], module: Any, model_config: Any) -> None:
                 raise
             raise EngineMismatch(
                 f"writing weights in place: vLLM's loader of {type(module).__name__} does not take the policy's: "
-                f"{error or type(error).__name__}. Expected the parameters of the checkpoint that the engine has "
+                f"{str(error) or type(error).__name__}. Expected the parameters of the checkpoint that the engine has "
                 "under its names; a model inside another PEFT model, or a layer of its own, has others: merge "
                 "the inner adapter first (`merge_and_unload`), or build the engine from this model"
             ) from error
