@@ -37,7 +37,7 @@ stuck_here()
 
 WARM = f"""
 import atexit, os, sys
-print(__name__, sys.argv[1:], os.environ["GIVEN"], os.getcwd(), "warm" if "decimal" in sys.modules else "fresh")
+print(__name__, sys.argv[1:], os.environ["GIVEN"], os.getcwd(), "warm" if "preloaded" in sys.modules else "fresh")
 atexit.register(print, "at its end")
 {LEAVES_ONE}
 if sys.argv[2] == "raise":
@@ -179,10 +179,11 @@ def test_a_warm_process_is_like_a_fresh_one_and_is_ended_with_all_that_it_starte
         raise subprocess.TimeoutExpired("it", timeout)
 
     (tmp_path / "runs_warm.py").write_text(WARM, encoding="utf-8")
+    (tmp_path / "preloaded.py").touch()
     monkeypatch.setattr(processes, "_LEAVING_SECONDS", 0.1)
     path = os.pathsep.join([str(tmp_path), str(processes.ROOT)])
     environ = {**os.environ, "PYTHONPATH": path, "GIVEN": "to the run"}
-    with warm.serving(Path(sys.executable), processes.ROOT, environ, ["decimal"]) as variables:
+    with warm.serving(Path(sys.executable), processes.ROOT, environ, ["preloaded"]) as variables:
         monkeypatch.setattr(warm, "_SOCKET", variables[warm.VARIABLE])
         done = processes.run_module("runs_warm", ["word", "exit"], env=environ, timeout=600.0)
         assert done.returncode == 3, done.stderr
