@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.arithmetic import accuracy, correct, save_mediocre_model
+from benchmarks.engine_start import build_engines_with, keep_weights_as_they_are
 from benchmarks.step_timers import Lines, settle
 from benchmarks.step_ways import one_device
 from tests.runs.case import TARGETS, versions
@@ -59,6 +60,8 @@ def train(way: str, order: Order, lines: Lines) -> None:
 
     if not order.cuda:
         torch.set_num_threads(1)
+        keep_weights_as_they_are()
+        build_engines_with(enforce_eager=True)
     model, words = (_fast if way == "trlpatch" else _plain)(order)
     drawn = list(islice(order.problems.stream("grpo"), order.steps * order.prompts))
     batch = order.prompts * order.generations

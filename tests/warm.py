@@ -41,10 +41,13 @@ MODULES = (
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.trainer",
     "vllm.entrypoints.llm",
-    "vllm.model_executor.models.qwen2",
     "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen2",
 )
-"""What a training imports, but for TRL and trlpatch."""
+"""What a training imports, but for TRL and trlpatch.
+
+vLLM's in its own order: the CPU worker of 0.23 exchanges functions that models import by name.
+"""
 
 VARIABLE = "TRLPATCH_TEST_WARM"
 """Names the socket, for the processes of pytest."""
