@@ -117,7 +117,7 @@ SWITCHES = {
     SLEEP: "whether an engine is built with sleep mode where enable_sleep_mode is not given",
     SLEEP_ALIAS: f"what {SLEEP} says, in Unsloth's words; {SLEEP} wins",
     VLLM_ON_GB10: "whether vLLM is used on DGX Spark (GB10)",
-    MERGE_KERNEL: "whether adapters are merged into an engine by a Triton kernel instead of torch's own operations",
+    MERGE_KERNEL: "whether weights in place are merged and summed by Triton kernels instead of torch's operations",
     QUIET: "whether `trlpatch run` does not say on stderr what it patched",
 }
 """The environment variables that are on or off, and what each decides."""

@@ -1,4 +1,4 @@
-"""The Triton kernel that merges LoRA into an engine's weights, in Triton's interpreter; tests/gpu has it compiled."""
+"""The Triton kernels behind weights in place, merge and sums, in Triton's interpreter; tests/gpu has them compiled."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from tests.engine.interpreted import INTERPRETED, inside, outside, run_interpreted  # noqa: E402
 from trlpatch.engine.weights_in_place import fused_merge, merge  # noqa: E402
 from trlpatch.options import MERGE_KERNEL  # noqa: E402
+from trlpatch.policy import bit_sums  # noqa: E402
 from trlpatch.policy.policy_weights import PolicyWeight, Term  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -49,7 +50,7 @@ def weight(shape: tuple[int, int], rank: int, *, base: Any, factor: Any, seed: i
 @pytest.mark.parametrize(("base", "factor"), [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
 def test_it_computes_what_torch_does(rank: int, base: Any, factor: Any) -> None:
     """Into float32: the interpreter cuts off where a device rounds to bfloat16."""
-    shapes = [(64, 128), (70, 130), (1, 1), (130, 40)]
+    shapes = [(64, 128), (70, 130), (1, 1), (130, 40), (130, 144)]
     weights = [weight(shape, rank, base=base, factor=factor, seed=seed) for seed, shape in enumerate(shapes)]
     fused = [torch.full(one.base.shape, float("nan")) for one in weights]
     plain = [torch.empty(one.base.shape) for one in weights]
@@ -86,3 +87,35 @@ def test_it_writes_rows_of_a_fused_parameter_and_nothing_beside_them() -> None:
 def test_what_it_does_not_do_is_left_to_torch(change: Any, rank: int) -> None:
     one = change(weight((16, 24), rank, base=torch.float32, factor=torch.float32))
     assert not fused_merge.mergeable(one, torch.empty(16, 24))
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_see_a_change_anywhere_and_changes_that_cancel_out(dtype: Any) -> None:
+    module = bit_sums.kernel_module()
+    a_program = module.BLOCK * module.ROUNDS
+    sizes = [8, a_program * 2, a_program * 3 + 24]
+    tensors = [torch.arange(1, size + 1, dtype=torch.float32).to(dtype) for size in sizes]
+    assert all(bit_sums.readable_by_kernel(tensor) for tensor in tensors)
+    before = bit_sums.bit_sums(tensors)
+    assert before == bit_sums.bit_sums(tensors)
+    for tensor in tensors:
+        for place in (0, 7, tensor.numel() // 2, tensor.numel() - 1):
+            kept = tensor[place].clone()
+            tensor[place] = -kept
+            assert before != bit_sums.bit_sums(tensors), (tensor.numel(), place)
+            tensor[place] = kept
+        for one, two in ((0, 2), (0, tensor.numel() - 2)):
+            tensor[[one, two]] = tensor[[two, one]]
+            assert before != bit_sums.bit_sums(tensors), "elements that changed places"
+            tensor[[one, two]] = tensor[[two, one]]
+    assert before == bit_sums.bit_sums(tensors)
+
+
+@inside
+def test_sums_leave_to_torch_what_no_vector_reads() -> None:
+    odd = torch.rand(1001)
+    assert not any(bit_sums.readable_by_kernel(one) for one in (odd, odd[1:1001], odd[:1000:2]))
+    before = bit_sums.bit_sums([odd, torch.zeros(16)])
+    odd[-1] += 1
+    assert before != bit_sums.bit_sums([odd, torch.zeros(16)])

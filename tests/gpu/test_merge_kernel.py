@@ -9,11 +9,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from trlpatch.engine.weights_in_place import fused_merge, merge  # noqa: E402
+from trlpatch.policy import bit_sums  # noqa: E402
 from trlpatch.policy.policy_weights import PolicyWeight, Term  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944)]
+SHAPES = [(3584, 3584), (512, 3584), (18944, 3584), (3584, 18944), (513, 3590)]
 
 
 def weights(rank: int, factor: Any) -> list[PolicyWeight]:
@@ -49,3 +50,25 @@ def test_it_is_torchs_float32_product_rounded_once(rank: int, factor: Any) -> No
             assert (found != right).float().mean() < 1e-4
             torch.testing.assert_close(found.float(), right.float(), rtol=2**-7, atol=1e-6)
             assert (found != one.base).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_bits_see_single_elements_and_what_cancels_out(dtype: Any) -> None:
+    large = torch.randn(18944, 3584, device="cuda").to(dtype)
+    tensors = [large, torch.ones(3584, device="cuda", dtype=dtype)]
+    assert all(bit_sums.readable_by_kernel(tensor) for tensor in tensors)
+    before = bit_sums.bit_sums(tensors)
+    assert all(before == bit_sums.bit_sums(tensors) for _ in range(5))
+    for row, column in ((0, 0), (18943, 3583), (9000, 17)):
+        kept = large[row, column].clone()
+        large[row, column] = kept * 2 + 1
+        assert before != bit_sums.bit_sums(tensors)
+        large[row, column] = kept
+    large[:, 5] *= -1
+    assert before != bit_sums.bit_sums(tensors)
+    large[:, 5] *= -1
+    rows = large[[1, 2]].clone()
+    large[[1, 2]] = rows.flip(0)
+    assert before != bit_sums.bit_sums(tensors)
+    large[[1, 2]] = rows
+    assert before == bit_sums.bit_sums(tensors)

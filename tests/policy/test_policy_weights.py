@@ -12,7 +12,9 @@ peft = pytest.importorskip("peft")
 
 from tests.fakes.models import base_model, lora_model  # noqa: E402
 from trlpatch.engine.weights_in_place.merge import float32_products, merged  # noqa: E402
-from trlpatch.policy.policy_weights import ContentMark, NotMergeable, bit_sums, policy_weights  # noqa: E402
+from trlpatch.policy.bit_sums import bit_sums  # noqa: E402
+from trlpatch.policy.content_mark import ContentMark  # noqa: E402
+from trlpatch.policy.policy_weights import NotMergeable, policy_weights  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trlpatch.engine.weights_in_place.writer import WeightsWriter
     from trlpatch.policy.adapter import PeftLayers
     from trlpatch.policy.base_weights import Weight
-    from trlpatch.policy.policy_weights import ContentMark
+    from trlpatch.policy.content_mark import ContentMark
 
 PolicyLocation = Literal["checkpoint", "adapter", "policy", "weights"]
 """Where the policy is inside the engine: nowhere yet (the weights it was built from), in the adapter that was

@@ -14,7 +14,8 @@ from trlpatch.engine.weights_in_place.writer import WeightsWriter
 from trlpatch.errors import EngineBusy, StaleAdapter
 from trlpatch.log import logger
 from trlpatch.policy.adapter import base_of, lora_view
-from trlpatch.policy.policy_weights import ContentMark, NotMergeable, policy_weights
+from trlpatch.policy.content_mark import ContentMark
+from trlpatch.policy.policy_weights import NotMergeable, policy_weights
 
 
 def holds_policy(model: object, engine: RolloutEngine) -> bool:
@@ -26,7 +27,7 @@ def holds_policy(model: object, engine: RolloutEngine) -> bool:
     if written.model() is not base_of(model):
         return False
     try:
-        return written.mark == ContentMark(policy_weights(model))
+        return written.mark == ContentMark(policy_weights(model), written.model())
     except NotMergeable:
         return False
 
@@ -62,7 +63,7 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
         return str(refusal)
     _require_idle(state)
     guards.install(engine, state)
-    mark = ContentMark(weights)  # before the copies: a later change must not look written
+    mark = ContentMark(weights, base)  # before the copies: a later change must not look written
     before, state.torn = state.torn, True
     state.written = state.published = None
     reason = None

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.policy.adapter import base_of, lora_view
-from trlpatch.policy.change_detection import ContentSums, Sums, as_integers
 from trlpatch.policy.sharding import sharded_by
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def policy_weights(model: Any, *, adapters: bool = True) -> list[PolicyWeight]:
             raise NotMergeable(f"{type(config).__name__} learns a prompt, which no weight holds")
     found = list(_walk(base_of(model), "", adapters))
     for weight in found:
-        for tensor in _tensors(weight):
+        for tensor in tensors_of(weight):
             _require_here(weight.path, tensor)
     return found
 
@@ -131,7 +130,21 @@ def _adapted(layer: Any, path: str, adapters: bool) -> Iterator[PolicyWeight]:
 
 
 def _has(layer: Any, adapter: str) -> bool:
+    inside = layer._modules.get("lora_A")
+    if inside is not None and adapter in inside._modules:
+        return True
     return any(adapter in getattr(layer, kind, ()) for kind in ("lora_A", "lora_embedding_A"))
+
+
+def _factor(layer: Any, kind: str, adapter: str) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of a factor, past `Module.__getattr__`, which takes most of a walk over a model.
+
+    Only what torch computes from other parameters (parametrizations) is no parameter of its own.
+    """
+    side = layer._modules[kind]._modules[adapter]
+    own = side._parameters
+    weight, bias = own.get("weight"), own.get("bias")
+    return (side.weight if weight is None else weight), (side.bias if bias is None else bias)
 
 
 def _terms(layer: Any, name: str, active: list[str]) -> tuple[tuple[Term, ...], Tensor | None, tuple[Term, ...]]:
@@ -150,9 +163,9 @@ def _terms(layer: Any, name: str, active: list[str]) -> tuple[tuple[Term, ...], 
             a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
             left, right = a.detach().T, b.detach().T
         else:
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            left, right = b.detach(), a.detach()
-            extra = layer.lora_B[adapter].bias
+            right = _factor(layer, "lora_A", adapter)[0].detach()
+            b, extra = _factor(layer, "lora_B", adapter)
+            left = b.detach()
             if extra is not None:
                 bias.append(Term(extra.detach()[:, None], torch.ones_like(extra[:1, None]), scale))
         terms.append(Term(left, right, scale))
@@ -182,7 +195,8 @@ def _checked(path: str, owner: Module, parameter: Any) -> Tensor:
     return parameter
 
 
-def _tensors(weight: PolicyWeight) -> Iterator[Tensor]:
+def tensors_of(weight: PolicyWeight) -> Iterator[Tensor]:
+    """What the parameter is computed from, the base first."""
     yield weight.base
     for term in weight.terms:
         yield term.left
@@ -194,72 +208,11 @@ def _tensors(weight: PolicyWeight) -> Iterator[Tensor]:
 def _require_here(path: str, tensor: Any) -> None:
     import torch
 
-    if (by := sharded_by(tensor)) is not None:
+    # ZeRO-3 gives parameters attributes, FSDP2 a class of their own; hasattr of what is not there is slow.
+    whole = type(tensor) in (torch.nn.Parameter, torch.Tensor) and not tensor.__dict__
+    if not whole and (by := sharded_by(tensor)) is not None:
         raise NotMergeable(f"the parameters are sharded by {by}")
     if tensor.is_meta or tensor.numel() == 0:
         raise NotMergeable(f"{path!r} holds no data in this process")
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tensor.dtype not in (torch.bfloat16, torch.float32, torch.float16):
         raise NotMergeable(f"{path!r} is kept as {tensor.dtype}")
-
-
-class ContentMark:
-    """What is equal as long as the policy is: its structure, and the bits of what is trained.
-
-    Factors of adapters are summed by place, which sees any change; parameters that are trained whole by their bits.
-    Frozen parameters count by their storage and version: what writes to them otherwise than through `.data` is seen.
-    """
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, weights: list[PolicyWeight]) -> None:
-        import torch
-
-        self._structure = [
-            (one.path, one.base.data_ptr(), one.base.dtype, [term.scale for term in one.terms], one.magnitude is None)
-            for one in weights
-        ]
-        self._versions = [_version_of(one.base) for one in weights if not one.base.requires_grad]
-        factors = [tensor for one in weights if not one.plain for tensor in list(_tensors(one))[1:]]
-        whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
-        with torch.inference_mode(False), torch.no_grad():
-            self._sums: list[Sums] = ContentSums(factors).now() if factors else []
-            self._sums += bit_sums(list(whole.values()))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ContentMark):
-            return NotImplemented
-        return self._structure == other._structure and self._versions == other._versions and self._sums == other._sums
-
-
-def _version_of(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
-
-
-def bit_sums(tensors: list[Tensor]) -> list[Sums]:
-    """Sums of each tensor's bits, by device; they see what version counters do not, as a fused optimizer's step."""
-    import torch
-
-    found = []
-    with torch.inference_mode(False), torch.no_grad():
-        for device in sorted({str(tensor.device) for tensor in tensors}):
-            there = [tensor.detach() for tensor in tensors if str(tensor.device) == device]
-            found.append(Sums(torch.stack([_bits_of(tensor) for tensor in there])))
-    return found
-
-
-def _bits_of(tensor: Tensor) -> Tensor:
-    """Sum words of 64 bits, and their upper halves: of narrower integers torch first writes a copy four times as big.
-
-    Sums of words are modulo 2**64, where the signs of an even number of their last elements cancel: the upper halves'
-    are exact, so that both together are the exact sums of both halves.
-    """
-    import torch
-
-    flat = tensor.contiguous().view(-1)
-    per_word = 8 // flat.element_size()
-    odd = flat.numel() % per_word
-    if flat.storage_offset() % per_word or flat.numel() == odd:
-        return as_integers(flat).sum(dtype=torch.int64).expand(2)
-    words = flat[: flat.numel() - odd].view(torch.int64)
-    sums = torch.stack([words.sum(), (words >> 32).sum()])
-    return sums + as_integers(flat[-odd:]).sum(dtype=torch.int64) if odd else sums

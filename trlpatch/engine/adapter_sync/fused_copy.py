@@ -12,8 +12,8 @@ import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.engine import triton_kernels
 from trlpatch.engine.adapter_sync.staging import Target
+from trlpatch.policy import triton_kernels
 from trlpatch.policy.adapter import LoraWeights
 from trlpatch.policy.base_weights import Spots, spots_under
 

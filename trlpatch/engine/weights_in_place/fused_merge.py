@@ -5,11 +5,10 @@ TRLPATCH_MERGE_KERNEL=0 takes torch's products instead, whose results are the sa
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.engine import triton_kernels
 from trlpatch.options import MERGE_KERNEL, read_switch
+from trlpatch.policy import triton_kernels
 from trlpatch.policy.policy_weights import PolicyWeight
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def wanted(device: torch.device) -> bool:
     """Can the kernel run on this device, and was it not switched off?"""
     if read_switch(MERGE_KERNEL) is False or kernel_module() is None:
         return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return triton_kernels.wanted(device)
 
 
 def mergeable(weight: PolicyWeight, target: Tensor) -> bool:
@@ -47,27 +46,30 @@ def mergeable(weight: PolicyWeight, target: Tensor) -> bool:
 
 def write(pairs: list[tuple[PolicyWeight, Tensor]]) -> None:
     """Merge every pair, each `mergeable`, on the current stream; all on one device."""
-    import torch
-
-    device = pairs[0][1].device
-    if device.type == "cuda" and torch.cuda.current_device() != device.index:
-        with torch.cuda.device(device):
-            _write(pairs)
-    else:
-        _write(pairs)
-
-
-def _write(pairs: list[tuple[PolicyWeight, Tensor]]) -> None:
-    groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype, int], list[tuple[PolicyWeight, Tensor]]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, torch.dtype, int, bool], list[tuple[PolicyWeight, Tensor]]] = {}
     for weight, target in pairs:
         left = weight.terms[0].left
-        groups.setdefault((weight.base.dtype, left.dtype, target.dtype, left.shape[1]), []).append((weight, target))
-    for (base, factor, to, rank), group in groups.items():
-        _launch(group, base, factor, to, rank)
+        alike = (weight.base.dtype, left.dtype, target.dtype, left.shape[1], _aligned(weight, target))
+        groups.setdefault(alike, []).append((weight, target))
+    with triton_kernels.on(pairs[0][1].device):
+        for (base, factor, to, rank, aligned), group in groups.items():
+            _launch(group, base, factor, to, rank, aligned=aligned)
+
+
+def _aligned(weight: PolicyWeight, target: Tensor) -> bool:
+    """Does every row of the wide tensors begin at a multiple of 16 bytes and of elements?"""
+    wide = (weight.base, weight.terms[0].right, target)
+    return target.shape[1] % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in wide)
 
 
 def _launch(
-    group: list[tuple[PolicyWeight, Tensor]], base: torch.dtype, factor: torch.dtype, to: torch.dtype, rank: int
+    group: list[tuple[PolicyWeight, Tensor]],
+    base: torch.dtype,
+    factor: torch.dtype,
+    to: torch.dtype,
+    rank: int,
+    *,
+    aligned: bool,
 ) -> None:
     import torch
 
@@ -99,6 +101,7 @@ def _launch(
         TARGET=triton_kernels.language(to),
         RANK=rank,
         PADDED=max(16, 1 << (rank - 1).bit_length()),
+        ALIGNED=aligned,
         BLOCK_N=module.BLOCK_N,
         BLOCK_K=module.BLOCK_K,
         COLUMNS=module.COLUMNS,

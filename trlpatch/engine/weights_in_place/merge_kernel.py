@@ -22,6 +22,7 @@ def merge(  # type: ignore[no-untyped-def]
     TARGET: tl.constexpr,
     RANK: tl.constexpr,
     PADDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -29,6 +30,8 @@ def merge(  # type: ignore[no-untyped-def]
     """Write round(base + scale * B @ A) into the target; base and target [N, K], B [N, RANK], A [RANK, K], contiguous.
 
     One program per tile, row by row: `where` has its matrix. PADDED is RANK or the next power of two.
+    ALIGNED: base, A and target begin at multiples of 16 bytes, K is a multiple of 16. Triton knows that of arguments,
+    not of addresses from a table, and loads element by element where it does not.
     """
     program = tl.program_id(0)
     matrix = tl.load(where + program)
@@ -39,27 +42,34 @@ def merge(  # type: ignore[no-untyped-def]
     target = tl.load(entry + 3).to(tl.pointer_type(TARGET))
     height = tl.load(entry + 4)
     width = tl.load(entry + 5)
+    if ALIGNED:
+        base, right, target = tl.multiple_of(base, 16), tl.multiple_of(right, 16), tl.multiple_of(target, 16)
+        width = tl.multiple_of(width, 16)
     scale = tl.load(scales + matrix)
     tile = program - tl.load(entry + 6)
     across = (width + BLOCK_K - 1) // BLOCK_K
     row = tile // across * BLOCK_N
     column = tile % across * BLOCK_K
-    rows = row + tl.arange(0, BLOCK_N)
-    columns = column + tl.arange(0, BLOCK_K)
+    # What is left of the matrix from here on. 64 bits once, not per element: an embedding has more than 2**31 bytes.
+    below, beside, width = (height - row).to(tl.int32), (width - column).to(tl.int32), width.to(tl.int32)
+    corner = row * width + column
+    if ALIGNED:
+        beside, width, corner = tl.multiple_of(beside, 16), tl.multiple_of(width, 16), tl.multiple_of(corner, 16)
+    rows = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_K)
     ranks = tl.arange(0, PADDED)
     b = tl.load(
-        left + rows[:, None] * RANK + ranks[None, :],
-        mask=(rows < height)[:, None] & (ranks < RANK)[None, :],
+        left + row * RANK + rows[:, None] * RANK + ranks[None, :],
+        mask=(rows < below)[:, None] & (ranks < RANK)[None, :],
         other=0.0,
     )
     a = tl.load(
-        right + ranks[:, None] * width + columns[None, :],
-        mask=(ranks < RANK)[:, None] & (columns < width)[None, :],
+        right + column + ranks[:, None] * width + columns[None, :],
+        mask=(ranks < RANK)[:, None] & (columns < beside)[None, :],
         other=0.0,
     )
     product = tl.dot(b.to(tl.float32), a.to(tl.float32), input_precision="ieee")
-    # Places need 64 bits: an embedding has more than 2**31 bytes. `width` is loaded as such.
-    places = rows[:, None].to(tl.int64) * width + columns[None, :]
-    inside = (rows < height)[:, None] & (columns < width)[None, :]
-    x = tl.load(base + places, mask=inside, other=0.0)
-    tl.store(target + places, (x.to(tl.float32) + scale * product).to(TARGET), mask=inside)
+    places = rows[:, None] * width + columns[None, :]
+    inside = (rows < below)[:, None] & (columns < beside)[None, :]
+    x = tl.load(base + corner + places, mask=inside, other=0.0)
+    tl.store(target + corner + places, (x.to(tl.float32) + scale * product).to(TARGET), mask=inside)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from trlpatch.engine.weights_in_place.plan import NotInPlace, refuse_adapted_twins
 from trlpatch.engine.weights_in_place.reload import checkpoint_tensors
 from trlpatch.errors import EngineLost, WeightsRefused
-from trlpatch.policy.policy_weights import ContentMark, PolicyWeight
+from trlpatch.policy.content_mark import ContentMark
+from trlpatch.policy.policy_weights import PolicyWeight
 from trlpatch.ray.messages import following
 from trlpatch.ray.transfer.sender import Engines, Sent, WeightSender
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from trlpatch.engine.weights_in_place.merge import float32_products
 from trlpatch.errors import EngineBusy, EngineLost
 from trlpatch.log import logger
-from trlpatch.policy.policy_weights import bit_sums
+from trlpatch.policy.bit_sums import bit_sums
 from trlpatch.ray.timeouts import Timeouts
 from trlpatch.ray.transfer.calls import Calls, RayCalls
 from trlpatch.ray.transfer.chunks import CHUNK_BYTES, chunks

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -32,3 +35,20 @@ def language(dtype: torch.dtype, *, bits: bool = False) -> Any:
     if bits:
         return tl.uint32 if dtype == torch.float32 else tl.uint16
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def wanted(device: torch.device) -> bool:
+    """Is it a GPU, or are kernels interpreted?"""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """For the time of a `with`: launches go to this device."""
+    import torch
+
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            yield
+    else:
+        yield

@@ -1,0 +1,62 @@
+"""What tells whether an engine has a policy: marks that are equal as long as the policy is."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from trlpatch.policy.bit_sums import bit_sums
+from trlpatch.policy.change_detection import ContentSums, Sums
+from trlpatch.policy.policy_weights import PolicyWeight, tensors_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FactorSums = tuple[list[tuple[object, ...]], ContentSums]
+_factor_sums: weakref.WeakKeyDictionary[object, _FactorSums] = weakref.WeakKeyDictionary()
+"""By a model: the views and keys that sums of its factors are made with take ten times as long as the sums."""
+
+
+class ContentMark:
+    """What is equal as long as the policy is: its structure, and the bits of what is trained.
+
+    Factors of adapters are summed by place, which sees any change; parameters that are trained whole by their bits.
+    Frozen parameters count by their storage and version: what writes to them otherwise than through `.data` is seen.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, weights: list[PolicyWeight], model: object = None) -> None:
+        """`model`, where one is given, remembers how its factors are summed, until it is gone."""
+        import torch
+
+        self._structure = [
+            (one.path, one.base.data_ptr(), one.base.dtype, [term.scale for term in one.terms], one.magnitude is None)
+            for one in weights
+        ]
+        self._versions = [_version_of(one.base) for one in weights if not one.base.requires_grad]
+        factors = [tensor for one in weights if not one.plain for tensor in list(tensors_of(one))[1:]]
+        whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
+        with torch.inference_mode(False), torch.no_grad():
+            self._sums: list[Sums] = _sums_of(factors, model).now() if factors else []
+            self._sums += bit_sums(list(whole.values()))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ContentMark):
+            return NotImplemented
+        return self._structure == other._structure and self._versions == other._versions and self._sums == other._sums
+
+
+def _sums_of(factors: list[Tensor], model: object) -> ContentSums:
+    """Those of the model where they read these very tensors, whose memory they hold: no address is another's."""
+    if model is None or not all(factor.is_contiguous() for factor in factors):
+        return ContentSums(factors)  # it reads copies of what is not contiguous
+    places: list[tuple[object, ...]] = [(one.data_ptr(), one.numel(), one.dtype, one.device) for one in factors]
+    known = _factor_sums.get(model)
+    if known is None or known[0] != places:
+        known = _factor_sums[model] = places, ContentSums(factors)
+    return known[1]
+
+
+def _version_of(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
