@@ -54,7 +54,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_step import ROOT, SHAPES, command_line, random_model
-from benchmarks.launch import absolute, run_ranks
+from benchmarks.launch import absolute, end_all_when_terminated, run_ranks
 from benchmarks.ranks_summary import aims, summary, table
 from benchmarks.ranks_ways import PARTS, Case, cases_of, run
 from benchmarks.step_timers import Lines
@@ -85,6 +85,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--logs", type=Path, help="a directory for what each rank printed")
     given = parser.parse_args()
+    end_all_when_terminated()
     try:
         names = given.cases.split(",") if given.cases else cases_of(given.parts.split(","), given.ranks)
         cases = [Case.named(name, given.start) for name in names]

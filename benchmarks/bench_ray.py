@@ -63,7 +63,7 @@ if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_step import ROOT, SHAPES, command_line, random_model
-from benchmarks.launch import absolute, run_ranks
+from benchmarks.launch import absolute, end_all_when_terminated, run_ranks
 from benchmarks.ray_cluster import head
 from benchmarks.ray_summary import aims, calibrate, summary, table
 from benchmarks.ray_ways import RAY_WAYS, Beside, parse, run
@@ -104,6 +104,7 @@ def main() -> int:
         "--calibrate", nargs="+", type=Path, metavar=("CALIBRATION", "RUN"), help="put what was measured into the file"
     )
     given = parser.parse_args()
+    end_all_when_terminated()
     if given.calibrate:
         path, *runs = given.calibrate
         documents = [json.loads(one.read_text(encoding="utf-8")) for one in runs]

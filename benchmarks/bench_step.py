@@ -56,6 +56,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launch import end, end_all_when_terminated, start
 from benchmarks.step_summary import add_ratios, summary, table
 from benchmarks.step_timers import GIB, Lines
 from benchmarks.step_ways import WAYS, Order, Way, as_json, environment, run
@@ -107,6 +108,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--logs", type=Path, help="a directory for what each way printed")
     given = parser.parse_args()
+    end_all_when_terminated()
     try:
         ways = [Way.parse(spec) for spec in given.ways.split(",")]
         ways += [Way.parse("+".join(["trlpatch", *options.split()])) for options in given.options]
@@ -232,14 +234,13 @@ def measure(
 def status_of(command: list[str], environ: dict[str, str], folder: Path, log: Path, timeout: float) -> int | None:
     """Run a process that prints into `log`; its exit status, or None if it was not done in time and was killed."""
     with log.open("w", encoding="utf-8") as file:
-        child = subprocess.Popen(command, env=environ, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+        child = start(command, env=environ, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
         try:
             return child.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            child.kill()
-            child.wait()
+            end(child)
 
 
 class DeviceMemory:

@@ -1,4 +1,4 @@
-"""Start the ranks of a case, each in a process of its own that belongs to no launcher, and end them all."""
+"""Processes of a benchmark: each in a session of its own, all of them ended with it; and the ranks of a case."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tests import ports
 from tests.runs.judge import last_error
@@ -21,6 +23,38 @@ _WITHOUT_MULTICAST = {
     "NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
 }  # fmt: skip
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own, which `end` ends with all that it has started; options are Popen's."""
+    child: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **options)
+    _running.add(child)
+    return child
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Kill what `start` has started, if any of it runs still."""
+    _kill(child)
+    child.wait()
+    _running.discard(child)
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def end_all_when_terminated() -> None:
+    """Have SIGTERM, as `timeout` sends it, end everything first: ranks that are left behind keep their GPUs."""
+
+    def terminated(number: int, _: object) -> NoReturn:
+        for child in list(_running):  # whoever waits for it, with Popen's lock, goes on to do so
+            _kill(child)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, terminated)
 
 
 def rank_environment(rank: int, ranks: int, devices: str | None, scratch: Path) -> dict[str, str]:
@@ -54,10 +88,9 @@ def run_ranks(
             own = {"MASTER_PORT": blocks[0]["MASTER_PORT"], "VLLM_PORT": block["VLLM_PORT"]}
             variables = {**environ, **own, **rank_environment(rank, ranks, devices, folder)}
             with log.open("wb") as file:
-                children.append(subprocess.Popen(
-                    command_of(rank), env=variables, cwd=folder, stdout=file, stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                ))  # fmt: skip
+                children.append(
+                    start(command_of(rank), env=variables, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+                )
     finally:
         statuses = wait_for(children, timeout if len(children) == ranks else 0.0, patience)
     return [
@@ -88,10 +121,8 @@ def wait_for(children: list[subprocess.Popen[bytes]], timeout: float, patience: 
             patient = time.monotonic() + patience
             while any(child.poll() is None for child in children) and time.monotonic() < patient:
                 time.sleep(0.2)
-        for child in children:  # and what it has started, which is of its session
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+        for child in children:
+            end(child)
 
 
 def absolute(paths: str) -> list[str]:

@@ -41,6 +41,7 @@ if __package__ in (None, ""):  # run as a script
 from benchmarks.arithmetic import SHAPES, Problems
 from benchmarks.bench_step import command_line
 from benchmarks.child import run_child
+from benchmarks.launch import end_all_when_terminated
 from benchmarks.result_ways import LOGGED
 from benchmarks.step_timers import Lines
 
@@ -112,6 +113,7 @@ def main() -> int:
     plotting.add_argument("document", type=Path)
     plotting.add_argument("picture", type=Path, help="SVG or PNG")
     given = parser.parse_args()
+    end_all_when_terminated()
     if given.command == "plot":
         document = json.loads(given.document.read_text(encoding="utf-8"))
         plot(document, given.picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -159,3 +160,31 @@ def test_ranks_that_are_late_are_ended_and_ranks_that_are_done_are_not() -> None
     assert wait_for([late], timeout=0.0) == [None]
     assert late.returncode == -signal.SIGKILL
     assert wait_for([child(""), child("")], timeout=1000.0) == [0, 0]
+
+
+TERMINATED = """
+import sys
+from benchmarks.launch import end_all_when_terminated, start, wait_for
+end_all_when_terminated()
+pipe = int(sys.argv[1])
+rank = f"import os, time; os.write({pipe}, b'r'); time.sleep(1000)"
+wait_for([start([sys.executable, "-c", rank], pass_fds=(pipe,))], timeout=1000.0)
+"""
+
+
+def test_a_benchmark_that_is_terminated_leaves_no_rank_behind() -> None:
+    """As `timeout` ends it: the ranks, in sessions of their own, would keep their GPUs."""
+    read, write = os.pipe()
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", TERMINATED, str(write)], pass_fds=(write,), cwd=Path(__file__).parents[1]
+    )
+    try:
+        os.close(write)
+        assert os.read(read, 1) == b"r", "the rank runs"
+        benchmark.terminate()
+        assert benchmark.wait() == 128 + signal.SIGTERM
+        assert os.read(read, 1) == b"", "whoever holds the other end of the pipe is gone"
+    finally:
+        os.close(read)
+        benchmark.kill()
+        benchmark.wait()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CHUNK = 2**23
 """Elements merged at a time: 32 MiB of float32, and with DoRA twice that."""
+_LARGE = 2**20
 
 
 def write(weight: PolicyWeight, target: Tensor) -> None:
@@ -26,12 +27,18 @@ def write(weight: PolicyWeight, target: Tensor) -> None:
 
 
 def copy_all(pairs: list[tuple[PolicyWeight, Tensor]]) -> None:
-    """As `write`, of plain weights, by few launches: a 7B model has 339 parameters, most of them small."""
+    """As `write`, of plain weights, by few launches: a 7B model has 339 parameters, nearly half of them small.
+
+    Large ones by themselves: `_foreach_copy_` moves them at two thirds of the device's speed (torch 2.11, H200).
+    """
     import torch
 
     alike: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
     for weight, target in pairs:
         base = weight.base.detach()
+        if base.numel() >= _LARGE:
+            target.copy_(base)
+            continue
         targets, sources = alike.setdefault((base.dtype, base.device), ([], []))
         targets.append(target)
         sources.append(base)
