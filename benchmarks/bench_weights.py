@@ -158,19 +158,17 @@ class Bench:
 
     def rows(self) -> Any:
         """Yield (way, samples in ms, share of wrong elements) of every row; TRL's way last: it moves the base."""
-        from trlpatch.engine.weights_in_place import fused_merge
         from trlpatch.engine.weights_publisher import holds_policy
         from trlpatch.options import MERGE_KERNEL
+        from trlpatch.policy import bit_sums
 
-        os.environ[MERGE_KERNEL] = "0"
-        yield "in place, first", self._timed(self._write, 1), self._wrong()
-        yield "in place, torch", self._timed(self._write), self._wrong()
-        yield "check", self._timed(lambda: holds_policy(self._policy, self._engine), moves=False), ""
-        if self._cuda and hasattr(self._policy, "merge_adapter") and fused_merge.kernel_module() is not None:
-            os.environ[MERGE_KERNEL] = "1"
-            self._timed(self._write, 2)  # compiles
-            yield "in place, Triton", self._timed(self._write), self._wrong()
-            os.environ[MERGE_KERNEL] = "0"
+        kernels = {"Triton": "1"} if self._cuda and bit_sums.kernel_module() is not None else {}
+        for by, switch in (kernels | {"torch": "0"}).items():
+            os.environ[MERGE_KERNEL] = switch
+            yield f"in place, {by}, first", self._timed(self._write, 1), self._wrong()
+            self._timed(self._write, 2)  # the 2nd and the 4th count what rounds back, the 8th as well
+            yield f"in place, {by}", self._timed(self._write), self._wrong()
+            yield f"check, {by}", self._timed(lambda: holds_policy(self._policy, self._engine), moves=False), ""
         yield "TRL's push", self._timed(lambda: trl_push(self._policy, self._engine)), self._wrong()
 
     def _write(self) -> None:
