@@ -59,6 +59,11 @@ def test_every_weight_is_written_and_asked_for_by_content(rig: Any) -> None:
         assert write_policy(model, engine) is None
         assert holds_policy(model, engine)
         assert_holds(module, model)
+    norm = model.get_base_model().model.norm.weight.data
+    norm.mul_(2)
+    assert not holds_policy(model, engine), "a frozen parameter that was written without its version moving"
+    norm.div_(2)
+    assert holds_policy(model, engine)
     assert engine.resets == 3
     assert addresses == [parameter.data_ptr() for parameter in module.parameters()], "graphs read these"
     assert not module.loaded, "every weight was found in its place"

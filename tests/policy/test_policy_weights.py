@@ -156,8 +156,12 @@ def test_the_mark_moves_with_what_is_written_to_frozen_parameters(leaf: str) -> 
     frozen = model.get_base_model().get_parameter(leaf)
     assert not frozen.requires_grad
     before = ContentMark(policy_weights(model))
+    frozen.data.mul_(2)  # moves no version counter
+    assert before != ContentMark(policy_weights(model))
+    frozen.data.div_(2)
+    assert before == ContentMark(policy_weights(model))
     with torch.no_grad():
-        frozen.mul_(1.5)
+        frozen.view(-1)[0].mul_(1.5)
     assert before != ContentMark(policy_weights(model))
     with torch.inference_mode():
         weights = policy_weights(base_model().requires_grad_(False))

@@ -12,16 +12,20 @@ from trlpatch.policy.policy_weights import PolicyWeight, tensors_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FactorSums = tuple[list[tuple[object, ...]], ContentSums]
-_factor_sums: weakref.WeakKeyDictionary[object, _FactorSums] = weakref.WeakKeyDictionary()
-"""By a model: the views and keys that sums of its factors are made with take ten times as long as the sums."""
+PIECE = 512
+"""Elements of every frozen parameter, as of those under an adapter that a request carries (`base_weights`)."""
+
+_Known = tuple[list[tuple[object, ...]], ContentSums]
+_sums_by_model: weakref.WeakKeyDictionary[object, _Known] = weakref.WeakKeyDictionary()
+"""The views and keys that sums are made with take ten times as long as the sums."""
 
 
 class ContentMark:
     """What is equal as long as the policy is: its structure, and the bits of what is trained.
 
     Factors of adapters are summed by place, which sees any change; parameters that are trained whole by their bits.
-    Frozen parameters count by their storage and version: what writes to them otherwise than through `.data` is seen.
+    Frozen parameters count by storage, version and the bits of a piece: what is written through `.data`, which moves
+    no version, is seen where it changes the piece, as a scaled or replaced weight does.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -35,10 +39,11 @@ class ContentMark:
             for one in weights
         ]
         self._versions = [_version_of(one.base) for one in weights if not one.base.requires_grad]
-        factors = [tensor for one in weights if not one.plain for tensor in list(tensors_of(one))[1:]]
+        looked_at = [tensor for one in weights if not one.plain for tensor in list(tensors_of(one))[1:]]
+        looked_at += [_piece(one.base) for one in weights if not one.base.requires_grad and one.base.is_contiguous()]
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
-            self._sums: list[Sums] = _sums_of(factors, model).now() if factors else []
+            self._sums: list[Sums] = _sums_of(looked_at, model).now() if looked_at else []
             self._sums += bit_sums(list(whole.values()))
 
     def __eq__(self, other: object) -> bool:
@@ -47,14 +52,20 @@ class ContentMark:
         return self._structure == other._structure and self._versions == other._versions and self._sums == other._sums
 
 
-def _sums_of(factors: list[Tensor], model: object) -> ContentSums:
+def _piece(weight: Tensor) -> Tensor:
+    """A view of some elements in the middle."""
+    start = weight.numel() // 2 // 16 * 16
+    return weight.detach().view(-1)[start : start + PIECE]
+
+
+def _sums_of(looked_at: list[Tensor], model: object) -> ContentSums:
     """Those of the model where they read these very tensors, whose memory they hold: no address is another's."""
-    if model is None or not all(factor.is_contiguous() for factor in factors):
-        return ContentSums(factors)  # it reads copies of what is not contiguous
-    places: list[tuple[object, ...]] = [(one.data_ptr(), one.numel(), one.dtype, one.device) for one in factors]
-    known = _factor_sums.get(model)
+    if model is None or not all(one.is_contiguous() for one in looked_at):
+        return ContentSums(looked_at)  # it reads copies of what is not contiguous
+    places: list[tuple[object, ...]] = [(one.data_ptr(), one.numel(), one.dtype, one.device) for one in looked_at]
+    known = _sums_by_model.get(model)
     if known is None or known[0] != places:
-        known = _factor_sums[model] = places, ContentSums(factors)
+        known = _sums_by_model[model] = places, ContentSums(looked_at)
     return known[1]
 
 
