@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.step_timers import GIB, Lines, settle
+from benchmarks.step_timers import GIB, Lines, settle, sync_calls
 
 SAMPLED = 16
 """Tokens of each completion that engine and policy are compared by."""
@@ -25,14 +25,10 @@ class EngineWatch:
         """Report every hand-over, every check before a rollout, and every call of the engine."""
         import sys
 
-        generation, hooks = getattr(trainer, "vllm_generation", None), sys.modules.get("trlpatch.hooks")
-        for part, owner, name in (
-            ("sync", generation, "sync_weights"),
-            ("sync", trainer, "_move_model_to_vllm"),
-            ("check", hooks, "lora_request"),
-        ):
-            if owner is not None and callable(getattr(owner, name, None)):
-                setattr(owner, name, self._measured(part, getattr(owner, name)))
+        for owner, name in sync_calls(trainer):
+            setattr(owner, name, self._measured("sync", getattr(owner, name)))
+        if (hooks := sys.modules.get("trlpatch.hooks")) is not None:
+            hooks.lora_request = self._measured("check", hooks.lora_request)  # type: ignore[attr-defined]
         engine.generate = self._counted(engine.generate)
 
     def _measured(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +112,6 @@ def write_gap(trainer: Any, engine: Any, lines: Lines, synchronise: Callable[[],
 
 def synchronisation(trainer: Any) -> Callable[[], Any]:
     """Return what this TRL calls before a rollout when the policy has moved."""
-    generation = getattr(trainer, "vllm_generation", None)
-    found: Callable[[], Any] = getattr(generation, "sync_weights", None) or trainer._move_model_to_vllm
+    owner, name = next(sync_calls(trainer))
+    found: Callable[[], Any] = getattr(owner, name)
     return found
