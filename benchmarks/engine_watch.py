@@ -91,17 +91,19 @@ def peak_memory(cuda: bool) -> dict[str, float]:
 def write_gap(trainer: Any, engine: Any, lines: Lines, synchronise: Callable[[], Any] | None = None) -> None:
     """Report how far engine and trained policy are apart, after a last hand-over; every rank calls it.
 
-    The control is the same completions beside the policy without its adapter: what the gap of an engine that has none
-    would be. Sampled alike on all ranks, since ranks with one engine have to ask it alike.
+    `synchronise` hands the policy over and returns the request that carries it, None where the engine of a trainer
+    puts it in by itself. The control is the same completions beside the policy without its adapter: what the gap of an
+    engine that has none would be. Sampled alike on all ranks, since ranks with one engine have to ask it alike.
     """
     from vllm import SamplingParams
 
     from tests.runs.measure import gap
 
-    (synchronise or synchronisation(trainer))()
+    request = (synchronise or synchronisation(trainer))()
     params = SamplingParams(max_tokens=SAMPLED, logprobs=0, temperature=1.0, seed=0, ignore_eos=True)
     prompts = [{"prompt_token_ids": [3 + number % 200] * 8} for number in range(PROMPTS)]
-    outputs = engine.generate(prompts, params, use_tqdm=False)
+    carried = {} if request is None else {"lora_request": request}
+    outputs = engine.generate(prompts, params, use_tqdm=False, **carried)
     model = trainer.model
     found = {"nats": gap(model, outputs)}
     if hasattr(model, "disable_adapter"):

@@ -15,7 +15,7 @@ from benchmarks import launch
 from benchmarks.bench_ranks import each
 from benchmarks.launch import rank_environment, wait_for
 from benchmarks.ranks_summary import aims, summary, table
-from benchmarks.ranks_ways import Case, cases_of
+from benchmarks.ranks_ways import PARTS, Case, cases_of
 from benchmarks.step_timers import sync_calls
 from benchmarks.step_ways import Order
 
@@ -130,7 +130,7 @@ def test_the_number_of_ranks_is_all_that_changes() -> None:
         "fsdp2-stock-8", "fsdp2-trlpatch-8", "tp-trlpatch-1", "tp-trlpatch-2", "tp-trlpatch-4",
     ]  # fmt: skip
     assert cases_of(["grpotp"], 2) == ["grpotp-stock-2", "grpotp-trlpatch-2"]
-    for name in cases_of(["ddp", "fsdp2", "zero3", "tp", "grpotp"], 4):
+    for name in cases_of(PARTS, 4):
         assert Case.named(name, "eager").name == name
     with pytest.raises(ValueError, match="expected parts of ddp"):
         cases_of(["nonsense"], 2)
