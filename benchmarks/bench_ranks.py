@@ -22,11 +22,11 @@ are GPUs for it; the others run alone, one after another. A case that fails or i
 ended with all its ranks, and its error is in the JSON; the others stay.
 
 Steps are whole, medians of rank 0; `cpu s` is what its process had of cores in one, which other work on the machine
-hardly changes; tokens per second are those of each engine while it generates. Of all parts but ddp and tp every
-hand-over but the first is waited for on both sides after a barrier; the slowest rank counts. `peak` is the most that
-torch has allocated on a rank during one, engine included, `rise` what of it was not there before; `GiB a rank` is the
-most of the whole run, on a CPU the process's resident set. tp: medians of three calls. Engines capture graphs of
-decoding steps and compile nothing (`--start compiled`: as vLLM does by itself).
+changes less than seconds; tokens per second are those of each engine while it generates. Of all parts but ddp and tp
+every hand-over but the first is waited for on both sides after a barrier; the slowest rank counts. `peak` is the most
+that torch has allocated on a rank during one, engine included, `rise` what of it was not there before; `GiB a rank`
+is the most of the whole run, on a CPU the process's resident set. tp: medians of three calls. Engines capture graphs
+of decoding steps and compile nothing (`--start compiled`: as vLLM does by itself).
 
 `logp difference` is TRL's own, a median of the steps. `gap` is taken after training and a last hand-over, the largest
 of all ranks; its control are the same completions beside the policy without the adapter: an engine that lacks it would

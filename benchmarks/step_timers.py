@@ -179,8 +179,8 @@ class StepClock:
     """Writes a line for every step of one trainer and for every log.
 
     A step lasts from the end of the one before to its own end, where the device is waited for. `cpu_s` are the seconds
-    that all threads of this process had a core meanwhile: what else runs on the machine makes `seconds` longer, and
-    hardly these.
+    that all threads of this process had a core meanwhile: what else runs on the machine changes them less than
+    `seconds`.
     """
 
     def __init__(self, lines: Lines, *, warmup: int, cuda: bool) -> None:
