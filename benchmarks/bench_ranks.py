@@ -42,7 +42,6 @@ import datetime
 import importlib.util
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -89,7 +88,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--logs", type=Path, help="a directory for what each rank printed")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ranks are of sessions of their own: they would stay
     try:
         names = given.cases.split(",") if given.cases else cases_of(given.parts.split(","), given.ranks)
         cases = [Case.named(name, given.start) for name in names]

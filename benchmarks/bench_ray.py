@@ -105,7 +105,6 @@ def main() -> int:
         "--calibrate", nargs="+", type=Path, metavar=("CALIBRATION", "RUN"), help="put what was measured into the file"
     )
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # trainers are of sessions of their own: they would stay
     if given.calibrate:
         path, *runs = given.calibrate
         documents = [json.loads(one.read_text(encoding="utf-8")) for one in runs]
