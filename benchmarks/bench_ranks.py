@@ -10,7 +10,9 @@ Parts on N ranks, and the cases of each; every rank of a case is a process of it
             FastLanguageModel
     fsdp2   fsdp2-stock-N, fsdp2-trlpatch-N: GRPO with an adapter that FSDP2 shards, to an engine on each rank. Stock
             merges, pushes every weight and unmerges; patched the adapter is gathered and handed over
-    zero3   the same under DeepSpeed ZeRO-3, where DeepSpeed can be imported
+    zero2   the same under DeepSpeed ZeRO-2, which shards gradients and optimizer and no parameter, where DeepSpeed can
+            be imported
+    zero3   the same under DeepSpeed ZeRO-3
     tp      tp-trlpatch-1, -2, and -4 with N of 4 or more: generation of 64 sequences by an engine on one GPU and by
             one over so many ranks (external_launcher), without and with the live adapter
     grpotp  grpotp-stock-2, grpotp-trlpatch-2, and -4: GRPO on so many ranks that have one engine
@@ -19,11 +21,12 @@ Parts on N ranks, and the cases of each; every rank of a case is a process of it
 are GPUs for it; the others run alone, one after another. A case that fails or is not done after --timeout seconds is
 ended with all its ranks, and its error is in the JSON; the others stay.
 
-Steps are whole, medians of rank 0; tokens per second are those of each engine while it generates. Of fsdp2, zero3 and
-grpotp every hand-over but the first is waited for on both sides after a barrier; the slowest rank counts. `peak` is
-the most that torch has allocated on a rank during one, engine included, `rise` what of it was not there before; `GiB a
-rank` is the most of the whole run, on a CPU the process's resident set. tp: medians of three calls. Engines capture
-graphs of decoding steps and compile nothing (`--start compiled`: as vLLM does by itself).
+Steps are whole, medians of rank 0; `cpu s` is what its process had of cores in one, which other work on the machine
+changes less than seconds; tokens per second are those of each engine while it generates. Of all parts but ddp and tp
+every hand-over but the first is waited for on both sides after a barrier; the slowest rank counts. `peak` is the most
+that torch has allocated on a rank during one, engine included, `rise` what of it was not there before; `GiB a rank`
+is the most of the whole run, on a CPU the process's resident set. tp: medians of three calls. Engines capture graphs
+of decoding steps and compile nothing (`--start compiled`: as vLLM does by itself).
 
 `logp difference` is TRL's own, a median of the steps. `gap` is taken after training and a last hand-over, the largest
 of all ranks; its control are the same completions beside the policy without the adapter: an engine that lacks it would
@@ -151,7 +154,7 @@ def each(cases: list[Case], one: Callable[[Case, str | None], dict[str, Any]], *
 
 def measure(case: Case, order: Order, devices: str | None, timeout: float, logs: Path | None) -> dict[str, Any]:
     """Run one case, each rank in a process of its own; what was reported before it failed is kept, with the error."""
-    if case.part == "zero3" and importlib.util.find_spec("deepspeed") is None:
+    if case.part in ("zero2", "zero3") and importlib.util.find_spec("deepspeed") is None:
         return {"case": case.name, "error": "DeepSpeed cannot be imported"}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)

@@ -24,7 +24,8 @@ With `--trainers T` so many ranks train by DDP on the first T GPUs, the same bat
 among them (`ray`) or are all the first rank's (`ray-async`). They share a Ray cluster that has the other GPUs, in a
 process of its own. Prefetch has one trainer.
 
-Whole steps, from the end of one to the end of the next, after --warmup; medians, and every value in the JSON.
+Whole steps, from the end of one to the end of the next, after --warmup; medians, and every value in the JSON. `cpu s`
+is what the trainer's process had of cores in one, which other work on the machine changes less.
 Generation and sync are the calls of the trainer, timed without waiting for the device: with prefetch and async they
 lie beside the training and do not add up to a step. `to engines` is what an adapter takes to every engine, packed,
 sent and taken. Tokens per second are those of completions that are trained on; those of an engine are what it has

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.step_timers import GIB, Lines, settle
+from benchmarks.step_timers import GIB, Lines, settle, sync_calls
 
 SAMPLED = 16
 """Tokens of each completion that engine and policy are compared by."""
@@ -25,14 +25,10 @@ class EngineWatch:
         """Report every hand-over, every check before a rollout, and every call of the engine."""
         import sys
 
-        generation, hooks = getattr(trainer, "vllm_generation", None), sys.modules.get("trlpatch.hooks")
-        for part, owner, name in (
-            ("sync", generation, "sync_weights"),
-            ("sync", trainer, "_move_model_to_vllm"),
-            ("check", hooks, "lora_request"),
-        ):
-            if owner is not None and callable(getattr(owner, name, None)):
-                setattr(owner, name, self._measured(part, getattr(owner, name)))
+        for owner, name in sync_calls(trainer):
+            setattr(owner, name, self._measured("sync", getattr(owner, name)))
+        if (hooks := sys.modules.get("trlpatch.hooks")) is not None:
+            hooks.lora_request = self._measured("check", hooks.lora_request)  # type: ignore[attr-defined]
         engine.generate = self._counted(engine.generate)
 
     def _measured(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,17 +91,19 @@ def peak_memory(cuda: bool) -> dict[str, float]:
 def write_gap(trainer: Any, engine: Any, lines: Lines, synchronise: Callable[[], Any] | None = None) -> None:
     """Report how far engine and trained policy are apart, after a last hand-over; every rank calls it.
 
-    The control is the same completions beside the policy without its adapter: what the gap of an engine that has none
-    would be. Sampled alike on all ranks, since ranks with one engine have to ask it alike.
+    `synchronise` hands the policy over and returns the request that carries it, None where the engine of a trainer
+    puts it in by itself. The control is the same completions beside the policy without its adapter: what the gap of an
+    engine that has none would be. Sampled alike on all ranks, since ranks with one engine have to ask it alike.
     """
     from vllm import SamplingParams
 
     from tests.runs.measure import gap
 
-    (synchronise or synchronisation(trainer))()
+    request = (synchronise or synchronisation(trainer))()
     params = SamplingParams(max_tokens=SAMPLED, logprobs=0, temperature=1.0, seed=0, ignore_eos=True)
     prompts = [{"prompt_token_ids": [3 + number % 200] * 8} for number in range(PROMPTS)]
-    outputs = engine.generate(prompts, params, use_tqdm=False)
+    carried = {} if request is None else {"lora_request": request}
+    outputs = engine.generate(prompts, params, use_tqdm=False, **carried)
     model = trainer.model
     found = {"nats": gap(model, outputs)}
     if hasattr(model, "disable_adapter"):
@@ -116,6 +114,6 @@ def write_gap(trainer: Any, engine: Any, lines: Lines, synchronise: Callable[[],
 
 def synchronisation(trainer: Any) -> Callable[[], Any]:
     """Return what this TRL calls before a rollout when the policy has moved."""
-    generation = getattr(trainer, "vllm_generation", None)
-    found: Callable[[], Any] = getattr(generation, "sync_weights", None) or trainer._move_model_to_vllm
+    owner, name = next(sync_calls(trainer))
+    found: Callable[[], Any] = getattr(owner, name)
     return found

@@ -31,7 +31,10 @@ def summary(case: Case, order: Order, ranks: list[list[dict[str, Any]]]) -> dict
             found["engines"] = event["found"]
         elif event["event"] == "gap":
             found["control" if event["what"] == "control" else f"{event['what']}_gap"] = round(event["nats"], 8)
-    if seconds := [event["seconds"] for event in _of(first, "step") if event["phase"] == "timed"]:
+    timed = [event for event in _of(first, "step") if event["phase"] == "timed"]
+    if cores := [event["cpu_s"] for event in timed if "cpu_s" in event]:
+        found["cpu_s"] = round(median(cores), 4)
+    if seconds := [event["seconds"] for event in timed]:
         found["step_s"] = round(median(seconds), 4)
         found["step_range_s"] = [round(min(seconds), 4), round(max(seconds), 4)]
     for what in ("base", "adapter"):
@@ -137,9 +140,9 @@ def table(document: dict[str, Any]) -> str:
         "tokens a rank; " + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     columns = {
-        "step s": "step_s", "tokens/s an engine": "engine_tokens_per_s", "hand-over ms": "hand_over_ms",
-        "check ms": "check_ms", "peak GiB": "peak_gib", "rise GiB": "rise_gib", "GiB a rank": "memory_gib",
-        "generate s": "base_s", "with adapter s": "adapter_s", "load s": "load_s",
+        "step s": "step_s", "cpu s": "cpu_s", "tokens/s an engine": "engine_tokens_per_s",
+        "hand-over ms": "hand_over_ms", "check ms": "check_ms", "peak GiB": "peak_gib", "rise GiB": "rise_gib",
+        "GiB a rank": "memory_gib", "generate s": "base_s", "with adapter s": "adapter_s", "load s": "load_s",
     }  # fmt: skip
     rows = [("case", *columns, "logp difference", "gap", "control"), ("---",) * (len(columns) + 4)]
     for result in results:

@@ -14,7 +14,7 @@ from benchmarks.step_timers import Lines, callback, engine_of, settle
 from benchmarks.step_ways import MODELS, Order, Way, grpo_trainer, plain_policy
 from tests.runs.case import versions
 
-PARTS = ("ddp", "fsdp2", "zero3", "tp", "grpotp")
+PARTS = ("ddp", "fsdp2", "zero2", "zero3", "tp", "grpotp")
 WAYS = ("stock", "trlpatch")
 PARALLEL = (2, 4)
 """Ranks of one engine that are measured: 4 is the most that the key-value heads of the 7B shape allow."""
@@ -80,6 +80,7 @@ def cases_of(parts: Sequence[str], ranks: int) -> list[str]:
     made = {
         "ddp": ["ddp-trlpatch-1", f"ddp-stock-{ranks}", f"ddp-trlpatch-{ranks}"],
         "fsdp2": [f"fsdp2-{way}-{ranks}" for way in WAYS],
+        "zero2": [f"zero2-{way}-{ranks}" for way in WAYS],
         "zero3": [f"zero3-{way}-{ranks}" for way in WAYS],
         "tp": ["tp-trlpatch-1", *(f"tp-trlpatch-{number}" for number in parallel)],
         "grpotp": [f"grpotp-{way}-{number}" for number in parallel for way in WAYS],
@@ -163,12 +164,12 @@ def _divided(case: Case, order: Order) -> dict[str, Any]:
     import deepspeed.ops  # type: ignore[import-not-found,unused-ignore]
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, by all ranks at once
-    stage3: dict[str, Any] = {
-        "zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "train_batch_size": "auto",
+    stage: dict[str, Any] = {
+        "zero_optimization": {"stage": int(case.part[-1])}, "bf16": {"enabled": "auto"}, "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "zero_force_ds_cpu_optimizer": False,
     }  # fmt: skip
-    return {"deepspeed": stage3}
+    return {"deepspeed": stage}
 
 
 def _tensor_parallel(case: Case, order: Order, lines: Lines) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.engine_watch import peak_memory
-from benchmarks.step_timers import GIB, Lines, settle
+from benchmarks.step_timers import Lines, StepClock, sync_calls
 from benchmarks.step_ways import Order
 
 _KEPT = ("loss", "reward", "completions/mean_length", "sampling/sampling_logp_difference/mean", "ratio")
@@ -16,23 +16,22 @@ _PREFIXES = ("ray/", "perf/", "sample/", "rollout/", "num_steps_off_policy", "as
 """What of a trainer's log is written down."""
 
 
-class Steps:
+class Steps(StepClock):
     """Reports every step of one trainer; nothing waits for it. Without Ray `engines` is None."""
 
     def __init__(self, trainer: Any, engines: Any, order: Order, lines: Lines) -> None:
-        self._trainer, self._engines, self._order, self._lines = trainer, engines, order, lines
+        super().__init__(lines, warmup=order.warmup, cuda=order.cuda)
+        self._engines = engines
         self._seconds = {"generation": 0.0, "sync": 0.0}
         self._version, self._sampled, self._tokens = 0, 0, [0] * (len(engines.handles) if engines else 0)
-        generation = getattr(trainer, "vllm_generation", None)
-        owners = (generation, trainer)
+        owners = (getattr(trainer, "vllm_generation", None), trainer)
         client = next((found for one in owners if (found := getattr(one, "vllm_client", None)) is not None), None)
         engine = next((found for one in owners if (found := getattr(one, "llm", None)) is not None), None)
-        for part, owner, name in (
-            ("sync", generation, "sync_weights"), ("sync", trainer, "_move_model_to_vllm"),
-            ("sync", trainer, "_sync_weight"), ("generation", engine, "generate"), ("generation", client, "generate"),
-        ):  # fmt: skip
-            if owner is not None and callable(getattr(owner, name, None)):
-                setattr(owner, name, self._timed(part, getattr(owner, name)))
+        for owner, name in sync_calls(trainer):
+            setattr(owner, name, self._timed("sync", getattr(owner, name)))
+        for owner in (engine, client):
+            if callable(getattr(owner, "generate", None)):
+                owner.generate = self._timed("generation", owner.generate)  # type: ignore[union-attr]
 
     def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -48,44 +47,15 @@ class Steps:
 
         return timed
 
-    def callback(self) -> Any:
-        """Make the transformers callback that writes a line for each step."""
-        import torch
-        from transformers import TrainerCallback
+    def kept(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Return the numbers of _KEPT and _PREFIXES."""
+        return {
+            name: value
+            for name, value in logs.items()
+            if (name in _KEPT or name.startswith(_PREFIXES)) and isinstance(value, int | float)
+        }
 
-        watch, cuda = self, self._order.cuda
-
-        class Callback(TrainerCallback):  # type: ignore[misc]
-            started: float | None = None
-
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                if self.started is None:
-                    settle()
-                    self.started = time.perf_counter()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                settle()
-                now = time.perf_counter()
-                assert self.started is not None
-                phase = "warmup" if state.global_step <= watch._order.warmup else "timed"
-                entry = {"number": state.global_step, "phase": phase, "seconds": now - self.started, **watch.take()}
-                if cuda:
-                    entry["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-                watch._lines.write("step", **entry)
-                self.started = time.perf_counter()
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-                kept = {
-                    name: value
-                    for name, value in (logs or {}).items()
-                    if (name in _KEPT or name.startswith(_PREFIXES)) and isinstance(value, int | float)
-                }
-                if kept:
-                    watch._lines.write("log", number=state.global_step, **kept)
-
-        return Callback()
-
-    def take(self) -> dict[str, Any]:
+    def added(self, entry: dict[str, Any]) -> dict[str, Any]:
         """Return what was counted since the last call."""
         found: dict[str, Any] = {f"{part}_s": seconds for part, seconds in self._seconds.items() if seconds}
         self._seconds = dict.fromkeys(self._seconds, 0.0)

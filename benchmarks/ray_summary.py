@@ -47,7 +47,7 @@ def summary(way: str, order: Order, ranks: list[list[dict[str, Any]]]) -> dict[s
         seconds = [step["seconds"] for step in timed]
         found["step_s"] = round(median(seconds), 4)
         found["step_range_s"] = [round(min(seconds), 4), round(max(seconds), 4)]
-        for name in ("generation_s", "sync_s", "to_engines_s", "sync_bytes", "allocated_gib"):
+        for name in ("cpu_s", "generation_s", "sync_s", "to_engines_s", "sync_bytes", "allocated_gib"):
             if values := [step[name] for step in timed if name in step]:
                 found[name] = round(median(values), 5)
         # Over all of them, since an asynchronous step may end early or late.
@@ -120,8 +120,8 @@ def table(document: dict[str, Any]) -> str:
     )
     trained = [result for result in results if "inputs" not in result]
     columns = (
-        "way", "steps/s", "step s", "predicted s", "tokens/s", "tokens/s an engine", "generation s", "sync ms",
-        "to engines ms", "GiB a trainer", "GiB an engine", "logp difference", "gap", "control",
+        "way", "steps/s", "step s", "cpu s", "predicted s", "tokens/s", "tokens/s an engine", "generation s",
+        "sync ms", "to engines ms", "GiB a trainer", "GiB an engine", "logp difference", "gap", "control",
     )  # fmt: skip
     rows = [columns, tuple("---" for _ in columns)]
     rows += [(result["way"], *_row(document, result, trained[0])) for result in trained]
@@ -186,7 +186,7 @@ def _row(document: dict[str, Any], result: dict[str, Any], first: dict[str, Any]
     predicted = f"{predict(from_json(asked)).step_s:.2f}" if asked else ""
     difference = result.get("logged", {}).get("sampling/sampling_logp_difference/mean")
     return (
-        figure("steps_per_s", ".3f", ratio=True), figure("step_s", ".3f") + spread, predicted,
+        figure("steps_per_s", ".3f", ratio=True), figure("step_s", ".3f") + spread, figure("cpu_s", ".3f"), predicted,
         figure("tokens_per_s", ",.0f", ratio=True), _range(result, "engine_tokens_per_s", ",.0f"),
         figure("generation_s", ".3f"), figure("sync_s", ".1f", 1e3), figure("to_engines_s", ".1f", 1e3),
         _range(result, "trainer_gib", ".2f"), _range(result, "engine_gib", ".2f"),

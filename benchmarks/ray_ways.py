@@ -84,8 +84,7 @@ def parse(spec: str, cuda: bool) -> Way:
         raise ValueError(f"way {name!r}: expected one of {', '.join(RAY_WAYS)}")
     if not cuda and name == "server":
         raise ValueError(f"way {name!r}: TRL's server is sent weights over NCCL, which needs GPUs")
-    # On a CPU nothing is shared.
-    stands_in = _AS_STEP_WAYS.get(name, "trlpatch-attached") if cuda or name != "colocated" else "trlpatch-attached"
+    stands_in = _AS_STEP_WAYS.get(name, "trlpatch-attached")
     parsed = Way.parse("+".join([stands_in, *spec.split("+")[1:]]))
     return Way(spec, stands_in, parsed.options, parsed.engine, parsed.config, parsed.slow, parsed.env)
 
@@ -95,9 +94,10 @@ def run(spec: str, order: Order, beside: Beside, lines: Lines) -> None:
     import torch
 
     name, way = spec.split("+")[0], parse(spec, order.cuda)
-    started_so = engine_start(beside.start) if order.cuda else {}
+    # On a CPU vLLM compiles for a minute, and again at every new batch size: no way does.
+    started_so = engine_start(beside.start if order.cuda else "eager")
     if name == "stock":
-        build_engines_with(**started_so, **({} if order.cuda else {"dtype": "float32", "enforce_eager": True}))
+        build_engines_with(**started_so, **({} if order.cuda else {"dtype": "float32"}))  # TRL asks for bfloat16
     elif name != "server":
         way = replace(way, engine={**started_so, **way.engine})
     if not order.cuda:
@@ -171,7 +171,7 @@ def _engines(way: Way, order: Order, beside: Beside, *, every_rank: bool = True,
     settings: dict[str, Any] = {
         "num_engines": number, "max_lora_rank": max(order.rank, 8),
         "enable_lora": bool(order.rank), "max_model_len": order.length, "seed": 0,
-        "logprobs_mode": "processed_logprobs", **({} if order.cuda else {"dtype": "float32", "enforce_eager": True}),
+        "logprobs_mode": "processed_logprobs", **({} if order.cuda else {"dtype": "float32"}),
     }  # fmt: skip
     if not order.cuda and "RAY_ADDRESS" not in os.environ:
         start(number, cuda=False)

@@ -49,6 +49,18 @@ def engine_of(trainer: Any) -> Any:
     return trainer.model.vllm_engine
 
 
+def sync_calls(trainer: Any) -> Iterator[tuple[Any, str]]:
+    """Yield (owner, name) of what takes weights to an engine before a rollout.
+
+    A trainer has one of them: `VLLMGeneration.sync_weights` from 0.28 on, `_move_model_to_vllm` of the trainer below,
+    `_sync_weight` of AsyncGRPOTrainer.
+    """
+    owners = (getattr(trainer, "vllm_generation", None), trainer, trainer)
+    for owner, name in zip(owners, ("sync_weights", "_move_model_to_vllm", "_sync_weight"), strict=True):
+        if owner is not None and callable(getattr(owner, name, None)):
+            yield owner, name
+
+
 def places(trainer: Any) -> Iterator[tuple[str, Any, str]]:
     """Yield (part, owner, name) of every function that belongs to a part and exists here."""
     import sys
@@ -56,8 +68,7 @@ def places(trainer: Any) -> Iterator[tuple[str, Any, str]]:
     engine, hooks = engine_of(trainer), sys.modules.get("trlpatch.hooks")
     candidates = [
         ("generation", engine, "generate"),
-        ("sync", getattr(trainer, "vllm_generation", None), "sync_weights"),
-        ("sync", trainer, "_move_model_to_vllm"),
+        *(("sync", owner, name) for owner, name in sync_calls(trainer)),
         ("check", hooks, "lora_request"),
         ("sleep", engine, "sleep"),
         ("sleep", engine, "wake_up"),
@@ -164,47 +175,105 @@ class Lines:
         return events
 
 
-def callback(trainer: Any, lines: Lines, *, warmup: int, steps: int) -> Any:
-    """Make the transformers callback that reports every step.
+class StepClock:
+    """Writes a line for every step of one trainer and for every log.
 
-    A step lasts from the end of the one before to its own end, where the device is waited for. After `warmup` and
-    `steps` the parts are watched, which makes steps slower: what they sum up to is not the time of a step.
+    A step lasts from the end of the one before to its own end, where the device is waited for. `cpu_s` are the seconds
+    that all threads of this process had a core meanwhile: what else runs on the machine changes them less than
+    `seconds`.
+    """
+
+    def __init__(self, lines: Lines, *, warmup: int, cuda: bool) -> None:
+        self.lines, self.warmup, self.cuda = lines, warmup, cuda
+
+    def phase(self, done: int) -> str:
+        """Say what the step is of which so many are done."""
+        return "warmup" if done <= self.warmup else "timed"
+
+    def added(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return what the line of a step has beside number, phase and seconds; overridden."""
+        return {}
+
+    def written(self, done: int) -> None:
+        """Do what is due between two steps, which counts for neither; overridden."""
+
+    def kept(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """Return what of a trainer's log is written down; overridden."""
+        return {}
+
+    def callback(self) -> Any:
+        """Make the transformers callback."""
+        import torch
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Callback(TrainerCallback):  # type: ignore[misc]
+            started: tuple[float, float] | None = None
+
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                if self.started is None:
+                    self.started = _now()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                ended, done = _now(), state.global_step
+                assert self.started is not None
+                seconds, cpu = (now - then for now, then in zip(ended, self.started, strict=True))
+                entry = {"number": done, "phase": clock.phase(done), "seconds": seconds, "cpu_s": cpu}
+                entry |= clock.added(entry)
+                if clock.cuda:
+                    entry["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+                clock.lines.write("step", **entry)
+                clock.written(done)
+                self.started = _now()
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                if kept := clock.kept(logs or {}):
+                    clock.lines.write("log", number=state.global_step, **kept)
+
+        return Callback()
+
+
+def _now() -> tuple[float, float]:
+    """Wait for the device, and return the time and that of this process on cores."""
+    settle()
+    return time.perf_counter(), time.process_time()
+
+
+class _PartsClock(StepClock):
+    """See `callback`."""
+
+    def __init__(self, trainer: Any, lines: Lines, *, warmup: int, steps: int, cuda: bool) -> None:
+        super().__init__(lines, warmup=warmup, cuda=cuda)
+        self._trainer, self._whole, self._parts = trainer, warmup + steps, Parts(settle)
+
+    def phase(self, done: int) -> str:
+        return super().phase(done) if done <= self._whole else "parts"
+
+    def added(self, entry: dict[str, Any]) -> dict[str, Any]:
+        if entry["phase"] != "parts":
+            return {}
+        taken = self._parts.take()
+        return {"parts": {**taken, "optimizer": entry["seconds"] - sum(taken.values())}}
+
+    def written(self, done: int) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if done == self._whole:
+            self._parts.watch(self._trainer)
+
+    def kept(self, logs: dict[str, Any]) -> dict[str, Any]:
+        return {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in logs}
+
+
+def callback(trainer: Any, lines: Lines, *, warmup: int, steps: int) -> Any:
+    """Make the transformers callback that reports every step, each with the memory of its own.
+
+    After `warmup` and `steps` the parts are watched, which makes steps slower: what they sum up to is not the time of
+    a step.
     """
     import torch
-    from transformers import TrainerCallback
 
-    cuda = torch.cuda.is_available()
-    parts = Parts(settle)
-
-    class Callback(TrainerCallback):  # type: ignore[misc]
-        started: float | None = None
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if self.started is None:
-                settle()
-                self.started = time.perf_counter()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            settle()
-            now = time.perf_counter()
-            assert self.started is not None
-            done = state.global_step
-            phase = "warmup" if done <= warmup else "timed" if done <= warmup + steps else "parts"
-            entry: dict[str, Any] = {"number": done, "phase": phase, "seconds": now - self.started}
-            if phase == "parts":
-                taken = parts.take()
-                entry["parts"] = {**taken, "optimizer": entry["seconds"] - sum(taken.values())}
-            if cuda:
-                entry["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-                torch.cuda.reset_peak_memory_stats()
-            lines.write("step", **entry)
-            if done == warmup + steps:
-                parts.watch(trainer)
-            self.started = time.perf_counter()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            kept = {ours: logs[theirs] for theirs, ours in _LOGGED.items() if theirs in (logs or {})}
-            if kept:
-                lines.write("log", number=state.global_step, **kept)
-
-    return Callback()
+    return _PartsClock(trainer, lines, warmup=warmup, steps=steps, cuda=torch.cuda.is_available()).callback()

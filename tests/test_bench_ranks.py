@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from benchmarks import launch
 from benchmarks.bench_ranks import each
 from benchmarks.launch import rank_environment, wait_for
 from benchmarks.ranks_summary import aims, summary, table
-from benchmarks.ranks_ways import Case, cases_of
+from benchmarks.ranks_ways import PARTS, Case, cases_of
+from benchmarks.step_timers import sync_calls
 from benchmarks.step_ways import Order
 
 ORDER = Order(
@@ -47,9 +49,10 @@ def test_the_first_hand_over_does_not_count_and_the_slower_rank_does() -> None:
 
 
 def test_steps_and_generation_are_medians_of_the_first_rank() -> None:
-    steps = [{"event": "step", "phase": phase, "seconds": one} for phase, one in
+    steps = [{"event": "step", "phase": phase, "seconds": one, "cpu_s": one / 2} for phase, one in
              (("warmup", 9.0), ("timed", 2.0), ("timed", 4.0), ("timed", 3.0))]  # fmt: skip
-    assert of("ddp-trlpatch-2", steps, [])["step_s"] == 3.0
+    found = of("ddp-trlpatch-2", steps, [])
+    assert (found["step_s"], found["cpu_s"]) == (3.0, 1.5)
     calls = [
         {"event": "generation", "what": what, "seconds": one, "tokens": 100}
         for what in ("base", "adapter")
@@ -60,6 +63,18 @@ def test_steps_and_generation_are_medians_of_the_first_rank() -> None:
     assert (found["base_s"], found["adapter_s"], found["sampled_alike"]) == (2, 2, True)
     assert found["engine_tokens_per_s"] == [50.0]
     assert not of("tp-trlpatch-2", alike, [])["sampled_alike"]
+
+
+def test_what_takes_weights_to_an_engine_is_found_under_each_name_of_trl() -> None:
+    def calls() -> None: ...
+
+    newest = SimpleNamespace(vllm_generation=SimpleNamespace(sync_weights=calls, llm=None))
+    older = SimpleNamespace(_move_model_to_vllm=calls)
+    asynchronous = SimpleNamespace(vllm_generation=None, _sync_weight=calls)
+    assert list(sync_calls(newest)) == [(newest.vllm_generation, "sync_weights")]
+    assert list(sync_calls(older)) == [(older, "_move_model_to_vllm")]
+    assert list(sync_calls(asynchronous)) == [(asynchronous, "_sync_weight")]
+    assert list(sync_calls(SimpleNamespace())) == []
 
 
 def test_aims_are_ratios_within_the_run_and_absent_without_their_cases() -> None:
@@ -85,7 +100,7 @@ def test_the_table_has_every_case_every_aim_and_every_error() -> None:
         "settings": {"rank": 16, "completions": 64, "tokens": 256}, "results": results, "aims": aims(results),
     }  # fmt: skip
     said = table(document)
-    assert "| fsdp2-trlpatch-2 |  |  | 10.0 |" in said
+    assert "| fsdp2-trlpatch-2 |  |  |  | 10.0 |" in said
     assert "FSDP2, 2 ranks: hand-over in ms: 10.0 (at most 50.0): met" in said
     assert "fsdp2-stock-2: rank 0: KeyError: 'x'" in said
 
@@ -116,7 +131,7 @@ def test_the_number_of_ranks_is_all_that_changes() -> None:
         "fsdp2-stock-8", "fsdp2-trlpatch-8", "tp-trlpatch-1", "tp-trlpatch-2", "tp-trlpatch-4",
     ]  # fmt: skip
     assert cases_of(["grpotp"], 2) == ["grpotp-stock-2", "grpotp-trlpatch-2"]
-    for name in cases_of(["ddp", "fsdp2", "zero3", "tp", "grpotp"], 4):
+    for name in cases_of(PARTS, 4):
         assert Case.named(name, "eager").name == name
     with pytest.raises(ValueError, match="expected parts of ddp"):
         cases_of(["nonsense"], 2)

@@ -21,7 +21,7 @@ ORDER: dict[str, Any] = {
 
 
 def events(*seconds: float) -> list[dict[str, Any]]:
-    common = {"event": "step", "time": 0.0, "to_engines_s": 0.02, "sync_s": 0.03}
+    common = {"event": "step", "time": 0.0, "to_engines_s": 0.02, "sync_s": 0.03, "cpu_s": 0.5}
     steps = [
         {**common, "number": number, "phase": "warmup" if number == 1 else "timed", "seconds": value}
         for number, value in enumerate(seconds, 1)
@@ -60,9 +60,9 @@ def test_ratios_are_to_the_first_way_and_predictions_beside() -> None:
     given = document(colocated=events(9, 4, 4, 4), ray_async=events(9, 2, 2, 2))
     given["results"].append(failed)
     text = table(given)
-    assert "| ray-async | 0.500 (2.00x) | 2.000 [2.00, 2.00] |" in text
+    assert "| ray-async | 0.500 (2.00x) | 2.000 [2.00, 2.00] | 0.500 |" in text
     assert "server: no end after 500 s" in text
-    predicted = float(text.split("| ray-async |")[1].split("|")[2])
+    predicted = float(text.split("| ray-async |")[1].split("|")[3])
     assert 1.0 < predicted < 4.0
 
 

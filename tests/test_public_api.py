@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import trlpatch
+from trlpatch import errors
+from trlpatch.elsewhere import INSTEAD
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +51,13 @@ def test_every_public_name_resolves(name):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = trlpatch.nonsense
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_a_name_of_unsloth_that_is_not_here_says_what_to_do_without(name):
+    with pytest.raises(errors.NotOfTrlpatch, match=f"importing {name} from trlpatch: ") as caught:
+        exec(f"from trlpatch import {name}", {})
+    assert isinstance(caught.value, ImportError)
 
 
 def test_plain_names_are_the_same_functions():

@@ -76,6 +76,11 @@ def __getattr__(name: str) -> Any:
         module, attribute = _HOMES[name]
         value = getattr(import_module(module), attribute)
     else:
+        from trlpatch.elsewhere import refusal
+
+        # `from trlpatch import` shows what this raises, unless it is an AttributeError.
+        if (refused := refusal(name)) is not None:
+            raise refused
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value

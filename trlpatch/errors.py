@@ -26,6 +26,10 @@ class UnreadableSource(TrlpatchError):
     """A file of TRL cannot be read, or is not UTF-8: the installation is damaged."""
 
 
+class NotOfTrlpatch(TrlpatchError, ImportError):
+    """A name of Unsloth's that is imported from trlpatch and is not here; the message says what to do without it."""
+
+
 class UnknownAlgorithm(TrlpatchError, ValueError):
     """`algorithm=` names no trainer that can use vLLM in this TRL, or one that is not where trlpatch knows it."""
 

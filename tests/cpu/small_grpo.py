@@ -12,10 +12,13 @@ from tests.cpu.training import MAX_COMPLETION, configured, odd_tokens
 GENERATIONS = 4
 
 
-def small_grpo(model: Any, directory: Path, *, config: dict[str, Any] | None = None, **given: Any) -> Any:
+def small_grpo(
+    model: Any, directory: Path, *, kind: str = "GRPO", config: dict[str, Any] | None = None, **given: Any
+) -> Any:
     """Build one for three steps of eight completions.
 
-    `config` goes into its config, where this release has the field; `given` are its own arguments.
+    `kind` is GRPO or RLOO, whose trainers take the same. `config` goes into its config, where this release has the
+    field; `given` are the trainer's own arguments.
     """
     import transformers
     import trl
@@ -34,9 +37,9 @@ def small_grpo(model: Any, directory: Path, *, config: dict[str, Any] | None = N
         "processing_class": tiny.tokenizer(),
         **given,
     }
-    trainer = trl.GRPOTrainer(
+    trainer = getattr(trl, f"{kind}Trainer")(
         model=model,
-        args=configured(trl.GRPOConfig, settings),
+        args=configured(getattr(trl, f"{kind}Config"), settings),
         **arguments,
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import processes
+from tests.cpu.vision_training import RLOO_SINCE
 from trlpatch.source.locate import find_trl
 from trlpatch.versions import installed_version
 
@@ -46,6 +47,12 @@ def test_grpo_trains_on_what_was_sampled_with_the_image(tmp_path: Path) -> None:
     assert max(one["gap"] for one in report["rollouts"]) < TOLERANCE
     assert report["gap"] < TOLERANCE
     assert min(report["gap_without_adapter"], report["gap_of_other_image"]) > MOVED
+    if find_trl().release >= RLOO_SINCE:
+        (rollout,) = report["rloo"]["rollouts"]
+        assert report["rloo"]["uses_ours"]
+        assert rollout["adapter"]
+        assert rollout["gap"] < TOLERANCE
+        assert min(rollout["without_adapter"], rollout["of_other_image"]) > MOVED
     exports = report["exports"]
     assert max(exports[way] for way in ("live", "unnamed", "adapter")) < TOLERANCE
     assert exports["base"] > MOVED

@@ -19,6 +19,7 @@ from tests.cpu import tiny_vision
 from tests.cpu.small_grpo import adapter_of, small_grpo
 from tests.cpu.training import engine_of, logged
 from trlpatch import FastVisionModel
+from trlpatch.source.locate import find_trl
 
 LOADED: dict[str, Any] = {"max_seq_length": 256, "load_in_4bit": False, "enforce_eager": True, "max_num_seqs": 16}
 KINDS: dict[str, dict[str, Any]] = {
@@ -28,31 +29,32 @@ KINDS: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_processor_cache_gb": 0},
 }
 STEPS = 2
+RLOO_SINCE = (0, 24)
+"""The release from which RLOOTrainer takes images."""
 
 
 def grpo(directory: Path) -> dict[str, Any]:
-    """Train for two steps on the engine of `from_pretrained`; score its rollouts, then one with other pixels."""
+    """Train for two steps on the engine of `from_pretrained`; score its rollouts, then one with other pixels.
+
+    Then a step of RLOO with what was trained, where this release has it.
+    """
     model, processor = FastVisionModel.from_pretrained(str(tiny_vision.checkpoint(directory / "model")), **LOADED)
     from trl import GRPOConfig, GRPOTrainer  # noqa: F401  # patched: the model was loaded with an engine
 
     model = FastVisionModel.get_peft_model(model, r=8, lora_alpha=16, finetune_vision_layers=False)
-    trainer = small_grpo(
-        model,
-        directory,
-        config={
-            "max_steps": STEPS,
-            "learning_rate": 1.5e-2,
-            "max_prompt_length": None,
-            "max_completion_length": 8,
-            "generation_kwargs": {"allowed_token_ids": tiny_vision.ordinary(processor.tokenizer)},
-        },
-        train_dataset=tiny_vision.dataset(16),
-        processing_class=processor,
-    )
+    settings = {
+        "max_steps": STEPS,
+        "learning_rate": 1.5e-2,
+        "max_prompt_length": None,
+        "max_completion_length": 8,
+        "generation_kwargs": {"allowed_token_ids": tiny_vision.ordinary(processor.tokenizer)},
+    }
+    given = {"train_dataset": tiny_vision.dataset(16), "processing_class": processor}
+    trainer = small_grpo(model, directory, config=settings, **given)
     watch = Watch(trainer, processor)
     trainer.train()
     watch.close()
-    return {
+    found = {
         "uses_ours": engine_of(trainer) is model.vllm_engine,
         "rollouts": watch.rollouts,
         "adapted": adapted(model),
@@ -61,6 +63,13 @@ def grpo(directory: Path) -> dict[str, Any]:
         **score(model, processor),
         "exports": exports(model, processor, directory),
     }
+    if find_trl().release < RLOO_SINCE:
+        return found
+    trainer = small_grpo(model, directory, kind="RLOO", config={**settings, "max_steps": 1}, **given)
+    watch = Watch(trainer, processor)
+    trainer.train()
+    watch.close()
+    return {**found, "rloo": {"uses_ours": engine_of(trainer) is model.vllm_engine, "rollouts": watch.rollouts}}
 
 
 def exports(model: Any, processor: Any, directory: Path) -> dict[str, Any]:
@@ -199,15 +208,16 @@ class Watch:
         outputs = self._calls[name](prompts, **kwargs)
         image = _image_of(prompts[0])
         text = self._processor.tokenizer.decode(self._unexpanded(outputs[0].prompt_token_ids))
-        self.rollouts.append(
-            {
-                "call": name,
-                "adapter": adapter_of(outputs[0]),
-                "gap": difference(
-                    self._trainer.model, self._processor, outputs[0], text, image, temperature=params.temperature
-                ),
-            }
-        )
+
+        def gap(shown: Any) -> float:
+            given = (self._trainer.model, self._processor, outputs[0], text, shown)
+            return difference(*given, temperature=params.temperature)
+
+        (other,) = tiny_vision.images("red" if image.getpixel((0, 0)) != tiny_vision.COLOURS["red"] else "blue")
+        said = {"call": name, "adapter": adapter_of(outputs[0])}
+        with self._trainer.model.disable_adapter():
+            control = gap(image)
+        self.rollouts.append({**said, "gap": gap(image), "of_other_image": gap(other), "without_adapter": control})
         return outputs
 
     def _unexpanded(self, ids: list[int]) -> list[int]:

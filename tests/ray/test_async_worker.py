@@ -300,6 +300,23 @@ def test_engines_that_a_failed_update_left_paused_are_resumed() -> None:
     assert engines.calls[-1] == "resume"
 
 
+def test_ranks_without_engines_are_told_that_there_is_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they wait, from TRL 1.14 on, for what rank 0 finds out about one."""
+    from trlpatch.ray.async_grpo import create
+
+    monkeypatch.setattr(create, "installed_release", lambda: release_of(Sample, Trainer))
+    first, other = (create.async_rollouts(engines, len, TEXTS) for engines in (FakeAsyncEngines(), None))
+    assert isinstance(first["weight_transfer"], RayWeightTransfer)
+    assert other["weight_transfer"] is not None
+    assert "rollout_worker" not in other
+
+    class Older:  # TRL 1.6 to 1.8
+        def __init__(self, rollout_worker: Any = None) -> None: ...
+
+    monkeypatch.setattr(create, "installed_release", lambda: release_of(Sample, Older))
+    assert "weight_transfer" not in create.async_rollouts(None, len, TEXTS)
+
+
 def test_what_cannot_be_set_up_is_refused() -> None:
     from trlpatch.ray.async_grpo.create import async_rollouts
 

@@ -92,8 +92,12 @@ def _on_cpu(
     y = wide[:, :base].float().contiguous()
     if bias is not None:
         y += bias.float()
-    first = [0, *starts]
+    a, b = wide[:, base:].float(), b.float()
+    first, every = [0, *starts], bool(has.all())
     for number, (start, stop) in enumerate(zip(first, [*starts, base], strict=True)):
-        a = wide[:, base + number * rank : base + (number + 1) * rank]
-        y[:, start:stop] += torch.where(has[:, None], a.float() @ b[start:stop].float().T, 0)
+        of_slice = a[:, number * rank : (number + 1) * rank]
+        if every:
+            y[:, start:stop].addmm_(of_slice, b[start:stop].T)
+        else:  # not 0·B, which is no number where B is none
+            y[:, start:stop] += torch.where(has[:, None], of_slice @ b[start:stop].T, 0)
     return y.to(x.dtype)

@@ -9,7 +9,7 @@ from trlpatch.errors import AsyncNotSupported
 from trlpatch.ray.async_grpo.callback import RolloutsCallback
 from trlpatch.ray.async_grpo.protocols import AsyncEngines
 from trlpatch.ray.async_grpo.samples import installed_release
-from trlpatch.ray.async_grpo.transfer import RayWeightTransfer
+from trlpatch.ray.async_grpo.transfer import ElsewhereTransfer, RayWeightTransfer
 from trlpatch.ray.async_grpo.versions import PolicyVersions
 from trlpatch.ray.async_grpo.worker import RayRolloutWorker
 
@@ -51,7 +51,9 @@ def async_rollouts(
     release = installed_release()
     given: dict[str, Any] = {**arguments, "reward_funcs": functions, "train_dataset": train_dataset}
     if engines is None:
-        return {**given, "callbacks": [*callbacks, RolloutsCallback(None, None)]}
+        given["callbacks"] = [*callbacks, RolloutsCallback(None, None)]
+        # From TRL 1.14 on ranks without one wait for what rank 0 found out about its server: rank 0 has none to ask.
+        return given | ({"weight_transfer": ElsewhereTransfer()} if release.takes_transfer else {})
     versions = PolicyVersions()
     worker = RayRolloutWorker(engines, train_dataset, functions, release=release, versions=versions)
     transfer = RayWeightTransfer(engines, versions)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from trlpatch.policy.adapter import LoraView
 
 
+class ElsewhereTransfer:
+    """Of ranks other than 0: says that weights are no matter of a vLLM server. The trainer keeps it on no rank."""
+
+
 class RayWeightTransfer:
     """Sends the policy to every engine, between two of their steps: requests in flight go on with it.
 

@@ -1,0 +1,32 @@
+"""Names that notebooks for Unsloth import and that are not here: what to do without each."""
+
+from __future__ import annotations
+
+from trlpatch.errors import NotOfTrlpatch
+
+_CODE = "runs code of a reward function: `multiprocessing` with a timeout, in a sandbox of your own"
+_OPENENV = "starts an OpenEnv server: start it yourself and drive the engine in a `rollout_func`"
+
+INSTEAD = {
+    "UnslothVisionDataCollator": "collates images for SFTTrainer, which does so itself from TRL 0.22 on, and so do "
+    "GRPOTrainer and RLOOTrainer: leave data_collator= out",
+    "UnslothTrainer": "is SFTTrainer with learning rates of its own for embeddings: take trl.SFTTrainer",
+    "UnslothTrainingArguments": "is SFTConfig with `embedding_learning_rate`: take trl.SFTConfig",
+    "execute_with_time_limit": _CODE,
+    "check_python_modules": _CODE,
+    "create_locked_down_function": _CODE,
+    "launch_openenv": _OPENENV,
+    "is_port_open": _OPENENV,
+}
+"""By name, what follows "NAME of Unsloth "."""
+
+
+def refusal(name: str) -> NotOfTrlpatch | None:
+    """Return the error for an import of one of INSTEAD; None for any other name."""
+    if name not in INSTEAD:
+        return None
+    return NotOfTrlpatch(
+        f"importing {name} from trlpatch: {name} of Unsloth {INSTEAD[name]}. trlpatch has what loads, rolls out and "
+        "saves; docs/coming-from-unsloth.md lists the names that are the same",
+        name="trlpatch",
+    )
