@@ -119,11 +119,8 @@ class BufferCopy:
         return self._conclude(current, weights, underway.pending)
 
     def _start(self, current: _Registered, weights: LoraWeights) -> Pending:
-        import torch
-
         self._current = None  # should a copy fail, the next publish starts over
-        with torch.inference_mode():
-            pending = _start(current, weights)
+        pending = _start(current, weights)
         self._current = current
         return pending
 

@@ -36,9 +36,10 @@ class ForeachCopy:
         """Copy; the answer is another number when the weights' bits are."""
         import torch
 
-        now = content(weights)  # before the copies are made: a later change must not look handed over
-        self._staging.write(weights)
-        torch._foreach_copy_([target.slot for target in targets], [target.staging for target in targets])
+        with torch.inference_mode():  # buffers may be inference tensors; trained ones are only read
+            now = content(weights)  # before the copies are made: a later change must not look handed over
+            self._staging.write(weights)
+            torch._foreach_copy_([target.slot for target in targets], [target.staging for target in targets])
         if now != self._content:
             self._content = now
             self._changes += 1

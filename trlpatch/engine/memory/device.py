@@ -12,7 +12,8 @@ GIB = 2**30
 def _torch() -> Any:
     """Torch if this process computes on CUDA already, else None."""
     torch = sys.modules.get("torch")
-    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    # First what is a flag: `is_available` reads the environment and asks the driver, before every rollout.
+    return torch if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_available() else None
 
 
 def synchronize() -> None:
