@@ -217,3 +217,51 @@ def test_contents_are_told_by_identity_and_order() -> None:
     things.reverse()
     things.append(one)
     assert not contents.are_the_same()
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+@pytest.mark.parametrize("other", ["equal", "tensor", "module", "none"])
+def test_an_equal_tensor_in_the_place_of_another_is_another_content(size: int, other: str) -> None:
+    """`==` is true of two tensors of one element that are equal, and an error for longer ones."""
+    weight = torch.nn.Parameter(torch.ones(size))
+    others = {"equal": weight.detach().clone(), "tensor": torch.ones(3), "module": torch.nn.Identity(), "none": None}
+    table = {"weight": weight, "bias": None, "beside": torch.nn.Parameter(torch.ones(4))}
+    contents = Contents([table])
+    assert contents.are_the_same()
+    table["weight"] = others[other]
+    assert not contents.are_the_same()
+    table["weight"] = weight
+    assert contents.are_the_same()
+    table["bias"] = weight
+    assert not contents.are_the_same()
+
+
+class Agreeable(torch.nn.Parameter):
+    """A parameter that is equal to whatever it is compared with."""
+
+    def __eq__(self, other: object) -> Any:
+        return True
+
+    __hash__ = torch.nn.Parameter.__hash__
+
+
+def test_classes_with_an_equality_of_their_own_are_told_by_identity() -> None:
+    for one, two in (([], []), (Agreeable(torch.ones(3)), Agreeable(torch.zeros(3)))):
+        table: dict[str, Any] = {"weight": one}
+        contents = Contents([table])
+        table["weight"] = two
+        assert not contents.are_the_same()
+
+
+def test_each_layer_is_held_to_what_it_said_itself() -> None:
+    """One that comes to say what the others have said all along has changed."""
+    model = lora_model(alpha_pattern={"v_proj": 2})
+    before = look(model)
+    assert look(model) is before
+    scalings = before.weights.scalings
+    assert len(set(scalings)) == 2
+    other = next(number for number, scaling in enumerate(scalings) if scaling != scalings[0])
+    layer(model, other).scaling["default"] = scalings[0]
+    after = look(model)
+    assert after is not before
+    assert after.weights.scalings[other] == scalings[0]
