@@ -100,8 +100,16 @@ def test_a_trainer_that_builds_a_vllm_generation_is_none_that_nobody_mentions(bo
     assert all("set use_vllm=True" in outcome.reason for outcome in found)
 
 
-@pytest.mark.parametrize("text", ["VLLMGeneration(", "# VLLMGeneration(...)\n", "def build_VLLMGeneration(a): ...\n"])
-def test_what_builds_no_vllm_generation_is_not_mentioned(text: str):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "VLLMGeneration(",
+        "# VLLMGeneration(...)\n",
+        "def build_VLLMGeneration(a): ...\n",
+        "class GRPOTrainer:\n    x = VLLMGeneration(1)\n",
+    ],
+)
+def test_what_builds_no_vllm_generation_or_has_moved_is_not_mentioned(text: str):
     assert untaught(text, "trl/a.py") == []
 
 

@@ -83,13 +83,17 @@ def in_modules(install: TrlInstall, shown: Callable[[Path], Path] = Path) -> lis
 def untaught(text: str, name: str, path: str = "") -> list[Outcome]:
     """Return one outcome "skipped" if `text`, in which `in_module` finds nothing, builds a `VLLMGeneration`.
 
-    A trainer of no target: what it does with an engine happens in the methods of a class that is patched.
+    A trainer of no target: what it does with an engine happens in the methods of a class that is patched. The class of
+    a target, in another file, is none: it has moved, which is said elsewhere.
     """
     if f"{GENERATION}(" not in text:
         return []
     try:
         file = outline(text, ())
     except SyntaxError:
+        return []
+    known = {name for target in TARGETS.values() for name in target.classes}
+    if any(isinstance(node, ast.ClassDef) and node.name in known for node in file.tree.body):
         return []
     built = [call.lineno for call in file.parents.of(ast.Call) if calls(call, GENERATION)]
     what = f"rolls out through {GENERATION}"
