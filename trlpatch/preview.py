@@ -115,6 +115,7 @@ class Preview:
             "absent": self.absent,
             "failures": [{"target": failure.target, **_outcome_dict(failure)} for failure in self.failures],
             "held_back": sorted(self.fit.held_back),
+            "untaught": [{"target": one.target, **_outcome_dict(one)} for one in self.fit.untaught],
             "files": [file.to_dict() for file in self.files],
         }
 

@@ -114,6 +114,20 @@ def test_check_as_json(drifted: Path, trlpatch: Run) -> None:
     assert (drift["expected"], drift["found"]) == (1, 2)
 
 
+def test_check_names_a_new_trainer_on_vllm_generation_beside_the_verdict(trl: Path, trlpatch: Run) -> None:
+    new = trl / "trl" / "experimental" / "newpo_trainer.py"
+    new.parent.mkdir()
+    text = (
+        "class NewPOTrainer:\n    def __init__(self, model):\n        self.vllm_generation = VLLMGeneration(model)\n"
+    )
+    new.write_text(text, encoding="utf-8")
+    done = trlpatch("check", "--trl-path", trl)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = " ".join(done.stdout.split())
+    assert "every patch fits; no target, rolls out through VLLMGeneration, which stays stock: trl/exp" in said
+    assert "newpo_trainer.py: rolls out through VLLMGeneration; no patch knows this trainer" in said
+
+
 def test_check_of_one_target_overlooks_the_others(drifted: Path, trlpatch: Run) -> None:
     assert trlpatch("check", "online_dpo", "--trl-path", drifted).returncode == 0
 

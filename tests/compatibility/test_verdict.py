@@ -79,6 +79,46 @@ def test_versions_that_did_not_run_are_untested(trl: str, vllm: str, transformer
     assert (found.state, found.runs, found.findings) == ("untested", (), ())
 
 
+@pytest.mark.parametrize(
+    ("trl", "vllm", "transformers", "said"),
+    [
+        ("1.16.0", "0.23.0+cpu", "4.57.6", "vLLM 0.23 has trained with TRL 0.23.1 and transformers 4.57.6, not with "),
+        ("0.29.0", "0.26.1", "5.17.0", "vLLM 0.26 has trained with TRL 0.23.1, 1.16.0 and transformers 5.17.0, not w"),
+        (
+            "1.16.0",
+            "0.27.0",
+            "5.17.0",
+            "vLLM 0.27 has trained with no TRL yet; the nearest that have: 0.26.0 and 0.28.0.",
+        ),
+        ("1.16.0", "0.30.0", "5.19.0", "vLLM 0.30 has trained with no TRL yet; the nearest that have: 0.28.0."),
+        ("0.23.1", "0.10.2", "4.56.2", "vLLM 0.10 has trained with no TRL yet; the nearest that have: 0.23.0."),
+        ("0.23.1", "mine", "4.57.6", "vLLM mine has trained with no TRL yet."),
+    ],
+)
+def test_an_untested_vllm_is_placed_among_those_that_trained(
+    trl: str, vllm: str, transformers: str, said: str
+) -> None:
+    install = TrlInstall(Path("/nowhere/trl"), trl, parse_release(trl))
+    found = judge(install, {"vllm": vllm, "transformers": transformers, "peft": "0.21.0"}, RUNS)
+    assert (found.state, found.notes[0].startswith(said)) == ("untested", True), found
+    assert found.notes[0] in found.lines()
+
+
+def test_many_releases_are_not_all_listed() -> None:
+    runs = [
+        tested.TestedRun(f"1.{n}.0", "0.23.0", "4.57.6", "gpu", ("grpo-lora",), (), "2026-11-21") for n in range(9)
+    ]
+    install = TrlInstall(Path("/nowhere/trl"), "0.23.1", (0, 23, 1))
+    note = judge(install, {"vllm": "0.23.0", "transformers": "4.57.6"}, runs).notes[0]
+    assert "TRL 1.0.0, 1.1.0, 1.2.0, 1.3.0, 1.4.0, ..., 1.8.0 and" in note
+
+
+def test_nothing_is_near_where_nothing_ran() -> None:
+    install = TrlInstall(Path("/nowhere/trl"), "0.23.1", (0, 23, 1))
+    found = judge(install, {"vllm": "0.23.0", "transformers": "4.57.6"}, ())
+    assert found.notes == ("vLLM 0.23 has trained with no TRL yet.",)
+
+
 def test_what_is_missing_is_said_and_not_judged() -> None:
     found = verdict("0.23.1", None, None)
     assert found.state == "incomplete"
@@ -198,7 +238,7 @@ def test_metadata_that_cannot_be_read_says_nothing(described: Path, text: bytes)
 def test_trls_own_range_of_vllm_is_a_note_and_no_obstacle(described: Path) -> None:
     outside = verdict("1.16.0", "0.32.0", "5.18.0", root=described)
     assert outside.findings == ()
-    assert "declares vllm<=0.31.0,>=0.22.0" in outside.notes[0]
+    assert "declares vllm<=0.31.0,>=0.22.0" in outside.notes[-1]
     assert verdict("1.16.0", "0.26.0", "5.17.0", root=described).notes == ()
 
 

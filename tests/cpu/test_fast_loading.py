@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.cpu import tiny  # isort: skip  # sets vLLM's environment
 
 import dataclasses
+import gc
 import os
 import sys
 import weakref
@@ -124,3 +125,9 @@ def test_a_second_engine_beside_the_first(loaded: tuple[Any, Any], checkpoint: P
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" in os.environ, "set by this test's harness, not by loading"
     for one in (model, loaded[0]):
         assert len(rollout(one).outputs[0].token_ids) == 8
+    engine = weakref.ref(model.vllm_engine)
+    del one, model
+    gc.unfreeze()
+    gc.collect()
+    assert engine() is None
+    assert len(rollout(loaded[0]).outputs[0].token_ids) == 8  # vLLM 0.31 and newer: the groups are both engines'

@@ -90,6 +90,73 @@ def test_a_whole_engine_is_shut_down_part_by_part() -> None:
     assert events == ["executor", "scheduler"]
 
 
+class CollectedClient(Client):
+    """`InprocClient` from vLLM 0.31 on."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**changes)
+        self._finalizer = weakref.finalize(self, self.engine_core.shutdown)
+        self._finalizer.atexit = False
+
+
+class CollectedEngine:
+    """A `vllm.LLM` whose client and engine have finalizers."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.llm_engine = SimpleNamespace(engine_core=CollectedClient(events=events))
+        self.llm_engine.compiled = compiled = Memory()
+        self.llm_engine._finalizer = weakref.finalize(compiled, events.append, "compiled")
+
+
+def test_an_engine_that_is_collected_leaves_the_process_groups_to_others() -> None:
+    events: list[str] = []
+    engine = CollectedEngine(events)
+    build.leave_groups(engine)
+    build.leave_groups(engine)
+    assert events == []
+    del engine
+    gc.collect()
+    assert sorted(events) == ["compiled", "executor", "scheduler"]  # and not Core.shutdown
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_an_engine_that_was_shut_down_is_not_shut_down_again_when_it_is_collected(*, prepared: bool) -> None:
+    events: list[str] = []
+    engine = CollectedEngine(events)
+    if prepared:
+        build.leave_groups(engine)
+    build._take_down(engine)
+    assert events == ["executor", "scheduler"]
+    del engine
+    gc.collect()
+    assert events == ["executor", "scheduler", "compiled"]
+
+
+def test_engines_without_such_a_finalizer_are_let_be() -> None:
+    for other in (Engine(events=[]), SimpleNamespace(), SimpleNamespace(llm_engine=None)):
+        build.leave_groups(other)
+    assert not hasattr(Engine(events=[]).llm_engine.engine_core, "_finalizer")
+
+
+def test_model_parallel_groups_are_left_to_other_engines() -> None:
+    events: list[str] = []
+
+    class UniProcExecutor(Executor):
+        pass
+
+    class ExecutorWithExternalLauncher(UniProcExecutor):
+        def shutdown(self) -> None:
+            super().shutdown()
+            events.append("model parallel groups")
+
+    class Ours(ExecutorWithExternalLauncher):
+        pass
+
+    for kind in (UniProcExecutor, ExecutorWithExternalLauncher, Ours):
+        build._take_down(SimpleNamespace(model_executor=kind(events, fails=False)))
+    assert events == ["executor"] * 3
+
+
 def test_an_engine_in_another_process_is_shut_down_through_its_client() -> None:
     events: list[str] = []
     client = SimpleNamespace(shutdown=lambda: events.append("client"))

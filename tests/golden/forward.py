@@ -60,6 +60,7 @@ class Case:
         gone: targets that are not in this TRL, which is no failure.
         refused: algorithms that cannot be asked for, and what the message says.
         modules: files without a target that use an engine, and what the message says; they hold no target back.
+        untaught: what the verdict says before a new trainer that rolls out through VLLMGeneration; empty without one.
     """
 
     change: Callable[[Trl], None]
@@ -68,6 +69,7 @@ class Case:
     gone: frozenset[str] = frozenset()
     refused: dict[str, str] = field(default_factory=dict)
     modules: dict[str, str] = field(default_factory=dict)
+    untaught: str = ""
 
 
 def removed_algorithm(trl: Trl) -> None:
@@ -159,8 +161,18 @@ class NewPOTrainer(_BaseTrainer):
 """
 
 
-def new_trainer_on_vllm_generation(trl: Trl) -> None:
+def new_trainer_past_vllm_generation(trl: Trl) -> None:
     trl.write("experimental/newpo/newpo_trainer.py", NEW_TRAINER)
+
+
+def new_trainer_on_vllm_generation(trl: Trl) -> None:
+    through = NEW_TRAINER.replace(".llm.generate", ".generate")
+    trl.write("experimental/newpo/newpo_trainer.py", through)
+
+
+def new_trainer_on_a_stock_generation(trl: Trl) -> None:
+    new_trainer_on_vllm_generation(trl)
+    second_rollout(trl)
 
 
 def new_trainer_with_an_engine(trl: Trl) -> None:
@@ -244,7 +256,16 @@ CASES = {
         stock=ON_VLLM_GENERATION | {"online_dpo"},
     ),
     "reformatted": Case(reformatted),
-    "new_trainer_on_vllm_generation": Case(new_trainer_on_vllm_generation, modules={_NEWPO: "without the LoRA"}),
+    "new_trainer_past_vllm_generation": Case(new_trainer_past_vllm_generation, modules={_NEWPO: "without the LoRA"}),
+    "new_trainer_on_vllm_generation": Case(
+        new_trainer_on_vllm_generation, untaught="no target, rolls out through VLLMGeneration, which is patched: "
+    ),
+    "new_trainer_on_a_stock_generation": Case(
+        new_trainer_on_a_stock_generation,
+        failed={"vllm_generation": "rollout_call: expected 1, found 2"},
+        stock=ON_VLLM_GENERATION,
+        untaught="no target, rolls out through VLLMGeneration, which stays stock: ",
+    ),
     "new_trainer_with_an_engine": Case(new_trainer_with_an_engine, modules={_NEWPO: "an engine is built"}),
     "everything_removed": Case(
         everything_removed,

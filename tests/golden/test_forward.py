@@ -69,6 +69,9 @@ def test_forward(name: str, next_trl: Trl) -> None:
     assert (status, found["fits"]) == ((1, False) if wrong else (0, True))
     gone = {target for target in found["absent"] if target not in case.failed}
     assert gone == case.gone
+    assert bool(found["untaught"]) is bool(case.untaught)
+    if case.untaught:
+        assert f"; {case.untaught}{found['untaught'][0]['target']}" in found["verdict"]
     held_back = set(found["held_back"])
     assert held_back == stock_of(case) - case.failed.keys()
 

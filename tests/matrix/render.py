@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tests.matrix.reasons import reason_of
-from tests.matrix.runs import DEVICES, PLATFORM, Run, merge
+from tests.matrix.runs import DEVICES, PLATFORM, UNPINNED, Run, merge
 from trlpatch.compatibility.known_bad import RULES
 from trlpatch.source.releases import parse_release
 
@@ -101,16 +101,30 @@ class Footnotes:
 
 def render(runs: Iterable[Run]) -> str:
     """Return the document."""
-    runs = merge(runs)
+    everything = merge(runs)
+    runs = [run for run in everything if run.stack not in UNPINNED]
+    others = [run for run in everything if run.stack in UNPINNED]
     notes = Footnotes()
     cases = sorted({run.case for run in runs}, key=_place)
     sections = [_section(case, [run for run in runs if run.case == case], notes) for case in cases]
     parts = [HEAD, "## In numbers\n\n" + "\n".join(_numbers(runs, cases)), *sections]
+    if others:
+        parts.append("## Other versions\n\n" + "\n".join(_others(others, notes)))
     if lines := notes.lines():
         parts.append("## Reasons\n\n" + "\n".join(lines))
     parts.append("## Known not to work\n\n" + "\n".join(_rules()))
-    parts.append("## Versions and commands\n\n" + "\n".join(_origins(runs)))
+    parts.append("## Versions and commands\n\n" + "\n".join(_origins(everything)))
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+
+
+def _others(runs: Sequence[Run], notes: Footnotes) -> list[str]:
+    """Return a table of runs with versions that nothing pins, one run a row."""
+    lines = ["Releases of vLLM between, below and above those of the stacks, one run each.", ""]
+    lines += ["| | TRL | case | |", "|---|---|---|---|"]
+    for run in runs:
+        who = "stock TRL: " if run.stock else ""
+        lines.append(f"| {Column.of(run).title} | {run.trl} | {who}{_title(run.case)} | {_cell(run, notes)} |")
+    return lines
 
 
 def _rules() -> list[str]:

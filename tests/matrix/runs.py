@@ -19,7 +19,10 @@ from trlpatch.source.releases import parse_release
 MATRIX = ROOT / "docs" / "matrix.json"
 SUMMARY = ROOT / "trlpatch" / "compatibility" / "tested.json"
 DEVICES = ("gpu", "cpu")
-STACKS = ("tf4", "tf5", "cpu4", "cpu5", "newest")
+NEWEST, OTHER = "newest", "other"
+UNPINNED = (NEWEST, OTHER)
+"""Stacks of runs with versions that nothing pins; the document has them in a table of their own."""
+STACKS = ("tf4", "tf5", "cpu4", "cpu5", *UNPINNED)
 SLEEPS = ("", "1", "2", "kv")
 VERDICTS = ("pass", "fail", "wrong", "error")
 PLATFORM = ("vllm", "transformers")

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
+import pytest
+
+from tests.cpu import matrix
 from tests.cpu.matrix import newest_of_minors, ordered, result_of
 from tests.golden.sources import pinned
+from tests.matrix.runs import OTHER
 
 
 def test_by_default_every_minor_runs_with_its_newest_patch_release() -> None:
@@ -24,6 +29,18 @@ def test_cases_run_where_the_release_has_a_trainer_for_them() -> None:
         *[("0.25.1", case) for case in cases[:3]],
         *[("1.16.0", case) for case in cases],
     ]
+
+
+def test_an_interpreter_of_ones_own_stands_for_a_stack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(matrix, "unpacked", lambda release, cache: Path(f"trl-{release.version}"))
+    monkeypatch.setattr(matrix, "environment_of", lambda tree: {"TREE": str(tree)})
+    monkeypatch.setattr(matrix, "measure", lambda *arguments: asked.append(arguments))
+    release, python = pinned()["0.22.2"], Path("other/bin/python")
+    matrix.measure_pinned(release, python, "grpo-lora", 10, tmp_path)
+    command = "python -m tests.cpu.matrix --out RUNS.json --steps 10 --python PYTHON --cases grpo-lora -- 0.22.2"
+    environ = {"TREE": "trl-0.22.2"}
+    assert asked == [(python.absolute(), environ, "0.22.2", "grpo-lora", 10, OTHER, tmp_path, command)]
 
 
 def test_a_process_that_fails_leaves_the_line_that_says_why() -> None:

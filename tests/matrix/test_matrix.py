@@ -19,6 +19,7 @@ STACKS = {
     "tf4": {"vllm": "0.23.0", "transformers": "4.57.6", "torch": "2.11.0"},
     "tf5": {"vllm": "0.26.0", "transformers": "5.17.0", "torch": "2.11.0"},
     "cpu5": {"vllm": "0.28.0", "transformers": "5.23.0", "torch": "2.13.0"},
+    "other": {"vllm": "0.15.1", "transformers": "4.56.2", "torch": "2.10.0"},
 }
 
 
@@ -26,7 +27,7 @@ def run(trl: str = "0.23.1", stack: str = "tf4", **changes: Any) -> Run:
     entry: dict[str, Any] = {
         "trl": trl,
         "case": "grpo-lora",
-        "device": "cpu" if stack.startswith("cpu") else "gpu",
+        "device": "cpu" if stack.startswith(("cpu", "other")) else "gpu",
         "stack": stack,
         "versions": STACKS[stack],
         "date": "2026-11-21",
@@ -152,6 +153,20 @@ def test_the_document_has_a_row_per_release_and_columns_for_stock_and_patched_pe
         "| 0.23.1 | fails (A) | **0.0066**, control 0.13, sleep 1 | · |",
         "| 1.9.2 | wrong 0.74, sleep 1 (B) | **0.0066**, control 0.13, sleep 1 | **2.0e-07**, control 0.13, sleep 1 |",
     ]
+
+
+def test_versions_that_nothing_pins_are_rows_of_a_table_of_their_own_and_no_columns() -> None:
+    others = [run("0.22.2", "other", sleep=""), run("1.16.0", "other", **NOT_RUN, error="Never seen")]
+    text = render([run(), *others])
+    table = text.partition("## Other versions")[2].partition("\n## ")[0].strip().splitlines()
+    where = "CPU, vLLM 0.15.1, transformers 4.56.2"
+    assert table[-2:] == [
+        f"| {where} | 0.22.2 | GRPO, LoRA on an attached engine | **0.0066**, control 0.13 |",
+        f"| {where} | 1.16.0 | GRPO, LoRA on an attached engine | fails (A) |",
+    ]
+    assert where not in text.partition("## Other versions")[0]
+    assert f"### {where}" in text
+    assert "- **A** (1.16.0)" in text
 
 
 def test_cases_come_by_trainer_and_unknown_ones_last() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trlpatch.outcomes import ENGINE_USE
-from trlpatch.rewrite.census.findings import in_module, in_modules, module_files
+from trlpatch.rewrite.census.findings import in_module, in_modules, module_files, untaught
 from trlpatch.rewrite.census.uses import unknown_uses
 from trlpatch.rewrite.census.vocabulary import (
     CONSTRUCTORS,
@@ -91,6 +91,26 @@ def test_a_trainer_that_uses_an_engine_past_the_patched_methods_is_found(body: s
 @pytest.mark.parametrize("body", HARMLESS)
 def test_a_trainer_that_keeps_to_the_patched_methods_is_no_alarm(body: str):
     assert in_module(TRAINER.format(body), "trl/experimental/newpo/newpo_trainer.py") == []
+
+
+@pytest.mark.parametrize("body", [*HARMLESS, *REFUSED])
+def test_a_trainer_that_builds_a_vllm_generation_is_none_that_nobody_mentions(body: str):
+    found = untaught(TRAINER.format(body), "trl/experimental/newpo/newpo_trainer.py", "/site/newpo_trainer.py")
+    assert [outcome.status for outcome in found] == ["skipped"] * ("VLLMGeneration(" in body)
+    assert all("set use_vllm=True" in outcome.reason for outcome in found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "VLLMGeneration(",
+        "# VLLMGeneration(...)\n",
+        "def build_VLLMGeneration(a): ...\n",
+        "class GRPOTrainer:\n    x = VLLMGeneration(1)\n",
+    ],
+)
+def test_what_builds_no_vllm_generation_or_has_moved_is_not_mentioned(text: str):
+    assert untaught(text, "trl/a.py") == []
 
 
 @pytest.mark.parametrize("body", REFUSED)

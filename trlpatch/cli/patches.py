@@ -162,9 +162,12 @@ def check(targets: Sequence[str], trl_path: Path | None, skip: Sequence[str], as
         (name, Text("uses an engine as no patch knows", "red"))
         for name in sorted({o.target for o in found.fit.modules})
     ]
+    rows += [(one.target, Text(found.fit.through_generation, "yellow")) for one in found.fit.untaught]
     show(_heading(found), grid(rows, indent=2))
     _leave_on_drift(found)
-    show(*(Text(line, "green") for line in _folded(found.fit.verdict)), *_facts([], versions))
+    show(*(Text(line, "green") for line in _folded(found.fit.verdict)))
+    show(*(line for one in found.fit.untaught for line in _folded(f"{one.target}: {one.reason}")))
+    show(*_facts([], versions))
     sys.exit(bad)
 
 

@@ -75,6 +75,9 @@ class Verdict:
         return lines
 
 
+_SHOWN = 6
+"""So many releases are listed in full."""
+
 _NAMES = {"trl": "TRL", "vllm": "vLLM", "transformers": "transformers"}
 
 
@@ -106,6 +109,8 @@ def judge(
     findings = tuple(_findings(place, versions, failed=() if passed else failed))
     notes = tuple(_notes(place, versions, failed=failed if passed else ()))
     state = _state(versions, known_bad=bool(findings), passed=bool(passed))
+    if state == "untested":
+        notes = (_tried(versions, known), *notes)
     if state == "tested":
         return Verdict(state, versions, findings, tuple(run for run in here if run.passed), notes, suggestion="")
     return Verdict(state, versions, findings, (), notes, _suggestion(install, versions, known))
@@ -148,6 +153,24 @@ def _notes(trl: Path, versions: Mapping[str, str | None], failed: Sequence[str])
     declared = vllm_range(trl)
     if declared and versions.get("vllm") and not within(versions["vllm"], declared):
         yield f"TRL {versions['trl']} declares vllm{declared} and warns outside of it, which changes nothing."
+
+
+def _tried(versions: Mapping[str, str | None], runs: Iterable[TestedRun]) -> str:
+    """Say with what this minor release of vLLM has trained, or between which others it lies."""
+    minor = _minor(versions["vllm"])
+    name = f"vLLM {'.'.join(map(str, minor)) or versions['vllm']}"
+    trained = [run for run in runs if run.passed]
+    here = [run for run in trained if _minor(run.vllm) == minor]
+    if here:
+        releases = sorted({run.trl for run in here}, key=parse_release)
+        shown = releases if len(releases) <= _SHOWN else [*releases[: _SHOWN - 1], "...", releases[-1]]
+        beside = sorted({run.transformers for run in here}, key=parse_release)
+        return f"{name} has trained with TRL {', '.join(shown)} and transformers {', '.join(beside)}, not with these."
+    others = sorted({parse_release(run.vllm): run.vllm for run in trained}.items())
+    below = [text for release, text in others if release[:2] < minor]
+    above = [text for release, text in others if release[:2] > minor]
+    around = " and ".join([*below[-1:], *above[:1]]) if minor else ""
+    return f"{name} has trained with no TRL yet{f'; the nearest that have: {around}' if around else ''}."
 
 
 def _suggestion(install: TrlInstall, versions: Mapping[str, str | None], runs: Iterable[TestedRun]) -> str:

@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -92,6 +93,7 @@ def build_engine(arguments: Mapping[str, Any], *, layers: str = "auto") -> Rollo
 
             with inspected_here(arguments), lora_layers(arguments, layers) as given:
                 llm: RolloutEngine = LLM(**given)
+            leave_groups(llm)
             return llm
         except BaseException as error:
             parts = _unfinished(error)
@@ -117,6 +119,19 @@ def let_go_of_engines() -> None:
         torch = sys.modules.get("torch")  # a process that has not imported it holds none of its memory
         if torch is not None and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def leave_groups(llm: object) -> None:
+    """Have an engine of this process, once nothing refers to it, leave the process groups to those that use them.
+
+    From vLLM 0.31 on, the collection of `InprocClient` calls `EngineCore.shutdown()`, which destroys every group of
+    the process, torch's default one as well: a second engine, and a trainer of several ranks, would be without.
+    """
+    client = probes.reach(llm, "llm_engine", "engine_core")
+    finalizer = _finalizer_of(client)
+    if finalizer is not None and finalizer.detach() is not None:
+        client._finalizer = weakref.finalize(client, _take_down, client.engine_core)
+        client._finalizer.atexit = False  # as below 0.31: what a process held is free when it ends
 
 
 def shut_down(llm: RolloutEngine, groups: ProcessGroups) -> None:
@@ -261,6 +276,9 @@ def _take_down(part: object) -> None:
     No backend is asked: what is half built has none.
     """
     for name in ("llm_engine", "engine_core", "engine_core"):  # LLM, LLMEngine, InprocClient
+        finalizer = _finalizer_of(part)
+        if finalizer is not None:
+            finalizer.detach()
         part = getattr(part, name, part)
     executor = part if hasattr(part, "driver_worker") else getattr(part, "model_executor", None)
     if executor is None:
@@ -268,8 +286,32 @@ def _take_down(part: object) -> None:
         return
     # Not EngineCore.shutdown(): from vLLM 0.23.0 that destroys process groups that are not the engine's, too.
     _end(getattr(part, "structured_output_manager", None), "clear_backend")
-    _end(executor, "shutdown")
+    _end(_within_its_worker(executor), "shutdown")
     _end(getattr(part, "scheduler", None), "shutdown")
+
+
+def _within_its_worker(executor: object) -> object:
+    """The executor with the `shutdown` of UniProcExecutor, which ends the worker and nothing else.
+
+    That of an external launcher's executor destroys in vLLM 0.33 the model-parallel groups, which all engines share.
+    """
+    above: type = type(executor)
+    for cls in type(executor).__mro__[1:]:
+        if cls.__name__ == "UniProcExecutor":
+            return super(above, executor)
+        above = cls
+    return executor
+
+
+def _finalizer_of(client: object) -> weakref.finalize[..., Any] | None:
+    """What shuts the core down when its client in this process is collected; None for other parts, and below 0.31."""
+    finalizer, core = getattr(client, "_finalizer", None), getattr(client, "engine_core", None)
+    if core is None or not isinstance(finalizer, weakref.finalize):
+        return None
+    # LLMEngine has a finalizer, too: it frees what is compiled, and stays.
+    _, function, *_ = finalizer.peek() or (None, None)
+    ends_core = function is _take_down or getattr(function, "__self__", None) is core
+    return finalizer if ends_core else None
 
 
 def _end(part: object, method: str) -> None:

@@ -24,6 +24,7 @@ class Fit(NamedTuple):
         absences: the targets whose file is not there.
         failures: the patches that do not fit, and the absences that may not be passed over.
         modules: uses of an engine that no patch knows, in files that are no targets. They hold no target back.
+        untaught: trainers of no target that roll out through `VLLMGeneration`, which is one.
         moved: where the classes are that a target with a failure should define and does not.
     """
 
@@ -33,6 +34,7 @@ class Fit(NamedTuple):
     failures: tuple[Outcome, ...]
     moved: Mapping[str, str]
     modules: tuple[Outcome, ...] = ()
+    untaught: tuple[Outcome, ...] = ()
 
     @property
     def untested(self) -> bool:
@@ -75,9 +77,17 @@ class Fit(NamedTuple):
             parts = ["every patch fits" + (" what is there" if self.gone else "")]
         if self.modules:
             parts.append(f"{UNKNOWN_USE} {_listed({one.target for one in self.modules})}")
+        if self.untaught:
+            parts.append(f"{self.through_generation}: {_listed({one.target for one in self.untaught})}")
         if self.gone:
             parts.append(f"not in this TRL: {_listed(self.gone)}")
         return "; ".join(parts)
+
+    @property
+    def through_generation(self) -> str:
+        """Say what becomes of the rollouts of a trainer in `untaught`."""
+        patched = "vllm_generation" in self.present - self.stock
+        return f"no target, rolls out through VLLMGeneration, which {'is patched' if patched else 'stays stock'}"
 
     @property
     def untested_line(self) -> str:
@@ -103,7 +113,7 @@ def judge_fit(
     Args:
         found: those whose file is there.
         failed: the patches that do not fit their text.
-        modules: what the census found in files that are no targets.
+        modules: what the census found in files that are no targets; "skipped" where it is no failure.
     """
     absent: tuple[Absence, ...] = ()
     if any(target.name in wanted for target, _ in missing(install)):
@@ -114,7 +124,11 @@ def judge_fit(
     unfit = tuple(failed)
     failures = (*unfit, *(one.outcome for one in absent if one.failed))
     present, moved = frozenset(one.target.name for one in found), _moved(install, found, unfit)
-    return Fit(install, present, absent, failures, moved, tuple(modules))
+    found_there = tuple(modules)
+    unknown = tuple(one for one in found_there if one.status == "failed")
+    # A later call for other targets knows nothing of what an earlier one did to VLLMGeneration.
+    untaught = tuple(one for one in found_there if one.status == "skipped" and "vllm_generation" in wanted)
+    return Fit(install, present, absent, failures, moved, unknown, untaught)
 
 
 def _moved(install: TrlInstall, found: Sequence[SourceFile], unfit: Sequence[Outcome]) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 from trlpatch.outcomes import ENGINE_USE, Drift, Outcome
 from trlpatch.rewrite.census.names import lost_names
 from trlpatch.rewrite.census.uses import Use, unknown_uses
-from trlpatch.rewrite.census.vocabulary import MENTIONED, OWN_PROCESS
+from trlpatch.rewrite.census.vocabulary import GENERATION, MENTIONED, OWN_PROCESS
+from trlpatch.rewrite.edits import calls
 from trlpatch.rewrite.outline import Outline, outline
 from trlpatch.rewrite.plan import Plan
 from trlpatch.source.locate import SourceFile, TrlInstall
@@ -21,6 +24,11 @@ NAME_ADVICE = "hooks have to learn the new name; until then this target and thos
 MODULE_ADVICE = (
     "no patch knows how it syncs, sleeps and rolls out: do not train on an engine with what this module defines; "
     'on_drift="stock" patches the rest and warns'
+)
+UNTAUGHT_ADVICE = (
+    "no patch knows this trainer: its rollouts, sleep and weight sync are VLLMGeneration's, but it does not switch "
+    "vLLM on for an engine that the model carries (set use_vllm=True and vllm_mode='colocate'), and takes no "
+    "vllm_sampling_params"
 )
 
 
@@ -59,7 +67,7 @@ def in_module(text: str, name: str, path: str = "", release: Release | None = No
 
 
 def in_modules(install: TrlInstall, shown: Callable[[Path], Path] = Path) -> list[Outcome]:
-    """Return the findings of `in_module` for all modules of this TRL but targets and those of `OWN_PROCESS`.
+    """Return what `in_module`, or else `untaught`, finds in each module of this TRL that is no target.
 
     Args:
         shown: the path that messages name, for a file of a wheel.
@@ -67,8 +75,31 @@ def in_modules(install: TrlInstall, shown: Callable[[Path], Path] = Path) -> lis
     found: list[Outcome] = []
     for path in module_files(install):
         name = f"trl/{path.relative_to(install.root).as_posix()}"
-        found += in_module(path.read_bytes().decode(errors="replace"), name, str(shown(path)), install.release)
+        text, place = path.read_bytes().decode(errors="replace"), str(shown(path))
+        found += in_module(text, name, place, install.release) or untaught(text, name, place)
     return found
+
+
+def untaught(text: str, name: str, path: str = "") -> list[Outcome]:
+    """Return one outcome "skipped" if `text`, in which `in_module` finds nothing, builds a `VLLMGeneration`.
+
+    A trainer of no target: what it does with an engine happens in the methods of a class that is patched. The class of
+    a target, in another file, is none: it has moved, which is said elsewhere.
+    """
+    if f"{GENERATION}(" not in text:
+        return []
+    try:
+        file = outline(text, ())
+    except SyntaxError:
+        return []
+    known = {name for target in TARGETS.values() for name in target.classes}
+    if any(isinstance(node, ast.ClassDef) and node.name in known for node in file.tree.body):
+        return []
+    built = [call.lineno for call in file.parents.of(ast.Call) if calls(call, GENERATION)]
+    what = f"rolls out through {GENERATION}"
+    return [
+        _outcome(name, path or name, file, Use(line, what), UNTAUGHT_ADVICE, status="skipped") for line in built[:1]
+    ]
 
 
 def module_files(install: TrlInstall) -> list[Path]:
@@ -95,11 +126,13 @@ def _left_over(steps: Plan, patched: Outline) -> Iterator[Use]:
                 yield Use(node.lineno, f"{step.patch.name} does not reach this {anchor.name.replace('_', ' ')}")
 
 
-def _outcome(target: str, path: str, file: Outline, use: Use, advice: str) -> Outcome:
+def _outcome(
+    target: str, path: str, file: Outline, use: Use, advice: str, status: Literal["failed", "skipped"] = "failed"
+) -> Outcome:
     qualname, _ = file.scope(use.line)
     line = f"{use.line}: {file.lines[use.line - 1].strip()}" if file.lines else ""
     drift = Drift(path, use.line, qualname or "module", ENGINE_USE, 0, 1, line)
-    return Outcome(target, ENGINE_USE, "failed", f"{use.what}; {advice}", drift=drift)
+    return Outcome(target, ENGINE_USE, status, f"{use.what}; {advice}", drift=drift)
 
 
 def _upstream_lines(upstream: Sequence[str], patched: Sequence[str]) -> list[int]:

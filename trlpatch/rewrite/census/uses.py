@@ -17,6 +17,7 @@ from trlpatch.rewrite.census.vocabulary import (
     CONSTRUCTORS,
     ENGINE_ONLY,
     ENGINES,
+    GENERATION,
     HARMLESS_CALLS,
     HARMLESS_PATH,
     HELD_CALLS,
@@ -188,7 +189,7 @@ class _Census:
         if isinstance(value, ast.Call) and hook_called(value.func) == "generation":
             return True
         # Elsewhere it lacks vllm_sampling_params and nothing else: its methods are patched whoever builds it.
-        return calls(value, "VLLMGeneration") and (not self._target or "sampling" in self._stock)
+        return calls(value, GENERATION) and (not self._target or "sampling" in self._stock)
 
     def _named(self, node: ast.Attribute | ast.Name) -> _Found:
         name = last_name(node)

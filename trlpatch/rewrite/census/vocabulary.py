@@ -11,6 +11,8 @@ from trlpatch.trl_names import ENGINE_ATTRIBUTES, SYNC_METHODS
 ENGINES = frozenset(ENGINE_ATTRIBUTES)
 HOLDER = "vllm_generation"
 """Attribute of a trainer that holds its `VLLMGeneration` (TRL 0.28)."""
+GENERATION = "VLLMGeneration"
+"""The class that owns the engine of a trainer since TRL 0.28."""
 
 CONSTRUCTORS = frozenset({"LLM", "LLMEngine", "AsyncLLM", "AsyncLLMEngine", "EngineCore", "EngineCoreClient"})
 """vLLM's classes that are, or make, an engine."""
