@@ -10,6 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+
 from tests.fakes.models import base_model, lora_model  # noqa: E402
 from trlpatch.engine.weights_in_place.merge import float32_products, merged  # noqa: E402
 from trlpatch.policy.bit_sums import bit_sums  # noqa: E402
@@ -166,6 +168,25 @@ def test_the_mark_moves_with_what_is_written_to_frozen_parameters(leaf: str) -> 
     with torch.inference_mode():
         weights = policy_weights(base_model().requires_grad_(False))
     assert ContentMark(weights) == ContentMark(weights), "inference tensors have no version"
+
+
+def test_sums_that_a_model_keeps_are_those_of_the_tensors_it_has_now() -> None:
+    model = lora_model(use_dora=True)
+    base = model.get_base_model()
+    layer = base.model.layers[0].self_attn.q_proj
+    factor, frozen = layer.lora_B["default"].weight, layer.base_layer.weight
+    before = ContentMark(policy_weights(model), base)
+    first = factor.data
+    factor.data = first.clone()
+    assert before == ContentMark(policy_weights(model), base)
+    factor.data.view(-1)[-1] += 1.0
+    assert before != ContentMark(policy_weights(model), base)
+    factor.data = first
+    assert before == ContentMark(policy_weights(model), base)
+    gone = StorageWeakRef(frozen.untyped_storage())
+    model.to(torch.bfloat16)
+    assert before != ContentMark(policy_weights(model), base)
+    assert gone.expired(), "what is looked at holds the memory of weights that were cast"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

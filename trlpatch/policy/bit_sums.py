@@ -50,7 +50,7 @@ def readable_by_kernel(tensor: Tensor) -> bool:
 
 
 def _by_kernel(tensors: list[Tensor]) -> Tensor:
-    """[tensors, 2] int64, all on one device; nothing waits for it."""
+    """[tensors, 2] int64, all on one device. The host waits for what is queued before, and not for the sums."""
     import torch
 
     module = kernel_module()

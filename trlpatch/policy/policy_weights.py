@@ -143,8 +143,9 @@ def _factor(layer: Any, kind: str, adapter: str) -> tuple[Tensor, Tensor | None]
     """
     side = layer._modules[kind]._modules[adapter]
     own = side._parameters
-    weight, bias = own.get("weight"), own.get("bias")
-    return (side.weight if weight is None else weight), (side.bias if bias is None else bias)
+    # `own.get` with a default would ask the module each time.
+    weight = own["weight"] if "weight" in own else side.weight  # noqa: SIM401
+    return weight, own["bias"] if "bias" in own else side.bias  # noqa: SIM401
 
 
 def _terms(layer: Any, name: str, active: list[str]) -> tuple[tuple[Term, ...], Tensor | None, tuple[Term, ...]]:
