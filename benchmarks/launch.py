@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +26,15 @@ _WITHOUT_MULTICAST = {
 }  # fmt: skip
 
 _running: set[subprocess.Popen[bytes]] = set()
+_terminated = threading.Event()
 
 
 def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own, which `end` ends with all that it has started; options are Popen's."""
     child: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **options)
     _running.add(child)
+    if _terminated.is_set():  # cases run in threads, and one may be on its way to here
+        _kill(child)
     return child
 
 
@@ -50,6 +54,7 @@ def end_all_when_terminated() -> None:
     """Have SIGTERM, as `timeout` sends it, end everything first: ranks that are left behind keep their GPUs."""
 
     def terminated(number: int, _: object) -> NoReturn:
+        _terminated.set()
         for child in list(_running):  # whoever waits for it, with Popen's lock, goes on to do so
             _kill(child)
         sys.exit(128 + number)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,3 +204,19 @@ def test_a_benchmark_that_is_terminated_leaves_no_rank_behind() -> None:
         os.close(read)
         benchmark.kill()
         benchmark.wait()
+
+
+def test_what_a_thread_starts_once_the_benchmark_is_terminated_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started:
+        pid = 7
+
+    killed: list[int] = []
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=lambda *_, **__: Started()))
+    monkeypatch.setattr(launch, "_kill", lambda child: killed.append(child.pid))
+    monkeypatch.setattr(launch, "_running", set())
+    monkeypatch.setattr(launch, "_terminated", threading.Event())
+    launch.start(["case"])
+    assert killed == []
+    launch._terminated.set()
+    launch.start(["case"])
+    assert killed == [7]
