@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from trlpatch.errors import NotOfTrlpatch
 
-_CODE = "runs code of a reward function: `multiprocessing` with a timeout, in a sandbox of your own"
-_OPENENV = "starts an OpenEnv server: start it yourself and drive the engine in a `rollout_func`"
+_CODE = "is for rewards that run generated code: take `multiprocessing` with a timeout, in a sandbox of your own"
+_OPENENV = "is for starting an OpenEnv server: start it yourself and drive the engine in a `rollout_func`"
 
 INSTEAD = {
     "UnslothVisionDataCollator": "collates images for SFTTrainer, which does so itself from TRL 0.22 on, and so do "

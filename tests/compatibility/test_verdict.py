@@ -83,6 +83,12 @@ def test_versions_that_did_not_run_are_untested(trl: str, vllm: str, transformer
     ("trl", "vllm", "transformers", "said"),
     [
         ("1.16.0", "0.23.0+cpu", "4.57.6", "vLLM 0.23 has trained with TRL 0.23.1 and transformers 4.57.6, not with "),
+        (
+            "0.29.0",
+            "0.28.0",
+            "5.23.0",
+            "vLLM 0.28 has trained on a CPU with TRL 1.16.0 and transformers 5.23.0, not w",
+        ),
         ("0.29.0", "0.26.1", "5.17.0", "vLLM 0.26 has trained with TRL 0.23.1, 1.16.0 and transformers 5.17.0, not w"),
         (
             "1.16.0",

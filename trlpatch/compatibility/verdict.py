@@ -165,7 +165,9 @@ def _tried(versions: Mapping[str, str | None], runs: Iterable[TestedRun]) -> str
         releases = sorted({run.trl for run in here}, key=parse_release)
         shown = releases if len(releases) <= _SHOWN else [*releases[: _SHOWN - 1], "...", releases[-1]]
         beside = sorted({run.transformers for run in here}, key=parse_release)
-        return f"{name} has trained with TRL {', '.join(shown)} and transformers {', '.join(beside)}, not with these."
+        where = "" if any(run.device != "cpu" for run in here) else " on a CPU"
+        ran = f"TRL {', '.join(shown)} and transformers {', '.join(beside)}"
+        return f"{name} has trained{where} with {ran}, not with these."
     others = sorted({parse_release(run.vllm): run.vllm for run in trained}.items())
     below = [text for release, text in others if release[:2] < minor]
     above = [text for release, text in others if release[:2] > minor]
