@@ -19,6 +19,7 @@ from trlpatch.engine.sleep import awake
 from trlpatch.engine.state import EngineState, forget, state_of
 from trlpatch.engine.weights_publisher import give_back_base, write_base
 from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
+from trlpatch.policy import content_mark
 from trlpatch.policy.adapter import base_of, lora_view, unwrap
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
 from trlpatch.policy.base_parameters import changed_parameter, contents
@@ -117,6 +118,7 @@ def detach_engine(model: object) -> RolloutEngine | None:
     llm: RolloutEngine | None = base.__dict__.pop(_ENGINE, None)
     for name in _METHODS:
         base.__dict__.pop(name, None)
+    content_mark.forget(base)
     if llm is not None:
         state = state_of(llm)
         for models in (state.attached_to, state.sharers, state.compared):

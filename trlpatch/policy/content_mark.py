@@ -69,5 +69,10 @@ def _sums_of(looked_at: list[Tensor], model: object) -> ContentSums:
     return known[1]
 
 
+def forget(model: object) -> None:
+    """Let go of what a model's sums are made with: it holds the memory of weights that the model has given up."""
+    _sums_by_model.pop(model, None)
+
+
 def _version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # inference tensors have none
