@@ -169,7 +169,7 @@ def _names_in(folder: Path) -> list[str]:
         return []
 
 
-_WITHOUT_ENGINE = frozenset(
+WITHOUT_ENGINE = frozenset(
     {"bco", "cpo", "dpo", "gkd", "kto", "nash_md", "nashmd", "orpo", "ppo", "prm", "reward", "sft", "xpo"}
 )
 """TRL's trainers that no release gives an in-process engine, or that are left alone (NashMD, XPO)."""
@@ -186,7 +186,7 @@ def spelled(algorithm: str) -> str:
     if key not in ALGORITHMS:
         import difflib  # here: a warm start does not need it
 
-        if key in _WITHOUT_ENGINE:  # a guess would name another trainer than the one that is meant
+        if key in WITHOUT_ENGINE:  # a guess would name another trainer than the one that is meant
             raise UnknownAlgorithm(
                 f"Unknown algorithm {algorithm!r}: TRL's trainer of that name never rolls out on an in-process vLLM "
                 "engine. It needs no patch, and trains as TRL has it: leave the call out. "
