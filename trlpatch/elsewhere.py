@@ -7,7 +7,12 @@ from trlpatch.errors import NotOfTrlpatch
 _CODE = "is for rewards that run generated code: take `multiprocessing` with a timeout, in a sandbox of your own"
 _OPENENV = "is for starting an OpenEnv server: start it yourself and drive the engine in a `rollout_func`"
 
+_PREFERENCES = "patches a trainer that does not roll out, and needs no patch here: leave the call out"
+
 INSTEAD = {
+    "PatchDPOTrainer": _PREFERENCES,
+    "PatchKTOTrainer": _PREFERENCES,
+    "unsloth_train": "works around gradient accumulation of an old transformers: call trainer.train()",
     "UnslothVisionDataCollator": "collates images for SFTTrainer, which does so itself from TRL 0.22 on, and so do "
     "GRPOTrainer and RLOOTrainer: leave data_collator= out",
     "UnslothTrainer": "is SFTTrainer with learning rates of its own for embeddings: take trl.SFTTrainer",

@@ -149,6 +149,7 @@ def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None
     [
         (["check", "nope"], ["Unknown target 'nope'", "grpo, grpo_config"]),
         (["plan", "GPROTrainer"], ["Unknown target 'GPROTrainer'; did you mean 'grpo'?"]),
+        (["plan", "sft"], ["Unknown target 'sft': TRL's trainer of that name", "needs no patch. Known:"]),
         (["diff", "gpro_config"], ["Unknown target 'gpro_config'; did you mean 'grpo_config'?"]),
         (["check", "rloo"], ["TRL 0.18.2 has no target 'rloo'", "It has: grpo"]),
         (["check", "--skip", "nope"], ["nope", "trlpatch list"]),

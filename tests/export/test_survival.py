@@ -42,6 +42,18 @@ def test_float16_is_suggested_where_it_keeps_more() -> None:
     assert coarse.unmoved() > 0.5 > fine.unmoved()  # type: ignore[attr-defined]
 
 
+def test_float16_is_not_suggested_where_it_keeps_nothing_either() -> None:
+    import torch
+
+    from trlpatch.export.survival import Survival
+
+    # Of a float32 base: its own rounding is in both sums, and is less in float16, where it exceeds the change, too.
+    found = Survival(torch.bfloat16, squares={"": 1.0, "bfloat16": 400.0, "float16": 9.0})
+    assert "bfloat16 keeps 0%" in found.sentence()
+    assert "dtype float16" not in found.sentence()
+    assert "float32 keeps all of it" in found.sentence()
+
+
 def test_an_adapter_that_changes_nothing_is_said_to() -> None:
     found = survival(0.0, "bfloat16")
     assert found.lost() is None  # type: ignore[attr-defined]

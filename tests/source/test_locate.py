@@ -83,6 +83,10 @@ def test_an_unknown_algorithm_lists_the_known_ones(tmp_path: Path):
         sources(install, "ppo")
     with pytest.raises(UnknownAlgorithm, match=r"'gpro'; did you mean 'grpo'\?.*PatchFastRL\(\) patches all of them"):
         sources(install, "gpro")
+    for stays_stock in ("sft", "DPOTrainer", "reward"):
+        with pytest.raises(UnknownAlgorithm, match=f"'{stays_stock}': .*needs no patch") as caught:
+            sources(install, stays_stock)
+        assert "did you mean" not in str(caught.value)
 
 
 def test_an_algorithm_that_this_release_lacks(tmp_path: Path):

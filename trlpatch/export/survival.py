@@ -87,7 +87,7 @@ class Survival:
         if self.unmoved() >= 0.005:
             text += f" ({self.unmoved():.0%} of the weights that it moves round to what they were)"
         finer = self.lost(torch.float16)
-        if lost > 0.05 and self.stored == torch.bfloat16 and finer is not None and finer < lost / 2:
+        if lost > 0.05 and self.stored == torch.bfloat16 and finer is not None and finer < min(lost, 1.0) / 2:
             text += f"; float16 would keep {max(0.0, 1.0 - finer):.0%} (dtype float16)"
         elif lost > 0.05 and self.stored != torch.float32:
             text += "; float32 keeps all of it (dtype float32), and so does the adapter alone"

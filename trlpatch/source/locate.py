@@ -169,6 +169,12 @@ def _names_in(folder: Path) -> list[str]:
         return []
 
 
+WITHOUT_ENGINE = frozenset(
+    {"bco", "cpo", "dpo", "gkd", "kto", "nash_md", "nashmd", "orpo", "ppo", "prm", "reward", "sft", "xpo"}
+)
+"""TRL's trainers that no release gives an in-process engine, or that are left alone (NashMD, XPO)."""
+
+
 def spelled(algorithm: str) -> str:
     """Return the key of `ALGORITHMS` that `algorithm` spells: "OnlineDPOTrainer", "online-dpo" are "online_dpo".
 
@@ -180,6 +186,12 @@ def spelled(algorithm: str) -> str:
     if key not in ALGORITHMS:
         import difflib  # here: a warm start does not need it
 
+        if key in WITHOUT_ENGINE:  # a guess would name another trainer than the one that is meant
+            raise UnknownAlgorithm(
+                f"Unknown algorithm {algorithm!r}: TRL's trainer of that name never rolls out on an in-process vLLM "
+                "engine. It needs no patch, and trains as TRL has it: leave the call out. "
+                f"Known: {', '.join(sorted(ALGORITHMS))}."
+            )
         near = difflib.get_close_matches(key, ALGORITHMS, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else "."
         raise UnknownAlgorithm(
