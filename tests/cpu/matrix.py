@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--stack", choices=stacks(), help="another than the release's own")
     parser.add_argument("--python", type=Path, help="an interpreter with other versions, in place of a stack")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="after which a run is given up")
     given = parser.parse_args(arguments)
     os.nice(max(0, NICENESS - os.nice(0)))
     done = load(given.out)
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> int:
             if any((run.trl, run.case) == (release.version, case) for run in done):
                 continue
             stack = given.python or stacks()[given.stack or release.cpu]
-            run = measure_pinned(release, stack, case, given.steps, Path(scratch))
+            run = measure_pinned(release, stack, case, given.steps, Path(scratch), given.seconds)
             print(f"{case:18}{run.trl:8}{run.verdict:7}{summary(run)}", flush=True)
             done.append(run)
             write(given.out, done)
@@ -85,11 +86,14 @@ def ordered(versions: list[str], cases: list[str]) -> Iterator[tuple[PinnedRelea
                 yield release, case
 
 
-def measure_pinned(release: PinnedRelease, stack: Stack | Path, case: str, steps: int, scratch: Path) -> Run:
+def measure_pinned(
+    release: PinnedRelease, stack: Stack | Path, case: str, steps: int, scratch: Path, seconds: int = SECONDS
+) -> Run:
     """Run one case of a pinned release on a pinned stack; what can serve again is left in `scratch`.
 
     Args:
         stack: or the interpreter of an environment with other versions.
+        seconds: after which the run is given up; a machine that others load needs more.
     """
     environ = environment_of(unpacked(release, wheel_cache()))
     if isinstance(stack, Path):
@@ -99,7 +103,7 @@ def measure_pinned(release: PinnedRelease, stack: Stack | Path, case: str, steps
         python, name = installed(stack), stack.name
         elsewhere = f" --stack {name}" if name != release.cpu else ""
     command = f"python -m tests.cpu.matrix --out RUNS.json --steps {steps}{elsewhere} --cases {case} -- "
-    return measure(python, environ, release.version, case, steps, name, scratch, command + release.version)
+    return measure(python, environ, release.version, case, steps, name, scratch, command + release.version, seconds)
 
 
 def measure(
@@ -111,6 +115,7 @@ def measure(
     stack: str,
     scratch: Path,
     command: str,
+    seconds: int = SECONDS,
 ) -> Run:
     """Run one case in a process of its own and judge it; the model and compiled files are left in `scratch`.
 
@@ -123,6 +128,7 @@ def measure(
         stack: what the run's entry calls the stack.
         scratch: a folder that runs share.
         command: what the run's entry says that it was made with.
+        seconds: after which the run is given up.
     """
     started = time.monotonic()
     environ = environ | {"XDG_CACHE_HOME": str(scratch / release), "PYTHONWARNINGS": "default"}
@@ -132,7 +138,7 @@ def measure(
         code = f"from pathlib import Path; from tests.cpu import tiny; tiny.checkpoint(Path({str(model)!r}))"
         subprocess.run([str(python), "-c", code], cwd=ROOT, env=environ, check=True, capture_output=True)
     order = json.dumps({"case": case, "model": str(model), "steps": steps})
-    result = result_of([str(python), "-m", "tests.runs.case", order], environ)
+    result = result_of([str(python), "-m", "tests.runs.case", order], environ, seconds)
     versions = result.get("versions") or _versions(python)
     if versions.get("trl", release) != release:
         result = {"error": f"the process had TRL {versions['trl']}"}
@@ -157,14 +163,14 @@ def summary(run: Run) -> str:
     return f"gap {run.gap_max:.1e}  control {run.control}  rewards {run.rewards}  {run.seconds:.0f} s  {run.note}"
 
 
-def result_of(command: list[str], environ: dict[str, str]) -> dict[str, Any]:
+def result_of(command: list[str], environ: dict[str, str], seconds: float = SECONDS) -> dict[str, Any]:
     """Return what a process reports in its last line `RESULT <json>`, or the error that it ended with."""
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=SECONDS, check=False
+            command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=seconds, check=False
         )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not finished after {SECONDS} s"}
+    except subprocess.TimeoutExpired as error:
+        return {"error": f"not finished after {error.timeout} s"}
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("RESULT "):
             result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,10 +38,10 @@ def test_an_interpreter_of_ones_own_stands_for_a_stack(monkeypatch: pytest.Monke
     monkeypatch.setattr(matrix, "environment_of", lambda tree: {"TREE": str(tree)})
     monkeypatch.setattr(matrix, "measure", lambda *arguments: asked.append(arguments))
     release, python = pinned()["0.22.2"], Path("other/bin/python")
-    matrix.measure_pinned(release, python, "grpo-lora", 10, tmp_path)
+    matrix.measure_pinned(release, python, "grpo-lora", 10, tmp_path, seconds=3000)
     command = "python -m tests.cpu.matrix --out RUNS.json --steps 10 --python PYTHON --cases grpo-lora -- 0.22.2"
     environ = {"TREE": "trl-0.22.2"}
-    assert asked == [(python.absolute(), environ, "0.22.2", "grpo-lora", 10, OTHER, tmp_path, command)]
+    assert asked == [(python.absolute(), environ, "0.22.2", "grpo-lora", 10, OTHER, tmp_path, command, 3000)]
 
 
 def test_a_process_that_fails_leaves_the_line_that_says_why() -> None:
@@ -51,3 +52,11 @@ def test_a_process_that_fails_leaves_the_line_that_says_why() -> None:
 def test_the_last_result_of_a_process_counts() -> None:
     code = "print('RESULT {\"gaps\": [1]}'); print('RESULT {\"gaps\": [2]}'); print('nanobind: leaked')"
     assert result_of([sys.executable, "-c", code], dict(os.environ)) == {"gaps": [2]}
+
+
+def test_a_process_that_outlasts_its_limit_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], timeout: float, **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert result_of(["python"], {}, 1800) == {"error": "not finished after 1800 s"}
