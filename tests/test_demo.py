@@ -13,7 +13,7 @@ import pytest
 
 from trlpatch.demo import show, tiny, train
 from trlpatch.demo.show import milestones, sparkline
-from trlpatch.errors import DemoNeedsPackages
+from trlpatch.errors import DemoNeedsPackages, InvalidOption
 from trlpatch.runtime.report import PatchReport
 
 if TYPE_CHECKING:
@@ -51,13 +51,16 @@ def test_what_is_shown_is_plain_lines_where_stdout_is_no_terminal(
     report = PatchReport(trl="1.16.0", files={"grpo": f"/{'cache' * 30}/grpo_trainer.py"})
     setting = train.Setting(report, "transformers, because [vLLM] is not installed", {"trl": "1.16.0"}, 12345)
 
-    def at_once(steps: int, seed: int, on_start: Callable[[train.Setting], None], on_step: object) -> train.Result:
+    def at_once(
+        steps: int, seed: int, on_start: Callable[[train.Setting], None], on_step: object, out: Path | None
+    ) -> train.Result:
         on_start(setting)
         return train.Result(setting, (0.25, 0.5, 1.0), 12.3)
 
     monkeypatch.setattr(show, "train", at_once)
-    show.play(3, 0, quiet=False)
+    show.play(3, 0, Path("kept"), quiet=False)
     shown = capsys.readouterr().out
+    assert "\nExport it:\n  trlpatch export merged kept/adapter --out kept/merged\n" in shown
     assert "  rollouts   transformers, because [vLLM] is not installed\n" in shown
     assert f"\n{report}\n" in shown
     assert (
@@ -84,7 +87,7 @@ def test_absent_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_learns_on_an_attached_engine(tmp_path: Path) -> None:
     environment = {**os.environ, "TRLPATCH_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "trlpatch", "demo", "--steps", "20", "--json"],
+        [sys.executable, "-m", "trlpatch", "demo", "--steps", "20", "--json", "--out", str(tmp_path / "kept")],
         capture_output=True,
         encoding="utf-8",
         env=environment,
@@ -98,3 +101,14 @@ def test_demo_learns_on_an_attached_engine(tmp_path: Path) -> None:
     first, last = sum(result["rewards"][:5]) / 5, sum(result["rewards"][-5:]) / 5
     assert last > first + 0.2, result["rewards"]
     assert all(str(tmp_path) in file for file in result["report"]["files"].values())
+    assert f"step 20 of 20, reward {result['rewards'][-1]:.2f}" in done.stderr, "a log has no bar"
+    adapter = json.loads((tmp_path / "kept" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert Path(adapter["base_model_name_or_path"]) == tmp_path / "kept" / "model"
+
+
+def test_what_lies_in_the_directory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "NEEDED", ())
+    (tmp_path / "mine").touch()
+    with pytest.raises(InvalidOption, match="expected an empty or new directory, found files"):
+        train.train(1, 0, lambda setting: None, lambda step, reward: None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

@@ -39,7 +39,7 @@ class UnknownPatch(TrlpatchError, ValueError):
 
 
 class InvalidOption(TrlpatchError, ValueError):
-    """An option of `PatchFastRL` has a value outside its list."""
+    """An option of `PatchFastRL`, or an argument, has a value that it cannot have."""
 
 
 class PatchError(TrlpatchError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -48,8 +49,14 @@ def run(words: Sequence[str], quiet: bool, **chosen: Any) -> Callable[[], None] 
 @click.command(short_help="Train a tiny model, without a GPU, and see what happens.")
 @click.option("--steps", type=click.IntRange(min=1), default=30, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep the model and its adapter there, to export them.",
+)
 @json_option
-def demo(steps: int, seed: int, as_json: bool) -> None:
+def demo(steps: int, seed: int, out: Path | None, as_json: bool) -> None:
     """Train a tiny model with GRPO and LoRA, and show what was patched and how the reward moves.
 
     Needs the packages of the extra "demo", no GPU and no network. Rolls out on an attached engine where vLLM is
@@ -57,6 +64,6 @@ def demo(steps: int, seed: int, as_json: bool) -> None:
     """
     from trlpatch.demo.show import as_dict, play
 
-    result = play(steps, seed, quiet=as_json)
+    result = play(steps, seed, out, quiet=as_json)
     if as_json:
         print_json(as_dict(result))

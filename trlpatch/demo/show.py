@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,10 +17,14 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 COLUMNS = 8
 
 
-def play(steps: int, seed: int, *, quiet: bool) -> Result:
-    """Run the demo and show it on the terminal; `quiet` shows the progress bar only."""
+def play(steps: int, seed: int, kept: Path | None = None, *, quiet: bool) -> Result:
+    """Run the demo and show it on the terminal; `quiet` shows the progress only.
+
+    Progress is a bar, and in a file or a pipe some lines. What was trained stays in `kept`, if given.
+    """
     out = stdout_console(quiet=quiet)
     err = Console(stderr=True)
+    told = set() if err.is_terminal else set(milestones(steps))
     starting = err.status("importing torch and TRL, building a model", spinner="line")
     bar = Progress(
         TextColumn("GRPO"),
@@ -28,6 +33,7 @@ def play(steps: int, seed: int, *, quiet: bool) -> Result:
         TextColumn("reward {task.fields[reward]:.2f}"),
         TimeElapsedColumn(),
         console=err,
+        disable=not err.is_terminal,
     )
     task = bar.add_task("steps", total=steps, reward=0.0, start=False)
 
@@ -37,13 +43,23 @@ def play(steps: int, seed: int, *, quiet: bool) -> Result:
         bar.start()
         bar.start_task(task)
 
+    def on_step(step: int, reward: float) -> None:
+        bar.update(task, completed=step, reward=reward)
+        if step in told:
+            err.print(f"step {step} of {steps}, reward {reward:.2f}")
+
     starting.start()
+    if told:
+        err.print("importing torch and TRL, building a model: a minute where nothing of it was read before")
     try:
-        result = train(steps, seed, on_start, lambda step, reward: bar.update(task, completed=step, reward=reward))
+        result = train(steps, seed, on_start, on_step, kept)
     finally:
         starting.stop()
         bar.stop()
     _conclude(out, result)
+    if kept is not None:
+        adapter, merged = kept / "adapter", kept / "merged"
+        show("Export it:", f"  trlpatch export merged {adapter} --out {merged}", console=out)
     return result
 
 

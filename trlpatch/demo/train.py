@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.demo import tiny
-from trlpatch.errors import DemoNeedsPackages
+from trlpatch.errors import DemoNeedsPackages, InvalidOption
 from trlpatch.versions import installed_version, pip_install
 
 if TYPE_CHECKING:
@@ -61,13 +61,25 @@ def digits(completions: list[str], **_: Any) -> list[float]:
     return [sum(character.isdigit() for character in text) / max(len(text), 1) for text in letters]
 
 
-def train(steps: int, seed: int, on_start: Callable[[Setting], None], on_step: Callable[[int, float], None]) -> Result:
+def train(
+    steps: int,
+    seed: int,
+    on_start: Callable[[Setting], None],
+    on_step: Callable[[int, float], None],
+    out: Path | None = None,
+) -> Result:
     """Train `steps` steps, telling `on_start` once and `on_step` (number, mean reward) as they happen.
+
+    Args:
+        out: an empty or new directory that keeps the base model in `model` and what was trained in `adapter`.
 
     Raises:
         DemoNeedsPackages: a package of the demo extra is not installed.
+        InvalidOption: there is something in `out`.
     """
     _require_packages()
+    if out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise InvalidOption(f"trlpatch demo --out {out}: expected an empty or new directory, found files in it")
     # Set before torch and transformers are imported: no hub, no telemetry, one device, an engine in this process.
     # More threads gain nothing on matrices this small, and wait for each other when another process has a core.
     for name, value in {
@@ -84,7 +96,7 @@ def train(steps: int, seed: int, on_start: Callable[[Setting], None], on_step: C
     }.items():
         os.environ.setdefault(name, value)
     with _quiet(), tempfile.TemporaryDirectory(prefix="trlpatch-demo-") as scratch:
-        return _train(steps, seed, on_start, on_step, Path(scratch))
+        return _train(steps, seed, on_start, on_step, (out or Path(scratch)).resolve(), keep=out is not None)
 
 
 def _train(
@@ -92,7 +104,9 @@ def _train(
     seed: int,
     on_start: Callable[[Setting], None],
     on_step: Callable[[int, float], None],
-    scratch: Path,
+    directory: Path,
+    *,
+    keep: bool,
 ) -> Result:
     import trlpatch
 
@@ -107,9 +121,10 @@ def _train(
     disable_progress_bar()
     tokens = tiny.tokenizer()
     base = tiny.model(tokens, seed)
-    tiny.save(base, tokens, scratch / "model")
+    tiny.save(base, tokens, directory / "model")
+    base.name_or_path = str(directory / "model")  # where an adapter says that its base model is
     model = tiny.with_lora(base)
-    rollouts = _attach(model, scratch / "model", seed)
+    rollouts = _attach(model, directory / "model", seed)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     setting = Setting(report, rollouts, _versions(), trainable)
     on_start(setting)
@@ -129,7 +144,7 @@ def _train(
         model=model,
         reward_funcs=digits,
         args=GRPOConfig(
-            output_dir=str(scratch / "out"),
+            output_dir=str(directory / "adapter"),
             max_steps=steps,
             learning_rate=5e-3,
             lr_scheduler_type="constant",
@@ -153,6 +168,8 @@ def _train(
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
+    if keep:
+        trainer.save_model()
     return Result(setting, tuple(rewards.seen), seconds)
 
 

@@ -18,7 +18,7 @@ from trlpatch.engine.sharing import overlaps, protect, unprotect, verify_overlap
 from trlpatch.engine.sleep import awake
 from trlpatch.engine.state import EngineState, forget, state_of
 from trlpatch.engine.weights_publisher import give_back_base, write_base
-from trlpatch.errors import AdapterNotExpressible, EngineMismatch, NotAnEngine, StaleAdapter
+from trlpatch.errors import AdapterNotExpressible, EngineMismatch, InvalidOption, NotAnEngine, StaleAdapter
 from trlpatch.policy import content_mark
 from trlpatch.policy.adapter import base_of, lora_view, unwrap
 from trlpatch.policy.adapter_tensors import PEFT_PREFIX
@@ -175,7 +175,7 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
     `name` that is an adapter directory: that one, from disk.
 
     Raises:
-        ValueError: `name` has to be a directory and is none.
+        InvalidOption: `name` has to be a directory and is none.
         EngineMismatch: the adapter in it is of another model.
         AdapterNotExpressible: vLLM would compute something else than PEFT does.
     """
@@ -185,7 +185,7 @@ def _load_lora(self: Module, name: str | None = None, load_tensors: bool | None 
         return current_request(self, engine, "model.load_lora")
     directory = Path(name or "")
     if name is None or not is_adapter(directory):
-        raise ValueError(
+        raise InvalidOption(
             f"model.load_lora({name!r}): expected a directory with adapter_config.json, found none; save the adapter "
             "with model.save_lora(directory), or call model.load_lora() for the live adapter"
         )
@@ -231,7 +231,7 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
 
     Raises:
         AdapterNotExpressible: the model has none, or it is sharded over ranks.
-        ValueError: it has none of that name.
+        InvalidOption: it has none of that name.
     """
     view = lora_view(self)
     if view is None:
@@ -241,7 +241,7 @@ def save_lora(self: Module, save_directory: str | os.PathLike[str], adapter_name
         )
     name = adapter_name or next(iter(view.active or view.configs))
     if name not in view.configs:
-        raise ValueError(
+        raise InvalidOption(
             f"model.save_lora(adapter_name={name!r}): this model has {', '.join(view.configs) or 'no adapter'}"
         )
     by = view.weights(name).sharded
