@@ -22,7 +22,7 @@ from trlpatch.rewrite.rewriter import Rewritten, rewrite
 from trlpatch.runtime.failures import describe_all
 from trlpatch.runtime.fit import Fit, judge_fit
 from trlpatch.source.absent import absences
-from trlpatch.source.locate import WITHOUT_ENGINE, SourceFile, TrlInstall, find_trl, sources
+from trlpatch.source.locate import STAYS_STOCK, WITHOUT_ENGINE, SourceFile, TrlInstall, find_trl, sources, trainer_key
 from trlpatch.source.targets import TARGETS
 from trlpatch.source.wheel import opened
 
@@ -219,8 +219,8 @@ def _spelled(name: str) -> str:
 
 def _meant(name: str) -> str:
     """`; did you mean 'grpo'?` for "gpro" and "GPROTrainer"; why "sft" is none; else a full stop."""
-    key = name.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
+    key = trainer_key(name)
     if key in WITHOUT_ENGINE:
-        return ": TRL's trainer of that name never rolls out on an in-process vLLM engine, and needs no patch."
+        return f": {STAYS_STOCK}, and needs no patch."
     close = difflib.get_close_matches(key, TARGETS, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."

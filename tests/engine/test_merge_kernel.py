@@ -96,6 +96,7 @@ def test_sums_see_a_change_anywhere_and_changes_that_cancel_out(dtype: Any) -> N
     a_program = module.BLOCK * module.ROUNDS
     sizes = [8, a_program * 2, a_program * 3 + 24]
     tensors = [torch.arange(1, size + 1, dtype=torch.float32).to(dtype) for size in sizes]
+    assert bit_sums.wanted(CPU)
     assert all(bit_sums.readable_by_kernel(tensor) for tensor in tensors)
     before = bit_sums.bit_sums(tensors)
     assert before == bit_sums.bit_sums(tensors)

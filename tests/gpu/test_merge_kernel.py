@@ -56,6 +56,7 @@ def test_it_is_torchs_float32_product_rounded_once(rank: int, factor: Any) -> No
 def test_sums_of_bits_see_single_elements_and_what_cancels_out(dtype: Any) -> None:
     large = torch.randn(18944, 3584, device="cuda").to(dtype)
     tensors = [large, torch.ones(3584, device="cuda", dtype=dtype)]
+    assert bit_sums.wanted(large.device)
     assert all(bit_sums.readable_by_kernel(tensor) for tensor in tensors)
     before = bit_sums.bit_sums(tensors)
     assert all(before == bit_sums.bit_sums(tensors) for _ in range(5))

@@ -120,9 +120,14 @@ def _spots(parameters: list[dict[str, Tensor | None]]) -> Spots:
         if weight is not None and not (here := local_of(weight)).is_meta and here.numel()
     ]
     with torch.inference_mode(False), torch.no_grad():
-        flat = [weight.detach().view(-1) for weight in present if weight.is_contiguous()]
-        pieces = [one[(one.numel() - 1) // 2 // 16 * 16 :][:_SPOT] for one in flat]
+        pieces = [spot_of(weight) for weight in present if weight.is_contiguous()]
         return Spots(found_in, present, addresses_of(present), pieces, ContentSums(pieces))
+
+
+def spot_of(weight: Tensor) -> Tensor:
+    """A view of a piece of a contiguous tensor: flat, from the middle on, of at most `_SPOT` elements."""
+    flat = weight.detach().view(-1)
+    return flat[(flat.numel() - 1) // 2 // 16 * 16 :][:_SPOT]
 
 
 def changed_since(before: dict[str, Weight] | None, view: LoraView) -> str | None:

@@ -6,13 +6,15 @@ torch's.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.options import MERGE_KERNEL, read_switch
+from trlpatch.options import MERGE_KERNEL
 from trlpatch.policy import triton_kernels
 from trlpatch.policy.change_detection import Sums, as_integers
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -24,7 +26,7 @@ def bit_sums(tensors: list[Tensor]) -> list[Sums]:
     with torch.inference_mode(False), torch.no_grad():
         for device in sorted({str(tensor.device) for tensor in tensors}):
             there = [tensor.detach() for tensor in tensors if str(tensor.device) == device]
-            fused = [tensor for tensor in there if readable_by_kernel(tensor)]
+            fused = [tensor for tensor in there if readable_by_kernel(tensor)] if wanted(there[0].device) else []
             chosen = {id(tensor) for tensor in fused}
             plain = [_bits_of(tensor) for tensor in there if id(tensor) not in chosen]
             found += [Sums(torch.stack(plain))] if plain else []
@@ -37,16 +39,14 @@ def kernel_module() -> Any:
     return triton_kernels.kernel_module("trlpatch.policy.bit_sums_kernel", "add_bits")
 
 
+def wanted(device: torch.device) -> bool:
+    """Can the kernel run on this device, and was it not switched off?"""
+    return triton_kernels.wanted(device, kernel_module(), MERGE_KERNEL)
+
+
 def readable_by_kernel(tensor: Tensor) -> bool:
-    """Is it on a GPU with Triton, dense, and of whole vectors of 16 bytes, as nearly every weight is?"""
-    return (
-        triton_kernels.wanted(tensor.device)
-        and read_switch(MERGE_KERNEL) is not False
-        and kernel_module() is not None
-        and tensor.is_contiguous()
-        and tensor.data_ptr() % 16 == 0
-        and tensor.nbytes % 16 == 0
-    )
+    """Is it dense, and of whole vectors of 16 bytes, as nearly every weight is?"""
+    return bool(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and tensor.nbytes % 16 == 0)
 
 
 def _by_kernel(tensors: list[Tensor]) -> Tensor:
@@ -55,18 +55,15 @@ def _by_kernel(tensors: list[Tensor]) -> Tensor:
 
     module = kernel_module()
     device = tensors[0].device
-    rows: list[tuple[int, int, int]] = []
-    programs: list[int] = []
-    for tensor in tensors:
-        rows.append((tensor.data_ptr(), tensor.nbytes // 4, sum(programs[-1:]) + (rows[-1][2] if rows else 0)))
-        programs.append(-(-tensor.nbytes // 4 // (module.BLOCK * module.ROUNDS)))
+    words = [tensor.nbytes // 4 for tensor in tensors]
+    programs = [-(-count // (module.BLOCK * module.ROUNDS)) for count in words]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    rows = list(zip(addresses, words, accumulate(programs, initial=0)))  # noqa: B905  # the sum of all is left over
     table = torch.tensor(rows, dtype=torch.int64).to(device)
-    counts = torch.tensor(programs, dtype=torch.int64).to(device)
-    numbers = torch.arange(len(tensors), dtype=torch.int32, device=device)
-    where = numbers.repeat_interleave(counts, output_size=sum(programs))
+    where = triton_kernels.owners(programs, device)
     sums = torch.zeros(len(tensors), 2, dtype=torch.int64, device=device)
     with triton_kernels.on(device):
-        module.add_bits[(sum(programs),)](table, where, sums, BLOCK=module.BLOCK, ROUNDS=module.ROUNDS, num_warps=4)
+        module.add_bits[(len(where),)](table, where, sums, BLOCK=module.BLOCK, ROUNDS=module.ROUNDS, num_warps=4)
     return sums
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+from trlpatch.policy.base_weights import spot_of
 from trlpatch.policy.bit_sums import bit_sums
 from trlpatch.policy.change_detection import ContentSums, Sums
 from trlpatch.policy.policy_weights import PolicyWeight, tensors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PIECE = 512
-"""Elements of every frozen parameter, as of those under an adapter that a request carries (`base_weights`)."""
 
 _Known = tuple[list[tuple[object, ...]], ContentSums]
 _sums_by_model: weakref.WeakKeyDictionary[object, _Known] = weakref.WeakKeyDictionary()
@@ -40,7 +38,7 @@ class ContentMark:
         ]
         self._versions = [_version_of(one.base) for one in weights if not one.base.requires_grad]
         looked_at = [tensor for one in weights if not one.plain for tensor in list(tensors_of(one))[1:]]
-        looked_at += [_piece(one.base) for one in weights if not one.base.requires_grad and one.base.is_contiguous()]
+        looked_at += [spot_of(one.base) for one in weights if not one.base.requires_grad and one.base.is_contiguous()]
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
             self._sums: list[Sums] = _sums_of(looked_at, model).now() if looked_at else []
@@ -50,12 +48,6 @@ class ContentMark:
         if not isinstance(other, ContentMark):
             return NotImplemented
         return self._structure == other._structure and self._versions == other._versions and self._sums == other._sums
-
-
-def _piece(weight: Tensor) -> Tensor:
-    """A view of some elements in the middle."""
-    start = weight.numel() // 2 // 16 * 16
-    return weight.detach().view(-1)[start : start + PIECE]
 
 
 def _sums_of(looked_at: list[Tensor], model: object) -> ContentSums:

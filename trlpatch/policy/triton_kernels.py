@@ -9,8 +9,11 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trlpatch.options import read_switch
+
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 @cache
@@ -37,9 +40,23 @@ def language(dtype: torch.dtype, *, bits: bool = False) -> Any:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-def wanted(device: torch.device) -> bool:
-    """Is it a GPU, or are kernels interpreted?"""
+def wanted(device: torch.device, module: object, switch: str) -> bool:
+    """Can a kernel's module (None: there is no Triton) run on the device, and is its switch not off?"""
+    if module is None or read_switch(switch) is False:
+        return False
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def owners(programs: list[int], device: torch.device) -> Tensor:
+    """Number of the tensor of each program, [sum(programs)] int32, where tensor i has `programs[i]` of them.
+
+    Spread on the device: a 7B model has 800,000 tiles, for which the host takes tens of milliseconds.
+    """
+    import torch
+
+    numbers = torch.arange(len(programs), dtype=torch.int32, device=device)
+    counts = torch.tensor(programs, dtype=torch.int64).to(device)
+    return numbers.repeat_interleave(counts, output_size=sum(programs))
 
 
 @contextmanager

@@ -173,6 +173,12 @@ WITHOUT_ENGINE = frozenset(
     {"bco", "cpo", "dpo", "gkd", "kto", "nash_md", "nashmd", "orpo", "ppo", "prm", "reward", "sft", "xpo"}
 )
 """TRL's trainers that no release gives an in-process engine, or that are left alone (NashMD, XPO)."""
+STAYS_STOCK = "TRL's trainer of that name never rolls out on an in-process vLLM engine"
+
+
+def trainer_key(name: str) -> str:
+    """Return "dpo" for "DPOTrainer" and "dpo-trainer"."""
+    return name.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
 
 
 def spelled(algorithm: str) -> str:
@@ -181,15 +187,15 @@ def spelled(algorithm: str) -> str:
     Raises:
         UnknownAlgorithm: the name is not in the table.
     """
-    key = algorithm.lower().replace("-", "_").removesuffix("trainer").removesuffix("_")
+    key = trainer_key(algorithm)
     key = {"onlinedpo": "online_dpo", "iwopd": "iw_opd"}.get(key, key)
     if key not in ALGORITHMS:
         import difflib  # here: a warm start does not need it
 
         if key in WITHOUT_ENGINE:  # a guess would name another trainer than the one that is meant
             raise UnknownAlgorithm(
-                f"Unknown algorithm {algorithm!r}: TRL's trainer of that name never rolls out on an in-process vLLM "
-                "engine. It needs no patch, and trains as TRL has it: leave the call out. "
+                f"Unknown algorithm {algorithm!r}: {STAYS_STOCK}. It needs no patch, and trains as TRL has it: leave "
+                "the call out. "
                 f"Known: {', '.join(sorted(ALGORITHMS))}."
             )
         near = difflib.get_close_matches(key, ALGORITHMS, n=1)

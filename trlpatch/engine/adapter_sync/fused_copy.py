@@ -140,15 +140,10 @@ class FusedCopy:
 
         Raises NotFused, before anything was written, for sources that are elsewhere or not contiguous.
         """
-        import torch
-
         if self._unread is not None:  # its answer comes to the same place
             self._unread.wait()
         table = self._table(weights, targets, slot)
-        if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
-            with torch.cuda.device(self._device):
-                self._launch(table, targets[0].staging.dtype)
-        else:
+        with triton_kernels.on(self._device):
             self._launch(table, targets[0].staging.dtype)
         self._unread = Launched(self, table.spots if table.hashed else None)
         return self._unread

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trlpatch.options import MERGE_KERNEL, read_switch
+from trlpatch.options import MERGE_KERNEL
 from trlpatch.policy import triton_kernels
 from trlpatch.policy.policy_weights import PolicyWeight
 
@@ -26,9 +26,7 @@ def kernel_module() -> Any:
 
 def wanted(device: torch.device) -> bool:
     """Can the kernel run on this device, and was it not switched off?"""
-    if read_switch(MERGE_KERNEL) is False or kernel_module() is None:
-        return False
-    return triton_kernels.wanted(device)
+    return triton_kernels.wanted(device, kernel_module(), MERGE_KERNEL)
 
 
 def mergeable(weight: PolicyWeight, target: Tensor) -> bool:
@@ -88,10 +86,7 @@ def _launch(
     with torch.inference_mode(False):
         table = torch.tensor(rows, dtype=torch.int64).to(device)
         scales = torch.tensor([weight.terms[0].scale for weight, _ in group], dtype=torch.float32).to(device)
-        # A 7B model has 800,000 tiles: spread over the matrices on the device, as the host takes tens of milliseconds.
-        matrices = torch.arange(len(group), dtype=torch.int32, device=device)
-        counts = torch.tensor(tiles, dtype=torch.int64).to(device)
-        where = matrices.repeat_interleave(counts, output_size=first)
+        where = triton_kernels.owners(tiles, device)
     module.merge[(first,)](
         table,
         scales,

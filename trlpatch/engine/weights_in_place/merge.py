@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CHUNK = 2**23
 """Elements merged at a time: 32 MiB of float32, and with DoRA twice that."""
 _LARGE = 2**20
+"""Elements from which a plain weight is copied by itself."""
 
 
 def write(weight: PolicyWeight, target: Tensor) -> None:
