@@ -114,6 +114,46 @@ def test_sums_see_a_change_anywhere_and_changes_that_cancel_out(dtype: Any) -> N
 
 
 @inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_summed_is_copied_on_the_way(dtype: Any) -> None:
+    module = bit_sums.kernel_module()
+    sizes = [8, module.BLOCK * module.ROUNDS * 2, module.BLOCK + 24]
+    tensors = [torch.arange(1, size + 1, dtype=torch.float32).to(dtype) for size in sizes]
+    whole = torch.full((sizes[0] + 16,), -1.0, dtype=dtype)
+    places = [whole[: sizes[0]], torch.empty(sizes[1], dtype=torch.float64), torch.empty(sizes[2], dtype=dtype)]
+    copies = bit_sums.copies_of(list(zip(tensors, places, strict=True)))
+    assert set(copies) == {id(tensors[0]), id(tensors[2])}, "one place is of another dtype"
+    assert bit_sums.bit_sums(tensors, [copies.get(id(one)) for one in tensors]) == bit_sums.bit_sums(tensors)
+    assert torch.equal(places[0], tensors[0])
+    assert torch.equal(places[2], tensors[2])
+    assert (whole[sizes[0] :] == -1).all(), "beside its place"
+
+
+@inside
+def test_a_model_that_is_trained_whole_is_written_while_it_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    from tests.fakes.fused import LoadingStub, assert_holds, idle_engine_over
+    from tests.fakes.models import base_model
+    from trlpatch.engine.weights_publisher import holds_policy, write_policy
+
+    model = base_model()
+    module = LoadingStub(model, lora=False)
+    engine = idle_engine_over(module)
+    assert write_policy(model, engine) is None
+    by_torch: list[int] = []
+    monkeypatch.setattr(merge, "copy_all", lambda pairs: by_torch.append(len(pairs)))
+    for step in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5).add_(step)
+        assert not holds_policy(model, engine)
+        assert write_policy(model, engine) is None
+        assert_holds(module, model)
+        assert holds_policy(model, engine)
+    assert by_torch == [0, 0]
+
+
+@inside
 def test_sums_leave_to_torch_what_no_vector_reads() -> None:
     odd = torch.rand(1001)
     assert not any(bit_sums.readable_by_kernel(one) for one in (odd, odd[1:1001], odd[:1000:2]))

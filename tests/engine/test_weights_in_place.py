@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from tests.fakes.fused import PACKED, LoadingStub, assert_holds, engine_over  # noqa: E402
+from tests.fakes.fused import PACKED, LoadingStub, assert_holds, idle_engine_over  # noqa: E402
 from tests.fakes.models import base_model, lora_model, randomize  # noqa: E402
 from trlpatch.engine import probes  # noqa: E402
 from trlpatch.engine.sharing.names import EngineNames  # noqa: E402
@@ -25,27 +25,10 @@ from trlpatch.policy.policy_weights import policy_weights  # noqa: E402
 pytestmark = pytest.mark.torch
 
 
-def engine_of(module: Any) -> Any:
-    engine = engine_over(module)
-    inner = engine.llm_engine
-    inner.add_request = lambda *_, **__: None
-    inner.unfinished = False
-    inner.has_unfinished_requests = lambda: inner.unfinished
-    engine.resets = 0
-
-    def reset() -> bool:
-        engine.resets += 1
-        return True
-
-    engine.reset_prefix_cache = reset
-    engine.sleep = inner.sleep = engine.wake_up = inner.wake_up = lambda *_, **__: None
-    return engine
-
-
 @pytest.fixture(params=[True, False], ids=["wrapped by LoRA", "plain"])
 def rig(request: Any) -> Any:
     module = LoadingStub(base_model(), lora=request.param)
-    return module, engine_of(module)
+    return module, idle_engine_over(module)
 
 
 def test_every_weight_is_written_and_asked_for_by_content(rig: Any) -> None:
@@ -80,7 +63,7 @@ def test_weights_that_are_not_the_checkpoints_are_proven_by_the_engines_own_load
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    assert write_policy(model, engine_of(module)) is None
+    assert write_policy(model, idle_engine_over(module)) is None
     assert module.loaded == [name for name, _ in model.named_parameters()]
     assert_holds(module, model)
 
@@ -102,7 +85,7 @@ def test_loaders_that_know_layers_under_lora_by_their_inner_names_only() -> None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    assert write_policy(model, engine_of(module)) is None
+    assert write_policy(model, idle_engine_over(module)) is None
     assert_holds(module, model)
 
 
@@ -121,7 +104,7 @@ def test_a_loader_that_changes_what_it_loads_is_found_out() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
-    engine = engine_of(module)
+    engine = idle_engine_over(module)
     for _ in range(2):
         assert "puts 'model.layers.0.self_attn.k_proj" in str(write_policy(model, engine))
     assert not state_of(engine).torn
@@ -272,7 +255,7 @@ def test_while_weights_are_merged_a_request_for_an_adapter_is_refused(rig: Any) 
 
 
 def test_shared_weights_are_never_written() -> None:
-    engine = engine_of(LoadingStub(base_model()))
+    engine = idle_engine_over(LoadingStub(base_model()))
     state_of(engine).shared_weights = True
     assert write_policy(lora_model(), engine) == "the engine's weights are the trainer's own"
 
@@ -283,7 +266,7 @@ def test_products_are_float32_and_rounded_once(dtype: Any, monkeypatch: pytest.M
     model = lora_model(base_model().to(dtype), target_modules=["q_proj", "down_proj"])
     randomize(model, seed=1)
     module = LoadingStub(base_model().to(dtype))
-    engine = engine_of(module)
+    engine = idle_engine_over(module)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert write_policy(model, engine) is None
     for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):

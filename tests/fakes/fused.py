@@ -88,6 +88,25 @@ def engine_over(module: Any, directory: str = "", **settings: Any) -> Any:
     return EngineStub(SimpleNamespace(vllm_config=config, model_executor=executor))
 
 
+def idle_engine_over(module: Any) -> Any:
+    """As `engine_over`, with what writing weights asks: are there requests, and reset the prefix cache."""
+    engine = engine_over(module)
+    inner = engine.llm_engine
+    inner.add_request = lambda *_, **__: None
+    inner.unfinished = False
+    inner.has_unfinished_requests = lambda: inner.unfinished
+    engine.resets = 0
+
+    def reset() -> bool:
+        engine.resets += 1
+        return True
+
+    engine.reset_prefix_cache = reset
+    engine.sleep = inner.sleep = engine.wake_up = inner.wake_up = lambda *_, **__: None
+    return engine
+
+
+@torch.no_grad()
 def assert_holds(module: Any, model: Any, **options: Any) -> None:
     """Are these the weights that the model computes with, with its adapters or (`adapters=False`) without?"""
     names = EngineNames(module)

@@ -105,7 +105,7 @@ def stand_in() -> None:
         for a, b, c, d in zip(bounds[0][:-1], bounds[0][1:], bounds[1][:-1], bounds[1][1:], strict=True):
             one, *both = (x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))
             keys, values = (x.repeat_interleave(one.shape[0] // x.shape[0], 0) for x in both)
-            seen = torch.ones(b - a, d - c, dtype=torch.bool).tril((d - c) - (b - a))
+            seen = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).tril((d - c) - (b - a))
             attend = torch.nn.functional.scaled_dot_product_attention
             out[a:b] = attend(one, keys, values, attn_mask=seen, scale=softmax_scale).transpose(0, 1)
         return out

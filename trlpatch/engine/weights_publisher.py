@@ -63,17 +63,19 @@ def write_policy(model: object, engine: RolloutEngine, *, adapters: bool = True)
         return str(refusal)
     _require_idle(state)
     guards.install(engine, state)
-    mark = ContentMark(weights, base)  # before the copies: a later change must not look written
     before, state.torn = state.torn, True
     state.written = state.published = None
     reason = None
     try:
+        copies = {} if plan is None or unproven else _writer(state).copies(weights, plan)
+        # Before all other copies, or of what these have read: a later change must not look written.
+        mark = ContentMark(weights, base, copies)
         if transfer is not None:
             reason = transfer.send(weights)
         elif plan is None:
             _writer(state).reload(weights, probes.model_config(engine))
         else:
-            _writer(state).write(base, weights, plan, unproven=unproven)
+            _writer(state).write(base, weights, plan, unproven=unproven, copied=copies)
     except NotInPlace as refusal:
         reason = str(refusal)
     if reason is not None:

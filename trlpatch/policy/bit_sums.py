@@ -1,12 +1,13 @@
 """Sums of the bits of whole tensors: has what is trained whole changed?
 
-One launch reads everything once where Triton is; torch's own reductions read it twice. TRLPATCH_MERGE_KERNEL=0 takes
-torch's.
+One launch reads everything once where Triton is, and copies it on the way if asked to; torch's own reductions read it
+twice. TRLPATCH_MERGE_KERNEL=0 takes torch's.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.options import MERGE_KERNEL
@@ -18,19 +19,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def bit_sums(tensors: list[Tensor]) -> list[Sums]:
-    """Sums of each tensor's bits, by device; they see what version counters do not, as a fused optimizer's step."""
+def bit_sums(tensors: list[Tensor], targets: Sequence[Tensor | None] = ()) -> list[Sums]:
+    """Sums of each tensor's bits, by device; they see what version counters do not, as a fused optimizer's step.
+
+    `targets`, where given: for each tensor the place from `copies_of` that it is copied to, or None.
+    """
     import torch
 
     found = []
+    pairs = list(zip_longest(tensors, targets))
     with torch.inference_mode(False), torch.no_grad():
         for device in sorted({str(tensor.device) for tensor in tensors}):
-            there = [tensor.detach() for tensor in tensors if str(tensor.device) == device]
-            fused = [tensor for tensor in there if readable_by_kernel(tensor)] if wanted(there[0].device) else []
-            chosen = {id(tensor) for tensor in fused}
-            plain = [_bits_of(tensor) for tensor in there if id(tensor) not in chosen]
+            there = [(tensor.detach(), target) for tensor, target in pairs if str(tensor.device) == device]
+            fast = wanted(there[0][0].device)
+            fused = [pair for pair in there if fast and readable_by_kernel(pair[0])]
+            plain = [_bits_of(tensor) for tensor, _ in there if not (fast and readable_by_kernel(tensor))]
             found += [Sums(torch.stack(plain))] if plain else []
             found += [Sums(_by_kernel(fused))] if fused else []
+    return found
+
+
+def copies_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """Of pairs (tensor, target of its shape), by id of the tensor, those that are copied while they are summed."""
+    found: dict[int, Tensor] = {}
+    fast: dict[torch.device, bool] = {}
+    for tensor, target in pairs:
+        device = tensor.device
+        if device not in fast:
+            fast[device] = wanted(device)
+        alike = (device, tensor.dtype) == (target.device, target.dtype)
+        if fast[device] and alike and readable_by_kernel(tensor) and readable_by_kernel(target):
+            found.setdefault(id(tensor), target)
     return found
 
 
@@ -49,19 +68,21 @@ def readable_by_kernel(tensor: Tensor) -> bool:
     return bool(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 and tensor.nbytes % 16 == 0)
 
 
-def _by_kernel(tensors: list[Tensor]) -> Tensor:
-    """[tensors, 2] int64, all on one device. The host waits for what is queued before, and not for the sums."""
+def _by_kernel(pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """[pairs, 2] int64, all on one device. The host waits for what is queued before, and not for the sums."""
     import torch
 
     module = kernel_module()
-    device = tensors[0].device
-    words = [tensor.nbytes // 4 for tensor in tensors]
+    device = pairs[0][0].device
+    words = [tensor.nbytes // 4 for tensor, _ in pairs]
     programs = [-(-count // (module.BLOCK * module.ROUNDS)) for count in words]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    rows = list(zip(addresses, words, accumulate(programs, initial=0)))  # noqa: B905  # the sum of all is left over
+    addresses = [tensor.data_ptr() for tensor, _ in pairs]
+    targets = [0 if target is None else target.data_ptr() for _, target in pairs]
+    starts = accumulate(programs, initial=0)
+    rows = list(zip(addresses, words, starts, targets))  # noqa: B905  # the sum of all is left over
     table = torch.tensor(rows, dtype=torch.int64).to(device)
     where = triton_kernels.owners(programs, device)
-    sums = torch.zeros(len(tensors), 2, dtype=torch.int64, device=device)
+    sums = torch.zeros(len(pairs), 2, dtype=torch.int64, device=device)
     with triton_kernels.on(device):
         module.add_bits[(len(where),)](table, where, sums, BLOCK=module.BLOCK, ROUNDS=module.ROUNDS, num_warps=4)
     return sums

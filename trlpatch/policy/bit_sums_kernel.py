@@ -12,22 +12,27 @@ BLOCK, ROUNDS = 4096, 8
 # No annotations but Triton's own: it evaluates them as part of the kernel.
 @triton.jit  # type: ignore[untyped-decorator]
 def add_bits(table, where, sums, BLOCK: tl.constexpr, ROUNDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add to a tensor's two sums a mix of each word of 32 bits and of its place.
+    """Add to a tensor's two sums a mix of each word of 32 bits and of its place, and copy it.
 
-    `table` has a tensor's address, number of words (a multiple of four) and first program; `where` each program's
-    tensor. A lane's sums are modulo 2**32: an element never moves unseen, nor do two that cancel out in plain sums.
+    `table` has a tensor's address, number of words (a multiple of four), first program and where it is copied to, or
+    0; `where` each program's tensor. A lane's sums are modulo 2**32: an element never moves unseen, nor do two that
+    cancel out in plain sums.
     """
     program = tl.program_id(0)
     tensor = tl.load(where + program)
-    entry = table + 3 * tensor
+    entry = table + 4 * tensor
     words = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.uint32)), 16)
     count = tl.multiple_of(tl.load(entry + 1), 4)
+    address = tl.load(entry + 3)
+    target = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
+    copied = tl.multiple_of(tl.where(address == 0, 0, count), 4)
     start = (program - tl.load(entry + 2)) * (BLOCK * ROUNDS)
     first = tl.zeros([BLOCK], tl.uint32)
     second = tl.zeros([BLOCK], tl.uint32)
     for step in range(ROUNDS):
         place = start + step * BLOCK + tl.arange(0, BLOCK)
         word = tl.load(words + place, mask=place < count, other=0)
+        tl.store(target + place, word, mask=place < copied)
         # The mixing of MurmurHash3: one to one in the word.
         one = word ^ (place.to(tl.uint32) * 0x9E3779B1)
         one = (one ^ (one >> 16)) * 0x85EBCA6B

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trlpatch.policy.base_weights import spot_of
@@ -28,8 +29,13 @@ class ContentMark:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, weights: list[PolicyWeight], model: object = None) -> None:
-        """`model`, where one is given, remembers how its factors are summed, until it is gone."""
+    def __init__(
+        self, weights: list[PolicyWeight], model: object = None, copies: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """`model`, where one is given, remembers how its factors are summed, until it is gone.
+
+        `copies`: what `bit_sums.copies_of` has found, by id of a base that is trained; they are made with its sums.
+        """
         import torch
 
         self._structure = [
@@ -37,12 +43,12 @@ class ContentMark:
             for one in weights
         ]
         self._versions = [_version_of(one.base) for one in weights if not one.base.requires_grad]
-        looked_at = [tensor for one in weights if not one.plain for tensor in list(tensors_of(one))[1:]]
-        looked_at += [spot_of(one.base) for one in weights if not one.base.requires_grad and one.base.is_contiguous()]
+        factors = [tensor for one in weights if not one.plain for tensor in list(tensors_of(one))[1:]]
+        frozen = [one.base for one in weights if not one.base.requires_grad and one.base.is_contiguous()]
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
-            self._sums: list[Sums] = _sums_of(looked_at, model).now() if looked_at else []
-            self._sums += bit_sums(list(whole.values()))
+            self._sums: list[Sums] = _sums_of(factors, frozen, model).now() if factors or frozen else []
+            self._sums += bit_sums(list(whole.values()), [(copies or {}).get(key) for key in whole])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ContentMark):
@@ -50,15 +56,21 @@ class ContentMark:
         return self._structure == other._structure and self._versions == other._versions and self._sums == other._sums
 
 
-def _sums_of(looked_at: list[Tensor], model: object) -> ContentSums:
+def _sums_of(factors: list[Tensor], frozen: list[Tensor], model: object) -> ContentSums:
     """Those of the model where they read these very tensors, whose memory they hold: no address is another's."""
-    if model is None or not all(one.is_contiguous() for one in looked_at):
-        return ContentSums(looked_at)  # it reads copies of what is not contiguous
-    places: list[tuple[object, ...]] = [(one.data_ptr(), one.numel(), one.dtype, one.device) for one in looked_at]
+    if model is None or not all(one.is_contiguous() for one in factors):
+        return _made(factors, frozen)  # it reads copies of what is not contiguous
+    places: list[tuple[object, ...]] = [
+        (one.data_ptr(), one.numel(), one.dtype, one.device) for some in (factors, frozen) for one in some
+    ]
     known = _sums_by_model.get(model)
     if known is None or known[0] != places:
-        known = _sums_by_model[model] = places, ContentSums(looked_at)
+        known = _sums_by_model[model] = places, _made(factors, frozen)
     return known[1]
+
+
+def _made(factors: list[Tensor], frozen: list[Tensor]) -> ContentSums:
+    return ContentSums([*factors, *map(spot_of, frozen)])
 
 
 def forget(model: object) -> None:

@@ -27,7 +27,7 @@ class NotMergeable(Exception):  # an answer, caught by the caller
 
 @dataclass(frozen=True)
 class Term:
-    """A low-rank product that an adapter adds: `scale * left @ right`."""
+    """A low-rank product that an adapter adds: `scale * left @ right`, of the parameters themselves."""
 
     left: Tensor
     """[out, r]"""
@@ -164,9 +164,8 @@ def _terms(layer: Any, name: str, active: list[str]) -> tuple[tuple[Term, ...], 
             a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
             left, right = a.detach().T, b.detach().T
         else:
-            right = _factor(layer, "lora_A", adapter)[0].detach()
-            b, extra = _factor(layer, "lora_B", adapter)
-            left = b.detach()
+            right, _ = _factor(layer, "lora_A", adapter)
+            left, extra = _factor(layer, "lora_B", adapter)
             if extra is not None:
                 bias.append(Term(extra.detach()[:, None], torch.ones_like(extra[:1, None]), scale))
         terms.append(Term(left, right, scale))

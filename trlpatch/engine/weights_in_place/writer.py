@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from trlpatch.engine.backend import RolloutBackend
@@ -16,6 +17,7 @@ from trlpatch.engine.weights_in_place.plan import (
     refuse_adapted_twins,
     structure_of,
 )
+from trlpatch.policy import bit_sums
 from trlpatch.policy.policy_weights import PolicyWeight
 
 if TYPE_CHECKING:
@@ -89,8 +91,23 @@ class WeightsWriter:
         self._by, self._unmoved = _RELOAD, None
         self.writes += 1
 
-    def write(self, base: Module, weights: list[PolicyWeight], plan: Plan, *, unproven: bool) -> None:
-        """Write everything on the current stream; the engine is idle, and its weights are mapped.
+    @staticmethod
+    def copies(weights: list[PolicyWeight], plan: Plan) -> dict[int, Tensor]:
+        """Where parameters that are trained whole go, by id, of those that are copied with their `ContentMark`."""
+        trained = [one.plain and one.base.requires_grad for one in weights]
+        pairs = zip(weights, plan.targets, trained, strict=True)
+        return bit_sums.copies_of((one.base, to) for one, to, whole in pairs if whole and to is not None)
+
+    def write(
+        self,
+        base: Module,
+        weights: list[PolicyWeight],
+        plan: Plan,
+        *,
+        unproven: bool,
+        copied: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Write everything but what is `copied` on the current stream; the engine is idle, its weights are mapped.
 
         Raises:
             NotInPlace: the plan is wrong; the engine has what it had.
@@ -104,18 +121,21 @@ class WeightsWriter:
                 except NotInPlace as refusal:
                     self.refuse(base, weights, str(refusal))
                     raise
+            done = {id(target) for target in (copied or {}).values()}
             pairs = [
-                (weight, target) for weight, target in zip(weights, plan.targets, strict=True) if target is not None
+                (weight, target)
+                for weight, target in zip(weights, plan.targets, strict=True)
+                if target is not None and id(target) not in done
             ]
-            fused = [pair for pair in pairs if fused_merge.mergeable(*pair)] if self._fused(pairs) else []
             merge.copy_all([pair for pair in pairs if pair[0].plain])
+            fused = [pair for pair in pairs if fused_merge.mergeable(*pair)] if self._fused(pairs) else []
             chosen = {id(target) for _, target in fused}
             for weight, target in pairs:
                 if not weight.plain and id(target) not in chosen:
                     merge.write(weight, target)
             if fused:
                 fused_merge.write(fused)
-            self._by = "Triton" if fused else "torch"
+            self._by = "Triton" if fused or done else "torch"
             self._plans[base] = plan
             self.writes += 1
             if self.writes & (self.writes - 1) == 0:  # reads everything once more: the 1st, 2nd, 4th, 8th, ... time
