@@ -32,8 +32,8 @@ of decoding steps and compile nothing (`--start compiled`: as vLLM does by itsel
 of all ranks; its control are the same completions beside the policy without the adapter: an engine that lacks it would
 show so much.
 
-On a CPU ranks share the cores: that it runs is what is learned, no ratio. zero2, zero3, grpotp and tp of several ranks
-have not run on a GPU yet.
+On a CPU ranks share the cores: that it runs is what is learned, no ratio. zero2 has not run on a GPU yet, nor
+any case on more than two: docs/many-gpus.md.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ by sequence, for a machine without network: slower, and what ran is in the JSON.
 An engine compiles and captures graphs when it starts, a minute at 7B. `--start graphs` captures decoding steps alone
 and compiles nothing, `--start eager` neither: for all ways but the server, which has vLLM's own.
 
-On a CPU the ways share two cores with each other's engines: that it runs is what is learned, no ratio. This script has
-not run on a GPU yet.
+On a CPU the ways share two cores with each other's engines: that it runs is what is learned, no ratio. On GPUs
+colocated and ray-prefetch have run: docs/many-gpus.md.
 """
 
 from __future__ import annotations

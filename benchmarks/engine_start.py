@@ -6,18 +6,28 @@ import contextlib
 import functools
 from typing import Any
 
-GRAPHS = {
-    "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 48, 64],
-    "cudagraph_specialize_lora": False,
-}  # fmt: skip
-"""Graphs of whole decoding steps of at most 64 sequences, without torch.compile."""
+SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]
 
 
-def engine_start(how: str) -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM` for "eager", "graphs" (GRAPHS) or "compiled" (vLLM's own)."""
+def engine_start(how: str, sequences: int = SIZES[-1]) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` for "eager", "graphs" or "compiled" (vLLM's own).
+
+    "graphs": of whole decoding steps of up to `sequences` sequences, without torch.compile. A larger batch runs
+    without a graph, many times slower, and nothing says so.
+    """
     if how == "eager":
         return {"enforce_eager": True}
-    return {"compilation_config": dict(GRAPHS)} if how == "graphs" else {}
+    if how == "compiled":
+        return {}
+    sizes = [*(size for size in SIZES if size < sequences), *range(SIZES[-1] + 32, sequences, 32), sequences]
+    return {
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sizes,
+            "cudagraph_specialize_lora": False,
+        }
+    }
 
 
 def build_engines_with(**arguments: Any) -> None:

@@ -110,7 +110,8 @@ def run(case: Case, order: Order, lines: Lines) -> None:
 
 
 def _engine_arguments(case: Case, order: Order) -> dict[str, Any]:
-    return engine_start(case.start if order.cuda else "eager")
+    at_once = order.completions * (case.ranks if case.part == "grpotp" else 1)
+    return engine_start(case.start if order.cuda else "eager", at_once)
 
 
 def _train(case: Case, order: Order, lines: Lines) -> None:
