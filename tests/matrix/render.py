@@ -119,7 +119,7 @@ def render(runs: Iterable[Run]) -> str:
 
 def _others(runs: Sequence[Run], notes: Footnotes) -> list[str]:
     """Return a table of runs with versions that nothing pins, one run a row."""
-    lines = ["Releases of vLLM between, below and above those of the stacks, one run each.", ""]
+    lines = ["Releases of vLLM and transformers between, below and above those of the stacks, one run each.", ""]
     lines += ["| | TRL | case | |", "|---|---|---|---|"]
     for run in runs:
         who = "stock TRL: " if run.stock else ""
