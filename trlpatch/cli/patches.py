@@ -268,7 +268,7 @@ def _facts(rows: Iterable[tuple[str, str]], verdict: Verdict) -> Iterator[Render
     suggestion = [lines.pop()] if verdict.suggestion else []
     lines = [part for line in lines for part in _folded(line, _PAGE - width - 2)]
     verdict_rows = [("versions", Text(state, _STATES[verdict.state])), *(("", Text(line)) for line in lines)]
-    yield grid([*((name, Text(text)) for name, text in rows), *verdict_rows], first_column=width)
+    yield grid([*((name, Text(text)) for name, text in rows), *verdict_rows], least=(width,))
     yield from (f"{'':{width}}  {line}" for line in suggestion)
 
 

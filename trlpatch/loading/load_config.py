@@ -13,7 +13,7 @@ from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
 from trlpatch.loading.unsloth_arguments import FOLLOWED, NEUTRAL, take_unsloth_arguments, without_spread
 from trlpatch.options import LoraLayers
-from trlpatch.versions import installed_version, pip_install
+from trlpatch.versions import installed_version, pip_install, vllm_missing
 
 OWN = frozenset(
     {
@@ -337,8 +337,8 @@ def check_packages(config: LoadConfig) -> None:
             )
     if config.fast_inference and importlib.util.find_spec("vllm") is None:
         raise MissingPackage(
-            "trlpatch: fast_inference=True needs vLLM, which is not installed. Run: pip install vllm, or set "
-            "fast_inference=False to generate with transformers"
+            f"{vllm_missing('trlpatch: fast_inference=True builds a vLLM engine')}, or set fast_inference=False to "
+            "generate with transformers"
         )
     if config.num_engines is not None and importlib.util.find_spec("ray") is None:
         raise MissingPackage(
