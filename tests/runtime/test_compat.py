@@ -346,7 +346,7 @@ def test_prompts_of_a_release_that_leaves_tokens_to_others_are_cut_while_it_gene
 
 
 def test_the_option_is_checked_reported_and_can_be_changed(fake_trl, patch_grpo):
-    with pytest.raises(errors.InvalidOption, match="compat='yes': expected one of 'off', 'on'"):
+    with pytest.raises(errors.InvalidOption, match=r"PatchFastRL\(compat='yes'\): expected one of 'off', 'on'"):
         Options(compat="yes")
     report = patch_grpo()
     assert report.compat == ()

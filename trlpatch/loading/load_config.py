@@ -52,8 +52,9 @@ INSTEAD = {
     "hf_token": "token",
     "use_auth_token": "token",
     "kv_cache_dtype": "float8_kv_cache",
+    **dict.fromkeys(("r", "rank", "lora_r", "lora_rank"), "max_lora_rank"),
 }
-"""Names of vLLM's and transformers' own for what has a parameter here."""
+"""Names of vLLM's, transformers' and adapters' own for what has a parameter here."""
 
 OF_THE_MODEL = frozenset(
     {
@@ -365,9 +366,13 @@ def _refuse_unknown(extra: Mapping[str, Any], of_engine: frozenset[str]) -> None
             )
 
 
-def nearest(name: str, known: frozenset[str]) -> str:
-    """`; did you mean x=?`, or nothing when no known name is like it."""
-    found = difflib.get_close_matches(name, sorted(known), n=1)
+def nearest(name: str, known: frozenset[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """`; did you mean x=?`, or nothing when no known name is like it.
+
+    `elsewhere` has, by what others call them, known names that are spelled too differently to be found.
+    """
+    meant = (elsewhere or {}).get(name.lower())
+    found = [meant] if meant else difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {found[0]}=?" if found else ""
 
 
