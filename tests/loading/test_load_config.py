@@ -115,6 +115,7 @@ def test_arguments_go_to_whom_they_concern() -> None:
         ({"max_lora_rnk": 3}, r"did you mean max_lora_rank="),
         ({"attn_implementatio": 3}, r"did you mean attn_implementation="),
         ({"zzzzzzzz": 3}, r"zzzzzzzz= is not an argument .*from_pretrained$"),
+        ({"lora_rank": 3}, r"use max_lora_rank= instead of lora_rank="),
         ({"max_model_len": 3}, r"use max_seq_length= instead of max_model_len="),
         ({"offload_embeding": 3}, r"did you mean offload_embedding="),
     ],
