@@ -58,6 +58,24 @@ def test_a_name_of_unsloth_that_is_not_here_says_what_to_do_without(name):
     with pytest.raises(errors.NotOfTrlpatch, match=f"importing {name} from trlpatch: ") as caught:
         exec(f"from trlpatch import {name}", {})
     assert isinstance(caught.value, ImportError)
+    with pytest.raises(errors.NotOfTrlpatch, match=f"importing {name} from trlpatch: "):
+        exec(f"from trlpatch import PatchFastRL, {name} as mine", {})
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_a_name_of_unsloth_that_is_not_here_is_no_attribute(name):
+    assert not hasattr(trlpatch, name)
+    assert getattr(trlpatch, name, None) is None
+    with pytest.raises(
+        AttributeError, match=rf"module 'trlpatch' has no attribute '{name}': {name} of Unsloth "
+    ) as caught:
+        getattr(trlpatch, name)
+    assert isinstance(caught.value, errors.NoSuchAttribute)
+
+
+def test_a_name_that_nobody_has_cannot_be_imported():
+    with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'trlpatch'"):
+        exec("from trlpatch import nonsense", {})
 
 
 def test_plain_names_are_the_same_functions():

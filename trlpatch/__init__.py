@@ -76,12 +76,13 @@ def __getattr__(name: str) -> Any:
         module, attribute = _HOMES[name]
         value = getattr(import_module(module), attribute)
     else:
+        import sys
+
         from trlpatch.elsewhere import refusal
 
-        # `from trlpatch import` shows what this raises, unless it is an AttributeError.
-        if (refused := refusal(name)) is not None:
-            raise refused
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Of an AttributeError `from trlpatch import` shows no word but "cannot import name". importlib's
+        # `_handle_fromlist` asks with hasattr() before that, and lets any other exception pass.
+        raise refusal(name, importing=sys._getframe(1).f_code.co_name == "_handle_fromlist")
     globals()[name] = value
     return value
 

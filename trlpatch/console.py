@@ -47,16 +47,17 @@ def show(*parts: RenderableType, console: Console | None = None) -> None:
     out.file.write(re.sub(" +$", "", text, flags=re.MULTILINE) if out.width == UNBOUNDED else text)
 
 
-def grid(rows: Iterable[Sequence[RenderableType]], *, indent: int = 0, first_column: int | None = None) -> Padding:
+def grid(rows: Iterable[Sequence[RenderableType]], *, indent: int = 0, least: Sequence[int] = ()) -> Padding:
     """Return rows as a table without lines; what is too long for a terminal is folded inside its column.
 
     Args:
         rows: cells.
         indent: blanks before each row.
-        first_column: the least width of the first column.
+        least: the least widths of the first columns.
     """
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(overflow="fold", min_width=first_column)
+    for width in least:
+        table.add_column(overflow="fold", min_width=width)
     for row in rows:
         while len(table.columns) < len(row):
             table.add_column(overflow="fold")

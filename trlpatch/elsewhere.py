@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trlpatch.errors import NotOfTrlpatch
+from trlpatch.errors import NoSuchAttribute, NotOfTrlpatch
 
 _CODE = "is for rewards that run generated code: take `multiprocessing` with a timeout, in a sandbox of your own"
 _OPENENV = "is for starting an OpenEnv server: start it yourself and drive the engine in a `rollout_func`"
@@ -26,12 +26,19 @@ INSTEAD = {
 """By name, what follows "NAME of Unsloth "."""
 
 
-def refusal(name: str) -> NotOfTrlpatch | None:
-    """Return the error for an import of one of INSTEAD; None for any other name."""
+def refusal(name: str, *, importing: bool) -> ImportError | AttributeError:
+    """Return the error for a name that trlpatch has not; of one of INSTEAD it says what to do without it.
+
+    Args:
+        importing: `from trlpatch import name` asks, else getattr() or hasattr().
+    """
+    module = __package__
     if name not in INSTEAD:
-        return None
-    return NotOfTrlpatch(
-        f"importing {name} from trlpatch: {name} of Unsloth {INSTEAD[name]}. trlpatch has what loads, rolls out and "
-        "saves; docs/coming-from-unsloth.md lists the names that are the same",
-        name="trlpatch",
+        return AttributeError(f"module {module!r} has no attribute {name!r}")
+    words = (
+        f"{name} of Unsloth {INSTEAD[name]}. trlpatch has what loads, rolls out and saves; "
+        "docs/coming-from-unsloth.md lists the names that are the same"
     )
+    if importing:
+        return NotOfTrlpatch(f"importing {name} from {module}: {words}", name=module)
+    return NoSuchAttribute(f"module {module!r} has no attribute {name!r}: {words}")

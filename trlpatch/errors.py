@@ -30,6 +30,10 @@ class NotOfTrlpatch(TrlpatchError, ImportError):
     """A name of Unsloth's that is imported from trlpatch and is not here; the message says what to do without it."""
 
 
+class NoSuchAttribute(TrlpatchError, AttributeError):
+    """As `NotOfTrlpatch`, where `trlpatch.NAME` is read and nothing imported; `hasattr` is False."""
+
+
 class UnknownAlgorithm(TrlpatchError, ValueError):
     """`algorithm=` names no trainer that can use vLLM in this TRL, or one that is not where trlpatch knows it."""
 

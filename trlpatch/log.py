@@ -27,3 +27,23 @@ def log_once(about: object, message: str, *, level: int = logging.INFO) -> bool:
 def warn_once(about: object, message: str) -> bool:
     """Like `log_once`, as a warning."""
     return log_once(about, message, level=logging.WARNING)
+
+
+_translated: dict[str, None] = {}
+
+
+def tell_translation(message: str) -> None:
+    """Warn once of what compat="on" did, and keep it for the report."""
+    if message not in _translated:
+        _translated[message] = None
+        logger.warning(message)
+
+
+def translations() -> list[str]:
+    """Return what compat="on" did in this process, a line each, in the order in which it was met."""
+    return list(_translated)
+
+
+def forget_translations() -> None:
+    """Say it again when it is met again."""
+    _translated.clear()

@@ -81,18 +81,19 @@ class Options:
         algorithm: object = self.algorithm
         if algorithm is not None and not isinstance(algorithm, str):
             raise InvalidOption(
-                f"algorithm={self.algorithm!r}: expected a trainer's short name such as 'grpo', or None for all of "
-                f"them, found {type(self.algorithm).__name__}. See: trlpatch list"
+                f"PatchFastRL(algorithm={self.algorithm!r}): expected a trainer's short name such as 'grpo', or None "
+                f"for all of them, found {type(self.algorithm).__name__}. See: trlpatch list"
             )
         for name, allowed in ALLOWED.items():
             value = getattr(self, name)
             if value not in allowed:
-                raise InvalidOption(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.")
+                raise InvalidOption(f"PatchFastRL({name}={value!r}): expected one of {', '.join(map(repr, allowed))}.")
         named = isinstance(skip, tuple | list | set | frozenset)
         if not isinstance(skip, tuple | list | set | frozenset) or not all(isinstance(name, str) for name in skip):
             raise InvalidOption(
-                f"skip={skip!r}: expected a tuple, list or set of patch names such as ('sleep',), and () for none, "
-                f"found {type(skip).__name__}{' with other things than names' if named else ''}. See: trlpatch list"
+                f"PatchFastRL(skip={skip!r}): expected a tuple, list or set of patch names such as ('sleep',), and "
+                f"() for none, found {type(skip).__name__}{' with other things than names' if named else ''}. See: "
+                "trlpatch list"
             )
         return tuple(sorted(set(skip)))
 
@@ -102,6 +103,13 @@ class Options:
         asked = {"logps": self.logps == "chunked", "old_logps": self.old_logps == "reuse"}
         return tuple(name for name, wanted in asked.items() if wanted)
 
+    @property
+    def off(self) -> tuple[str, ...]:
+        """What `PatchFastRL` would have to be given for what it does only if it is asked, as it is written."""
+        return tuple(f'{name}="{ALLOWED[name][1]}"' for name in _ASKED if getattr(self, name) == ALLOWED[name][0])
+
+
+_ASKED = ("old_logps", "logps", "compat")
 
 DISABLE = "TRLPATCH_DISABLE"
 SLEEP = "TRLPATCH_SLEEP"

@@ -23,7 +23,7 @@ td.code { white-space: pre-wrap; overflow-wrap: anywhere; padding: 0 .6em; verti
 td.line { width: 3.5em; text-align: right; padding: 0 .5em; color: #818b98; vertical-align: top }
 td.line { font: 12px/1.5 monospace }
 td.old { background: #ffebe9 } td.new { background: #dafbe1 } tr.gap td { background: #f6f8fa; color: #818b98 }
-.applied { color: #1a7f37 } .skipped { color: #818b98 } .failed { color: #d1242f }
+.applied { color: #1a7f37 } .skipped, .off { color: #818b98 } .failed { color: #d1242f }
 summary { cursor: pointer; margin: .4em 0 }
 @media (prefers-color-scheme: dark) { body { background: #0d1117; color: #e6edf3 }
   td.old { background: #4c1d1f } td.new { background: #12361f } tr.gap td { background: #161b22 } }
@@ -49,10 +49,11 @@ def render(found: Preview) -> str:
 def _file(file: FilePreview) -> Iterator[str]:
     yield f"<h2>{escape(file.source.target.name)} <code>{escape(file.name)}</code></h2>"
     summaries = {step.patch.name: step.patch.summary for step in file.plan.steps}
-    rows = [
+    rows: list[tuple[str, str, str]] = [
         (outcome.status, outcome.patch, outcome.reason or summaries.get(outcome.patch, ""))
         for outcome in file.rewritten.outcomes
     ]
+    rows += [("off", patch.name, f"on with PatchFastRL({patch.option})") for patch in file.plan.off]
     cells = "".join(
         f"<tr><td class={status}>{status}</td><td><code>{escape(name)}</code></td><td>{escape(text)}</td></tr>"
         for status, name, text in rows

@@ -60,6 +60,7 @@ class FilePreview:
             "upstream_sha256": self.source.sha256,
             "patched_sha256": self.rewritten.sha256,
             "patches": [_outcome_dict(outcome) for outcome in self.rewritten.outcomes],
+            "off": {patch.name: patch.option for patch in self.plan.off},
         }
 
 

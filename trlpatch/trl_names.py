@@ -11,3 +11,9 @@ LEFT_ALONE_TRAINERS = ("NashMDTrainer", "XPOTrainer")
 
 # TRL 0.18 to 1.13: both override `training_step` and call transformers' `generate` in it, whatever `use_vllm` says.
 LEFT_ALONE_REASON = "TRL generates with transformers for them, not on the engine they inherit"
+
+CORRECTION = "vllm_importance_sampling_correction"
+"""The field of configs (TRL 0.23 and newer) that weights completions by probability of trainer over that of engine."""
+
+CORRECTION_LEFT_OUT = "_trlpatch_correction_left_out"
+"""In `vars(config)`, with compat="on", while CORRECTION has the value that upstream gave it and nobody set another."""

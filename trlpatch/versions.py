@@ -58,6 +58,11 @@ def pip_install(extra: str) -> str:
     return f'pip install "trlpatch[{extra}] @ {url}"'
 
 
+def vllm_missing(what: str) -> str:
+    """Return what is said wherever vLLM is needed and not there: what needs it, and the command that installs it."""
+    return f"{what}, and vLLM is not installed. Run: {pip_install('vllm')}"
+
+
 def _distributions(name: str) -> Iterator[Distribution]:
     for candidate in (name, *_OTHER_DISTRIBUTIONS.get(name, ())):
         try:

@@ -161,7 +161,7 @@ def test_check_names_a_file_that_is_not_python(trl: Path, trlpatch: Run) -> None
         (["dump"], ["Missing option '--out'"]),
         (["demo", "--steps", "0"], ["0 is not in the range"]),
         (["run"], ["nothing to run"]),
-        (["run", "absent.py"], ["cannot run 'absent.py'"]),
+        (["run", "absent.py"], ["trlpatch run absent.py: no such file"]),
         (["run", "--slep", "kv", "train.py"], ["has no option --slep (did you mean --sleep?)"]),
         (["run", "--old-logp=reuse", "train.py"], ["has no option --old-logp (did you mean --old-logps?)"]),
         (["run", "-c", "pass"], ["has no option -c", "trlpatch run python ..."]),

@@ -95,6 +95,9 @@ def test_plan_shows_variants_and_skips(trl: Path, trlpatch: Run) -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"live_adapter +fits trl >=0\.18,<0\.25", result.stdout)
     assert re.search(r"sampling +left out by skip", result.stdout)
+    assert re.search(r'logps +off; on with PatchFastRL\(logps="chunked"\), here --logps chunked$', result.stdout, re.M)
+    asked = trlpatch("plan", "grpo", "--trl-path", trl, "--json", "--logps", "chunked")
+    assert json.loads(asked.stdout)["files"][0]["off"] == {}
 
 
 def test_list_names_every_patch(trlpatch: Run) -> None:
@@ -136,6 +139,7 @@ def test_a_plan_can_be_written_as_a_page(trl: Path, trlpatch: Run, tmp_path: Pat
     page = (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert "<h1>What trlpatch changes in TRL 0.18.2</h1>" in page
     assert "<td class=applied>applied</td><td><code>engine_reuse</code></td>" in page
+    assert "<td class=off>off</td><td><code>logps</code></td>" in page
     assert "_trlpatch.engine(self, model, LLM)" in page
     removed = re.findall(r'<td class="code old">(.*?)</td>', page)
     assert removed

@@ -19,6 +19,7 @@ from typing import Any
 
 import trlpatch
 from tests import stock
+from trlpatch.trl_names import CORRECTION, CORRECTION_LEFT_OUT
 
 COMMON = {"output_dir": "out", "use_cpu": True, "bf16": False, "report_to": "none"}
 LIMIT = 3
@@ -69,6 +70,8 @@ def look(place: Path) -> dict[str, Any]:
         "saved": json.loads(made.to_json_string())["max_prompt_length"],
     }
     report["parsed_warmup"] = parsed.get_warmup_steps(1000)
+    report["left_out"] = [CORRECTION_LEFT_OUT in vars(one) for one in (made, parsed)]
+    report["has_correction"] = hasattr(made, CORRECTION)
     report["batch"] = [made.per_device_train_batch_size, made.generation_batch_size]
     tiny.checkpoint(place)
     tokenizer, model = tiny.tokenizer(), AutoModelForCausalLM.from_pretrained(place)

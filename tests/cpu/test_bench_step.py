@@ -76,7 +76,7 @@ def test_a_slow_hand_over_is_seen(results: dict[str, dict[str, Any]]) -> None:
 def test_a_way_that_fails_is_reported_and_the_others_stay(ran: tuple[dict[str, Any], str, int]) -> None:
     document, printed, status = ran
     assert status == 1
-    assert "InvalidOption: adapter='nonsense'" in document["results"][-1]["error"]
+    assert "InvalidOption: PatchFastRL(adapter='nonsense')" in document["results"][-1]["error"]
     assert f"{WRONG}: " in printed
     assert f"| {SLOW} | " in printed
 

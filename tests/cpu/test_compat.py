@@ -37,6 +37,10 @@ def test_a_batch_that_cuts_groups_is_raised(found: dict[str, Any]) -> None:
     assert found["batch"] == [6, 6]
 
 
+def test_a_config_knows_whether_the_correction_was_left_out(found: dict[str, Any]) -> None:
+    assert found["left_out"] == [found["has_correction"], False], "a command line gives every field"
+
+
 def test_trainers_take_a_tokenizer(found: dict[str, Any]) -> None:
     assert found["tokenizer"] == {"SFTTrainer": True, "GRPOTrainer": True}
     assert found["sft_fields"] == [33, "words"]

@@ -9,6 +9,7 @@ import pytest
 
 from trlpatch.doctor.checks import machine_checks
 from trlpatch.doctor.machine import GIB, Gpu, Machine
+from trlpatch.versions import pip_install
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
 GOOD = Machine(
@@ -47,7 +48,7 @@ def test_a_good_machine_has_nothing_to_complain_of() -> None:
         ({"gpus": (replace(H100, free=10 * GIB),)}, "gpu", "warn", "gpu_memory_utilization"),
         ({"gpus": (Gpu("NVIDIA GB10", (12, 1), None, None),)}, "DGX Spark", "warn", "TRLPATCH_VLLM_ON_GB10=1"),
         ({"driver_cuda": (12, 2), "torch_cuda": (13, 0)}, "CUDA", "fail", "update the driver"),
-        ({"torch_cuda": None}, "CUDA", "fail", "pip install vllm"),
+        ({"torch_cuda": None}, "CUDA", "fail", pip_install("vllm")),
         ({"driver_cuda": None}, "CUDA", "warn", "does not say"),
         ({"memory": 8 * GIB}, "memory", "warn", "16 GB"),
         ({"disk_free": 10 * GIB}, "disk", "warn", "HF_HOME"),
@@ -66,7 +67,7 @@ def test_what_is_wrong_is_found_and_says_what_to_do(
     machine = replace(GOOD, **changes)
     assert levels(machine) == {check: level}
     (result,) = [one for one in machine_checks(machine) if one.check == check and one.level == level]
-    assert words in f"{result.found} {result.advice}"
+    assert words in f"{result.found} {result.advice} {result.command}"
 
 
 def said(machine: Machine, check: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from trlpatch.cli import cli
+from trlpatch.cli.doctor import doctor
 from trlpatch.doctor import diagnosis, package_checks
 from trlpatch.doctor.checks import Result
 from trlpatch.doctor.diagnosis import Diagnosis, diagnose
@@ -17,6 +19,7 @@ from trlpatch.doctor.known_errors import KNOWN_ERRORS, as_markdown, look_up
 from trlpatch.doctor.machine import Machine
 from trlpatch.errors import TrlNotFound
 from trlpatch.runtime.compat.removed import EVERY, Removed
+from trlpatch.versions import pip_install
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -37,7 +40,35 @@ def test_status_and_summary_follow_the_worst_result(results: list[Result]) -> No
     said = json.loads(done.output)
     assert (done.exit_code, said["healthy"]) == (1, False)
     assert said["summary"] == "rollouts on vLLM cannot work here: TRL"
-    assert said["results"][-1] == {"check": "TRL", "level": "fail", "found": "not there", "advice": ""}
+    assert said["results"][-1] == {"check": "TRL", "level": "fail", "found": "not there", "advice": "", "command": ""}
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_command_is_whole_on_one_line(
+    results: list[Result], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f'pip install -e "{"/long" * 20}[vllm]"'
+    results[1:1] = [Result("vLLM", "fail", "not installed", "words " * 20, command)]
+    out = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert doctor.callback is not None
+    with pytest.raises(SystemExit):
+        doctor.callback(message=None, log=None, as_json=False)
+    lines = out.getvalue().splitlines()
+    if terminal:
+        (at,) = [number for number, line in enumerate(lines) if line.strip() == command]
+        assert all(len(line) <= 80 for number, line in enumerate(lines) if number != at)
+        starts = [line.index(word) for line in lines for word in ("Linux", "not installed", "small") if word in line]
+        assert len({*starts}) == 1, "columns stay below each other"
+    else:
+        assert f"fail  vLLM    not installed: {'words ' * 20}: {command}" in lines
 
 
 def test_this_environment_is_diagnosed() -> None:
@@ -54,12 +85,14 @@ def test_an_old_python_and_old_packages_are_named() -> None:
 
 def test_without_trl_the_other_packages_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
-        raise TrlNotFound("TRL is not installed")
+        raise TrlNotFound("TRL is not installed. Run: pip install trl")
 
     monkeypatch.setattr(package_checks, "find_trl", none)
     found = {one.check: one for one in package_checks.package_checks(Machine(packages={"torch": "2.11.0"}))}
     assert [found[name].level for name in ("TRL", "vllm, transformers", "peft")] == ["fail", "fail", "warn"]
-    assert "pip install vllm transformers" in found["vllm, transformers"].advice
+    assert found["TRL"][2:] == ("TRL is not installed.", "", "pip install trl")
+    assert found["vllm, transformers"].command == f"{pip_install('vllm')} transformers"
+    assert found["peft"].command == "pip install peft"
     every = dict.fromkeys(("torch", "vllm", "transformers", "peft"), "99")
     assert [one.check for one in package_checks.package_checks(Machine(packages=every))] == ["Python", "TRL"]
 

@@ -22,7 +22,7 @@ from trlpatch.engine.memory.sleep_mode import unsupported_reason
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
 from trlpatch.engine.sleep import put_to_sleep, sleep_default, wake
 from trlpatch.engine.state import forget, state_of
-from trlpatch.errors import EngineBusy, InvalidOption
+from trlpatch.errors import EngineAsleep, EngineBusy, InvalidOption
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +261,13 @@ def test_an_engine_of_a_cached_model_has_its_name(rig: Rig, model: str, name: st
     assert describe(rig.engine, rig.state).startswith(f"{name}, ")
 
 
+def test_a_request_for_an_engine_that_cannot_sleep_and_was_told_to(rig: Rig) -> None:
+    rig.sleep()
+    rig.engine.llm_engine.vllm_config.model_config.enable_sleep_mode = False
+    with pytest.raises(EngineAsleep, match=r"engine that is paused by sleep\(\), which freed no memory.*wake_up\(\)"):
+        rig.engine.generate(["a"])
+
+
 def test_an_engine_that_can_neither_sleep_nor_take_adapters() -> None:
     gc.collect()  # engines of earlier tests
     engine = RecordingEngineStub(lora_rank=None)
@@ -270,6 +277,15 @@ def test_an_engine_that_can_neither_sleep_nor_take_adapters() -> None:
         "sleep: none (built without enable_sleep_mode=True); awake"
     )
     alike = describe_engines().count(line)
+    engine.unmapped = {WEIGHTS, KV_CACHE}  # as vLLM's executor says after a sleep() by hand, which unmaps nothing
+    paused = describe(engine, state_of(engine))
+    assert paused.startswith(line.removesuffix("awake"))
+    assert paused.endswith(
+        "paused by sleep(), which freed no memory, because it was built without "
+        "enable_sleep_mode=True; llm.wake_up() ends that"
+    )
+    assert "asleep" not in paused
+    engine.unmapped = set()
     forget(engine)
     assert describe_engines().count(line) == alike - 1
 

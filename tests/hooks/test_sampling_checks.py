@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,21 @@ from tests.fakes.engine import RecordingEngineStub  # noqa: E402
 from trlpatch import hooks  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.errors import ProtectedSamplingParam  # noqa: E402
+from trlpatch.log import forget_translations, translations  # noqa: E402
+from trlpatch.options import Options, activate  # noqa: E402
+from trlpatch.trl_names import CORRECTION_LEFT_OUT  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
 RAW, PROCESSED = "raw_logprobs", "processed_logprobs"
 EOS, OTHER_EOS = 2, 7
+
+
+@pytest.fixture(autouse=True)
+def _no_compat() -> Iterator[None]:
+    yield
+    activate(None)
+    forget_translations()
 
 
 @dataclass
@@ -81,12 +92,14 @@ def built(
     trainer: Any = None,
     eos: Any = EOS,
     tokenizer: bool = True,
+    attributes: dict[str, Any] | None = None,
     **engine: Any,
 ) -> list[str]:
     """Build a trainer with it twice; return the warnings."""
     stub = RecordingEngineStub(**engine)
     if tokenizer:
         stub.get_tokenizer = lambda: SimpleNamespace(eos_token_id=EOS, eos_token="</s>")  # type: ignore[attr-defined]
+    vars(stub).update(attributes or {})
     stub.llm_engine.vllm_config.cache_config = SimpleNamespace(gpu_memory_utilization=0.6)
     model = attach_engine(torch.nn.Linear(1, 1), stub)
     model.generation_config = SimpleNamespace(eos_token_id=eos)
@@ -123,6 +136,43 @@ def test_a_ratio_of_two_distributions(given: Any, place: str, caplog: pytest.Log
     assert not built(GRPOConfig(**{place: given}), caplog, logprobs_mode=RAW), "both are of all tokens"
     off = GRPOConfig(**{place: given}, vllm_importance_sampling_correction=False)
     assert not built(off, caplog, logprobs_mode=PROCESSED)
+
+
+def _left_out(**given: Any) -> GRPOConfig:
+    """As with compat="on" (tests/runtime/test_compat.py)."""
+    args = GRPOConfig(**given)
+    vars(args)[CORRECTION_LEFT_OUT] = True
+    return args
+
+
+def test_compat_turns_a_correction_off_that_was_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    activate(Options(compat="on"))
+    args = _left_out(min_p=0.1)
+    (said,) = built(args, caplog, logprobs_mode=PROCESSED)
+    assert args.vllm_importance_sampling_correction is False
+    assert "with min_p=0.1 TRL's importance sampling correction" in said
+    assert "vllm_importance_sampling_correction=False is set" in said
+    assert [said] == translations()
+    assert not built(_left_out(min_p=0.1), caplog, logprobs_mode=PROCESSED), "it is said once"
+
+
+@pytest.mark.parametrize("mode", [RAW, PROCESSED])
+def test_compat_leaves_a_correction_that_does_no_harm(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    activate(Options(compat="on"))
+    args = _left_out(**({"min_p": 0.1} if mode == RAW else {}))
+    assert not built(args, caplog, logprobs_mode=mode)
+    assert args.vllm_importance_sampling_correction
+
+
+@pytest.mark.parametrize("who", ["the user said it", "compat is off", "batches are generated ahead"])
+def test_a_correction_is_turned_off_for_nobody_else(who: str, caplog: pytest.LogCaptureFixture) -> None:
+    activate(Options(compat="off" if who == "compat is off" else "on"))
+    args = GRPOConfig(min_p=0.1) if who == "the user said it" else _left_out(min_p=0.1)
+    ahead = {"prefetch": 1} if who == "batches are generated ahead" else {}
+    (said,) = built(args, caplog, attributes=ahead, logprobs_mode=PROCESSED)
+    assert "Either set vllm_importance_sampling_correction=False" in said
+    assert args.vllm_importance_sampling_correction
+    assert not translations()
 
 
 @pytest.mark.parametrize("given", [{"min_p": 0.1}, {"top_k": 20}, {"vllm_structured_outputs_regex": "a+"}])

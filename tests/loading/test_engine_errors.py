@@ -51,6 +51,11 @@ def test_known_failures_say_what_to_set(message: str, kind: type[EngineError], s
     assert "can be tried again in this process" in str(made)
 
 
+def test_what_vllm_says_of_a_length_is_whole() -> None:
+    said = f"Value error, User-specified max_model_len (100000) is greater than the derived {'long ' * 120}and careful"
+    assert f"{said}\n" in str(engine_errors.translate(RuntimeError(f"1 validation error\n  {said} \n"), CONFIG))
+
+
 def test_the_cause_is_looked_at_too() -> None:
     outer = RuntimeError("Engine core initialization failed")
     outer.__cause__ = ValueError("CUDA out of memory")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -18,6 +19,7 @@ from trlpatch.engine import build
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
 from trlpatch.loading import load_config
 from trlpatch.loading.load_config import OWN, parse_arguments
+from trlpatch.versions import vllm_missing
 
 ENGINE = frozenset({"enforce_eager", "max_num_seqs", "quantization", "revision", "kv_cache_memory_bytes"})
 
@@ -113,6 +115,7 @@ def test_arguments_go_to_whom_they_concern() -> None:
         ({"max_lora_rnk": 3}, r"did you mean max_lora_rank="),
         ({"attn_implementatio": 3}, r"did you mean attn_implementation="),
         ({"zzzzzzzz": 3}, r"zzzzzzzz= is not an argument .*from_pretrained$"),
+        ({"lora_rank": 3}, r"use max_lora_rank= instead of lora_rank="),
         ({"max_model_len": 3}, r"use max_seq_length= instead of max_model_len="),
         ({"offload_embeding": 3}, r"did you mean offload_embedding="),
     ],
@@ -175,7 +178,11 @@ def test_fp8_needs_the_engine() -> None:
 @pytest.mark.parametrize(
     ("absent", "given", "says"),
     [
-        ("vllm", {"load_in_4bit": False}, "trlpatch: fast_inference=True needs vLLM.*pip install vllm"),
+        (
+            "vllm",
+            {"load_in_4bit": False},
+            re.escape(vllm_missing("trlpatch: fast_inference=True builds a vLLM engine")),
+        ),
         ("bitsandbytes", {}, r'pip install .*\[4bit\]", or set load_in_4bit=False'),
         ("peft", {}, "pip install peft"),
     ],

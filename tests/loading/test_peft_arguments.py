@@ -96,6 +96,13 @@ def test_a_fully_trained_model_takes_no_adapter() -> None:
         ),
         ({"lora_alpha": None}, ConflictingArguments, "lora_alpha=None: expected a number"),
         ({"temporary_place": ""}, UnknownArgument, "temporary_place="),
+        ({"lora_r": 8}, UnknownArgument, r"lora_r= is not an argument .*; did you mean r=\?"),
+        ({"rank": 8}, UnknownArgument, r"mean r=\?"),
+        ({"lora_rank": 8}, UnknownArgument, r"mean r=\?"),
+        ({"alpha": 8}, UnknownArgument, r"mean lora_alpha=\?"),
+        ({"dropout": 0.1}, UnknownArgument, r"mean lora_dropout=\?"),
+        ({"modules": ["q_proj"]}, UnknownArgument, r"mean target_modules=\?"),
+        ({"lora_drop": 0.1}, UnknownArgument, r"mean lora_dropout=\?"),
     ],
 )
 def test_what_cannot_be_followed_says_so(settings: dict[str, Any], error: type[Exception], says: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from trlpatch.errors import ConflictingArguments, EngineWithoutSleep
 from trlpatch.loading import platform_checks
+from trlpatch.loading.checkpoint import require_length
 from trlpatch.loading.load_config import LoadConfig
 
 CONFIG = LoadConfig(
@@ -124,3 +125,42 @@ def test_sleep_mode_that_cannot_be_had_is_an_error_when_asked_for(monkeypatch: p
     monkeypatch.setattr(platform_checks, "why_no_sleep_mode", lambda: "expandable_segments")
     with pytest.raises(EngineWithoutSleep, match="enable_sleep_mode=True: expandable_segments"):
         platform_checks.sleep_mode(dataclasses.replace(CONFIG, enable_sleep_mode=True))
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, {}, {"rope_type": "default", "rope_theta": 1e4}, {"full": {"rope_type": "default"}}]
+)
+def test_more_tokens_than_the_model_has_positions_for(scaling: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
+    text = SimpleNamespace(max_position_embeddings=128, rope_parameters=scaling)
+    made = SimpleNamespace(get_text_config=lambda: text, max_position_embeddings=10**6)
+    with pytest.raises(
+        ConflictingArguments, match=r"max_seq_length=256, and m was made for 128 .*max_seq_length=128 or"
+    ):
+        require_length(CONFIG, made)
+    for changes in (
+        {"max_seq_length": 128},
+        {"fast_inference": False},
+        {"engine": {"hf_overrides": {"rope_scaling": {}}}},
+    ):
+        require_length(dataclasses.replace(CONFIG, **changes), made)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    require_length(CONFIG, made)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"full": {"rope_type": "default"}, "sliding": {"rope_type": "llama3"}}},
+        {"rope_scaling": {"rope_type": "longrope"}},
+        {"rope_scaling": {"factor": 2.0}},
+        {"model_max_length": 512},
+        {"max_position_embeddings": None},
+    ],
+)
+def test_a_length_that_vllm_may_allow_is_left_to_it(text: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
+    found = SimpleNamespace(**{"max_position_embeddings": 128, **text})
+    require_length(CONFIG, SimpleNamespace(get_text_config=lambda: found))

@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers import SKIP
 from tests.runtime import small_upstream
+from tests.runtime.rebind_site import Site
 from trlpatch.options import activate
 from trlpatch.runtime import compat, index, session
 
@@ -241,3 +242,12 @@ def accepting(upstream: small_upstream.Upstream, request: pytest.FixtureRequest)
         upstream.import_all()
     compat.install("on")
     return upstream
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = Site(tmp_path)
+    yield made
+    for name in made.names:
+        sys.modules.pop(name, None)

@@ -48,6 +48,7 @@ class GRPOConfig(TrainingArguments):
     steps_per_generation: Optional[int] = None
     generation_batch_size: Optional[int] = None
     use_liger_kernel: bool = False
+    vllm_importance_sampling_correction: bool = True
 
     def __post_init__(self):
         super().__post_init__()

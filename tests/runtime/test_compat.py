@@ -18,6 +18,7 @@ from trlpatch import errors
 from trlpatch.options import Options
 from trlpatch.runtime import compat, session
 from trlpatch.runtime.compat.removed import TABLE
+from trlpatch.trl_names import CORRECTION, CORRECTION_LEFT_OUT
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [(0.0, 0), (0.1, 0.1), (1, 1 - 2**-53)])
@@ -79,6 +80,69 @@ def test_logging_dir_is_where_tensorboard_looks(accepting, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")
     accepting.SFTConfig(logging_dir="here")
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "here"
+
+
+def _left_out(config: Any) -> bool:
+    return CORRECTION_LEFT_OUT in vars(config)
+
+
+def test_a_config_knows_whether_the_correction_was_left_out(accepting):
+    made = accepting.GRPOConfig("place", warmup_ratio=0.1)
+    assert _left_out(made)
+    assert _left_out(copy.deepcopy(made))
+    assert CORRECTION_LEFT_OUT not in made.to_dict()
+    for given in (True, False):
+        assert not _left_out(accepting.GRPOConfig(vllm_importance_sampling_correction=given))
+    everything = [field.default for field in dataclasses.fields(accepting.GRPOConfig) if not field.kw_only]
+    assert not _left_out(accepting.GRPOConfig(*everything[:6], [], *everything[7:]))
+    assert not _left_out(dataclasses.replace(made)), "which gives every field"
+    made.num_generations = 4
+    assert _left_out(made)
+    made.vllm_importance_sampling_correction = True
+    assert not _left_out(made), "somebody has said what is wanted"
+    assert not _left_out(accepting.SFTConfig())
+
+
+def test_what_a_class_of_the_users_says_of_the_correction_was_not_left_out(accepting):
+    @dataclasses.dataclass
+    class Own(accepting.GRPOConfig):
+        mine: int = 0
+
+    @dataclasses.dataclass
+    class Default(accepting.GRPOConfig):
+        vllm_importance_sampling_correction: bool = True
+
+    @dataclasses.dataclass
+    class Afterwards(accepting.GRPOConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self.vllm_importance_sampling_correction = True
+
+    class Passing(accepting.GRPOConfig):
+        def __init__(self, correction: bool | None, **given: Any):
+            super().__init__(**given, **{} if correction is None else {CORRECTION: correction})
+
+    @dataclasses.dataclass
+    class Written(accepting.GRPOConfig):
+        def __init__(self, vllm_importance_sampling_correction: bool = True):
+            super().__init__(vllm_importance_sampling_correction=vllm_importance_sampling_correction)
+
+    compat.install("off")
+    compat.install("on")  # classes that are there already
+    assert _left_out(Own())
+    assert _left_out(Passing(None))
+    assert not any(map(_left_out, (Default(), Afterwards(), Passing(True), Written())))
+
+
+def test_undone_no_config_says_what_was_left_out(accepting):
+    wrapped = accepting.GRPOConfig.__init__
+    assert "__setattr__" in vars(accepting.GRPOConfig)
+    compat.remove()
+    assert not _left_out(accepting.GRPOConfig())
+    kept_by_others = object.__new__(accepting.GRPOConfig)
+    wrapped(kept_by_others)
+    assert not _left_out(kept_by_others)
+    assert "__setattr__" not in vars(accepting.GRPOConfig)
 
 
 def test_a_field_that_upstream_has_is_left_to_it(accepting):
@@ -282,7 +346,7 @@ def test_prompts_of_a_release_that_leaves_tokens_to_others_are_cut_while_it_gene
 
 
 def test_the_option_is_checked_reported_and_can_be_changed(fake_trl, patch_grpo):
-    with pytest.raises(errors.InvalidOption, match="compat='yes': expected one of 'off', 'on'"):
+    with pytest.raises(errors.InvalidOption, match=r"PatchFastRL\(compat='yes'\): expected one of 'off', 'on'"):
         Options(compat="yes")
     report = patch_grpo()
     assert report.compat == ()

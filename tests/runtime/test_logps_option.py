@@ -21,7 +21,7 @@ def test_only_chunked_asks_for_the_patch():
     assert Options().asked_for == Options(logps="stock").asked_for == ()
     assert Options(logps="chunked").asked_for == (PATCH,)
     assert Options(logps="chunked", old_logps="reuse").asked_for == (PATCH, "old_logps")
-    with pytest.raises(errors.InvalidOption, match=r"logps='reuse': expected one of 'stock', 'chunked'"):
+    with pytest.raises(errors.InvalidOption, match=r"logps='reuse'\): expected one of 'stock', 'chunked'"):
         Options(logps="reuse")
 
 

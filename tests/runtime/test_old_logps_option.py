@@ -38,7 +38,11 @@ def test_only_reuse_asks_for_the_patch():
 def test_the_plan_has_the_patch_only_if_it_is_asked_for():
     for target in ("grpo", "rloo", "online_dpo", "vllm_generation"):
         assert PATCH not in planned(target, (1, 16, 0), asked_for=())
+    assert [one.name for one in plan(TARGETS["grpo"], (1, 14, 0)).off] == ["logps", PATCH]
+    assert [one.name for one in plan(TARGETS["grpo"], (1, 16, 0)).off] == [PATCH]
+    assert not plan(TARGETS["vllm_generation"], (1, 16, 0)).off
     asked = Options(old_logps="reuse").asked_for
+    assert plan(TARGETS["grpo"], (1, 16, 0), asked_for=frozenset(asked)).off == ()
     assert planned("grpo", (1, 16, 0), asked_for=asked)[PATCH] == ""
     assert planned("rloo", (0, 22, 0), asked_for=asked)[PATCH] == ""
     assert "computes no old log-probabilities" in planned("grpo", (0, 22, 2), asked_for=asked)[PATCH]
@@ -52,6 +56,13 @@ def test_the_cache_keeps_both_texts_apart():
     )
     assert stock != reuse
     assert stock == entry_key(target="grpo", release=(1, 16, 0), upstream_sha256="0", skip=(), rules="")
+
+
+def test_the_report_names_the_options_that_are_off(patch_grpo):
+    assert 'off        old_logps="reuse", logps="chunked", compat="on" (PatchFastRL)' in str(patch_grpo())
+    session.revert()
+    assert 'off        logps="chunked" (PatchFastRL)' in str(patch_grpo(old_logps="reuse", compat="on"))
+    assert "off " not in str(PatchReport(trl="1.16.0")), "nothing is patched"
 
 
 def test_a_second_call_with_another_value_is_refused(patch_grpo):

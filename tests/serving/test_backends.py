@@ -14,7 +14,7 @@ from trlpatch.errors import ConflictingArguments, MissingPackage, NotServable
 from trlpatch.serving import backends
 from trlpatch.serving.artifact import detect
 from trlpatch.serving.backends import Launch, choose, launch, option_value
-from trlpatch.versions import pip_install
+from trlpatch.versions import pip_install, vllm_missing
 
 Install = Callable[..., None]
 
@@ -54,7 +54,7 @@ def test_models_and_adapters_are_served_by_vllm(tmp_path: Path, install: Install
     with pytest.raises(NotServable, match=f"trlpatch export gguf {model} --out DIR"):
         choose(detect(model), "xllamacpp")
     install("xllamacpp")
-    with pytest.raises(MissingPackage, match=re.escape(pip_install("vllm"))):
+    with pytest.raises(MissingPackage, match=re.escape(vllm_missing(", which vLLM serves"))):
         choose(detect(adapter))
 
 
@@ -80,7 +80,7 @@ def test_a_gguf_file_is_served_by_what_is_there(
     ("modules", "backend", "cuda", "texts"),
     [
         ([], "auto", False, ["no xllamacpp, no llama-cpp-python", pip_install("serve")]),
-        (["vllm"], "auto", True, ["pip install vllm vllm-gguf-plugin"]),
+        (["vllm"], "auto", True, [f"{pip_install('vllm')} vllm-gguf-plugin"]),
         (["vllm"], "vllm", True, ["vLLM 0.28.0 serves GGUF files with vllm-gguf-plugin", "pip install vllm-gguf-"]),
         ([], "vllm", True, [pip_install("vllm")]),
         (["xllamacpp"], "llama-cpp-python", False, ["pip install llama-cpp-python[server]"]),

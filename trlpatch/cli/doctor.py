@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TextIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from trlpatch.cli.common import GREY, json_option, print_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from trlpatch.doctor.diagnosis import Diagnosis
 
 _UNHEALTHY = 1
 _UNKNOWN_ERROR = 2
@@ -34,17 +40,33 @@ def doctor(message: str | None, log: TextIO | None, as_json: bool) -> None:
         sys.exit(0 if found.healthy else _UNHEALTHY)
     from rich.text import Text
 
-    from trlpatch.console import grid, show
+    from trlpatch.console import show
 
-    rows = []
-    for one in found.results:
-        text = Text(one.found)
-        if one.advice:
-            text.append(f"\n{one.advice}" if sys.stdout.isatty() else f": {one.advice}", GREY)
-        rows.append((Text(one.level, _COLOURS[one.level]), one.check, text))
-    show(grid(rows), "", Text(found.summary, "green" if found.healthy else "red"))
+    show(*_results(found), "", Text(found.summary, "green" if found.healthy else "red"))
     show('an error message: trlpatch doctor --error "MESSAGE", or docs/troubleshooting.md')
     sys.exit(0 if found.healthy else _UNHEALTHY)
+
+
+def _results(found: Diagnosis) -> Iterator[RenderableType]:
+    """Yield a row for each result; on a terminal a command has a line of its own, which is never folded."""
+    from rich.text import Text
+
+    from trlpatch.console import grid
+
+    terminal = sys.stdout.isatty()
+    least = [max(map(len, column)) for column in zip(*((one.level, one.check) for one in found.results), strict=True)]
+    rows: list[tuple[Text, str, Text]] = []
+    for one in found.results:
+        text = Text(one.found)
+        for more in (one.advice, "" if terminal else one.command):
+            if more:
+                text.append(f"\n{more}" if terminal else f": {more}", GREY)
+        rows.append((Text(one.level, _COLOURS[one.level]), one.check, text))
+        if terminal and one.command:
+            yield grid(rows, least=least)
+            yield f"  {one.command}"
+            rows = []
+    yield grid(rows, least=least)
 
 
 def _explain(text: str, *, as_json: bool) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trlpatch.compatibility.verdict import Verdict
     from trlpatch.environment import EnvironmentReport
     from trlpatch.preview import FilePreview, Preview
+    from trlpatch.rewrite.patch import Patch
     from trlpatch.source.absent import Absence
 
 _MARKS = {"applied": "green", "skipped": GREY, "failed": "red"}
@@ -99,9 +100,16 @@ def plan(
     for file in found.files:
         rows = [(Text(step.patch.name), Text(f"fits trl {step.variant.trl}")) for step in file.plan.steps]
         rows += [(Text(one.patch.name, GREY), Text(one.reason, GREY)) for one in file.plan.skips]
+        rows += [(Text(one.name, GREY), Text(f"off; on with {_asks(one)}", GREY)) for one in file.plan.off]
         show("", Text.assemble((file.source.target.name, "bold"), f"  {file.name}"), grid(rows, indent=4))
     for target, reason in found.absent.items():
         show("", Text.assemble((target, "bold"), f"  {reason}"))
+
+
+def _asks(patch: Patch) -> str:
+    """Return how PatchFastRL and the commands of this file are asked for an optional patch."""
+    name, word = patch.option.replace('"', "").split("=")
+    return f"PatchFastRL({patch.option}), here --{name.replace('_', '-')} {word}"
 
 
 @click.command()
@@ -268,7 +276,7 @@ def _facts(rows: Iterable[tuple[str, str]], verdict: Verdict) -> Iterator[Render
     suggestion = [lines.pop()] if verdict.suggestion else []
     lines = [part for line in lines for part in _folded(line, _PAGE - width - 2)]
     verdict_rows = [("versions", Text(state, _STATES[verdict.state])), *(("", Text(line)) for line in lines)]
-    yield grid([*((name, Text(text)) for name, text in rows), *verdict_rows], first_column=width)
+    yield grid([*((name, Text(text)) for name, text in rows), *verdict_rows], least=(width,))
     yield from (f"{'':{width}}  {line}" for line in suggestion)
 
 

@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 from trlpatch.doctor.machine import GIB, Gpu, Machine
 from trlpatch.errors import InvalidOption
 from trlpatch.options import read_launcher
+from trlpatch.versions import pip_install
 
 Level = Literal["ok", "info", "warn", "fail", "skip"]
 
@@ -26,12 +27,14 @@ class Result(NamedTuple):
         level: how bad it is.
         found: what is there.
         advice: what to do about it; empty where there is nothing to do.
+        command: what to run for it, as it is typed; empty where that is no command.
     """
 
     check: str
     level: Level
     found: str
     advice: str = ""
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-able values."""
@@ -147,7 +150,8 @@ def _cuda(machine: Machine) -> Iterator[Result]:
             "CUDA",
             "fail",
             "the installed torch is built without CUDA",
-            "install the torch that vLLM asks for: pip install vllm",
+            "install the torch that vLLM asks for",
+            pip_install("vllm"),
         )
     elif driver is None:
         yield Result("CUDA", "warn", f"torch: {_pair(built)}; the driver does not say what it can run")
@@ -190,7 +194,8 @@ def _compiler(machine: Machine) -> Iterator[Result]:
             "compiler",
             "warn",
             "no gcc on PATH",
-            "Triton compiles a launcher with it at the first start: apt install gcc",
+            "Triton compiles a launcher with it at the first start",
+            "apt install gcc",
         )
     elif machine.gcc < 9:
         yield Result("compiler", "warn", f"gcc {machine.gcc}", "vLLM's kernels want gcc 9 or newer")

@@ -33,7 +33,8 @@ KNOWN_ERRORS: tuple[KnownError, ...] = (
         "Please install vLLM before enabling fast_inference",
         r"install vLLM before enabling|No module named '?vllm|vllm not found|needs vllm|vllm is not installed",
         "vLLM is not installed; there are no wheels of it for macOS and Windows.",
-        "`pip install vllm` on Linux with an NVIDIA GPU. `fast_inference=False` trains without it, anywhere.",
+        "The extra `vllm`, on Linux with an NVIDIA GPU; `trlpatch doctor` has the command for this installation. "
+        "`fast_inference=False` trains without it, anywhere.",
     ),
     KnownError(
         "set fast_inference=True when doing load_in_fp8",

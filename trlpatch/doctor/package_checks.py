@@ -12,6 +12,7 @@ from trlpatch.doctor.machine import Machine
 from trlpatch.errors import TrlpatchError
 from trlpatch.source.locate import TrlInstall, find_trl
 from trlpatch.source.releases import NEWEST_TESTED
+from trlpatch.versions import pip_install
 
 _LEVELS: dict[str, Level] = {"tested": "ok", "untested": "warn", "incomplete": "fail", "known-bad": "fail"}
 
@@ -33,12 +34,13 @@ def package_checks(machine: Machine) -> Iterator[Result]:
     try:
         install = find_trl()
     except TrlpatchError as error:
-        yield Result("TRL", "fail", str(error))
+        found, _, command = str(error).partition(" Run: ")
+        yield Result("TRL", "fail", found, command=command)
         yield from _missing(machine, "torch", "vllm", "transformers")
     else:
         yield _trl(install)
         yield from _versions(judge(install, installed()))
-    yield from _missing(machine, "peft", level="warn", needed_by="LoRA, and FastLanguageModel, need it: ")
+    yield from _missing(machine, "peft", level="warn", needed_by="LoRA, and FastLanguageModel, need it; ")
     yield from _old(machine)
 
 
@@ -55,7 +57,8 @@ def _trl(install: TrlInstall) -> Result:
             "TRL",
             "warn",
             f"{install.version}, newer than every tested release",
-            "`trlpatch check` says whether every patch fits",
+            "whether every patch fits",
+            "trlpatch check",
         )
     sleeps = "" if install.release >= (0, 23, 0) else "sleep mode and its patches begin with TRL 0.23"
     return Result("TRL", "info" if sleeps else "ok", install.version, sleeps)
@@ -71,17 +74,18 @@ def _versions(verdict: Verdict) -> Iterator[Result]:
             "vLLM",
             "fail",
             "not installed",
-            f"Please install vLLM before enabling fast_inference: {verdict.suggestion or 'pip install vllm'}",
+            "fast_inference=True builds a vLLM engine",
+            pip_install("vllm"),
         )
-    advice = " ".join(part for part in (*lines, f"Try: {verdict.suggestion}." if verdict.suggestion else "") if part)
-    yield Result("versions", level, state, advice)
+    yield Result("versions", level, state, " ".join(filter(None, lines)), verdict.suggestion)
 
 
 def _missing(machine: Machine, *names: str, level: Level = "fail", needed_by: str = "") -> Iterator[Result]:
     missing = [name for name in names if machine.packages.get(name) is None]
     if missing:
-        advice = f"{needed_by}pip install {' '.join(missing)}, or docs/quickstart.md"
-        yield Result(", ".join(missing), level, "not installed", advice)
+        others = " ".join(name for name in missing if name != "vllm")
+        command = f"{pip_install('vllm')} {others}".rstrip() if "vllm" in missing else f"pip install {others}"
+        yield Result(", ".join(missing), level, "not installed", f"{needed_by}docs/quickstart.md", command)
 
 
 def _old(machine: Machine) -> Iterator[Result]:
@@ -92,4 +96,4 @@ def _old(machine: Machine) -> Iterator[Result]:
         except InvalidVersion:
             continue
         if old:
-            yield Result(name, "warn", f"{version}", f"older than {oldest}: pip install --upgrade {name}")
+            yield Result(name, "warn", f"{version}", f"older than {oldest}", f"pip install --upgrade {name}")

@@ -23,8 +23,7 @@ def describe(engine: RolloutEngine, state: EngineState) -> str:
         f"adapter {_adapter(engine, state)}",
         f"sleep: {_sleep(engine, state)}",
     ]
-    sleeping = state.backend.asleep()
-    parts.append(f"asleep now: {', '.join(sorted(sleeping))}" if sleeping else "awake")
+    parts.append(_now(engine, state))
     return "; ".join(parts)
 
 
@@ -62,3 +61,10 @@ def _sleep(engine: RolloutEngine, state: EngineState) -> str:
     if not probes.sleep_enabled(engine):
         return "none (built without enable_sleep_mode=True)"
     return state.sleep_method or "has not slept yet"
+
+
+def _now(engine: RolloutEngine, state: EngineState) -> str:
+    sleeping = state.backend.asleep()
+    if not sleeping:
+        return "awake"
+    return f"asleep now: {', '.join(sorted(sleeping))}" if probes.sleep_enabled(engine) else probes.PAUSED

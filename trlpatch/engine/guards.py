@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
+from trlpatch.engine import probes
 from trlpatch.engine.adapter_sync.registry import LIVE_NAME
 from trlpatch.engine.occupancy import Call
 from trlpatch.engine.probes import KV_CACHE, WEIGHTS
@@ -126,6 +127,9 @@ class Guards:
                 kwargs["lora_request"] = supplied
         sleeping = self._backend.unmapped()
         if sleeping:
+            engine = self._engine()
+            if engine is not None and not probes.sleep_enabled(engine):
+                raise EngineAsleep(f"a request for an engine that is {probes.PAUSED}")
             raise EngineAsleep(
                 f"a request for an engine that is asleep ({', '.join(sorted(sleeping))} unmapped): wake it with "
                 "llm.wake_up(), or roll out with model.fast_generate(...) or "

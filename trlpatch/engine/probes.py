@@ -23,6 +23,12 @@ SLEEP_TAGS = frozenset({WEIGHTS, KV_CACHE})
 # MaxLoRARanks.
 _RANKS_WITHOUT_LITERAL = (8, 16, 32, 64, 128, 256, 320, 512)
 
+PAUSED = (
+    "paused by sleep(), which freed no memory, because it was built without enable_sleep_mode=True; llm.wake_up() "
+    "ends that"
+)
+"""What an engine is that cannot sleep and that vLLM counts as asleep."""
+
 
 def reach(root: object, *names: str) -> Any:
     """`root.a.b.c`, or None as soon as one of the names is missing or None."""
@@ -51,7 +57,7 @@ def lora_config(llm: object) -> Any:
 
 
 def sleep_enabled(llm: object) -> bool:
-    """Was it built with `enable_sleep_mode=True`? Sleeping without that is an error in vLLM."""
+    """Was it built with `enable_sleep_mode=True`? Without it `sleep()` pauses vLLM's V1 engine and unmaps nothing."""
     return bool(getattr(model_config(llm), "enable_sleep_mode", False))
 
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from trlpatch.errors import MissingPackage
+from trlpatch.versions import vllm_missing
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
@@ -32,8 +33,8 @@ def vLLMSamplingParams(**kwargs: Any) -> SamplingParams:
         if error.name != "vllm":
             raise
         raise MissingPackage(
-            "trlpatch: vLLMSamplingParams(...) makes a vllm.SamplingParams, and vLLM is not installed. Run: pip "
-            "install vllm; or give vllm_sampling_params a dict, which needs no vLLM"
+            f"{vllm_missing('trlpatch: vLLMSamplingParams(...) makes a vllm.SamplingParams')}, or give "
+            "vllm_sampling_params a dict, which needs no vLLM"
         ) from error
 
 

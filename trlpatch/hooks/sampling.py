@@ -13,7 +13,7 @@ from trlpatch.errors import ProtectedSamplingParam, UnusableSamplingParam
 from trlpatch.hooks.prompt_length import with_limit
 from trlpatch.hooks.protocols import GenerationLike, TrainerArguments
 from trlpatch.hooks.trainers import args_of, binding
-from trlpatch.log import log_once, warn_once
+from trlpatch.log import log_once, tell_translation, warn_once
 from trlpatch.options import active
 
 T = TypeVar("T")
@@ -138,7 +138,7 @@ def _checked(config: object, values: Mapping[str, Any]) -> dict[str, Any]:
     where = f"{config_name}.{FIELD} sets seed={values['seed']!r}"
     if active().compat != "on":
         raise ProtectedSamplingParam(f'{where}: {ONE_SEED}. PatchFastRL(compat="on") leaves it out for you')
-    warn_once(config, f'{where}, which compat="on" leaves out: {ONE_SEED}')
+    tell_translation(f'{where}, which compat="on" leaves out: {ONE_SEED}')
     return {name: value for name, value in values.items() if name != "seed"}
 
 

@@ -15,7 +15,9 @@ from trlpatch.engine import probes
 from trlpatch.engine.protocols import RolloutEngine
 from trlpatch.hooks.protocols import TrainerArguments, TrainerLike
 from trlpatch.hooks.sampling import FIELD, ONE_SEED, end_tokens, masks_at_eos, unseen_stops
-from trlpatch.log import warn_once
+from trlpatch.log import tell_translation, warn_once
+from trlpatch.options import active
+from trlpatch.trl_names import CORRECTION, CORRECTION_LEFT_OUT
 
 _KWARGS = "generation_kwargs"
 
@@ -118,7 +120,7 @@ def _greedy(settings: Mapping[str, _Setting]) -> Iterator[str]:
 def _check_correction(
     trainer: TrainerLike, args: TrainerArguments, engine: RolloutEngine | None, settings: Mapping[str, _Setting]
 ) -> None:
-    if not getattr(args, "vllm_importance_sampling_correction", False):
+    if not getattr(args, CORRECTION, False):
         return
     mode = "processed_logprobs" if engine is None else probes.logprobs_mode(engine) or "raw_logprobs"
     processed, warm = mode == "processed_logprobs", settings.get("temperature", _Setting(1.0, "")).value != 1.0
@@ -153,12 +155,17 @@ def _check_correction(
     ways.append(f"leave {'it' if len(cut) == 1 else 'them'} out")
     if engine is not None and not processed:
         ways[-1] += ' and build the engine with logprobs_mode="processed_logprobs"'
-    warn_once(
-        trainer,
+    told = (
         f"{type(trainer).__name__}: with {', '.join(cut)} TRL's importance sampling correction "
         f"(vllm_importance_sampling_mode={level!r}) weights completions by a ratio that is not near 1: {why}. "
-        f"Gradients shrink with it, over long completions to nothing. Either {', or '.join(ways)}",
+        "Gradients shrink with it, over long completions to nothing."
     )
+    # Batches that are generated ahead have nothing else that corrects them (`trlpatch.ray.prefetch`).
+    if active().compat == "on" and CORRECTION_LEFT_OUT in vars(args) and not getattr(engine, "prefetch", 0):
+        setattr(args, CORRECTION, False)
+        tell_translation(f"{told} {CORRECTION}=False is set, as Unsloth has it; a value that you write is left alone")
+        return
+    warn_once(trainer, f"{told} Either {', or '.join(ways)}")
 
 
 def _check_ends(trainer: TrainerLike, args: TrainerArguments, engine: RolloutEngine | None, model: object) -> None:

@@ -157,6 +157,19 @@ def _check_rank(settings: Mapping[str, Any], engine: Any) -> None:
         )
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("rank", "lora_r", "lora_rank", "lora_dim", "max_lora_rank"), "r"),
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    **dict.fromkeys(("modules", "targets", "lora_modules", "lora_target_modules"), "target_modules"),
+    **dict.fromkeys(("rslora", "use_rs_lora"), "use_rslora"),
+    "dora": "use_dora",
+    **dict.fromkeys(("gradient_checkpointing", "checkpointing"), "use_gradient_checkpointing"),
+    "seed": "random_state",
+}
+"""What TRL's ModelConfig, Axolotl, LLaMA-Factory, torchtune and trainers call arguments of ours and PEFT's."""
+
+
 def _config(settings: Mapping[str, Any]) -> Any:
     from peft import LoraConfig
 
@@ -165,7 +178,7 @@ def _config(settings: Mapping[str, Any]) -> Any:
         if name not in known:
             raise UnknownArgument(
                 f"FastLanguageModel.get_peft_model: {name}= is not an argument of it or of peft.LoraConfig"
-                f"{nearest(name, known)}"
+                f"{nearest(name, known, _ELSEWHERE)}"
             )
     return LoraConfig(**{"task_type": "CAUSAL_LM", **settings})
 

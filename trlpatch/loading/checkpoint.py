@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,39 @@ def read_hf_config(config: LoadConfig) -> Any:
     if "attn_implementation" in config.model:  # a model over the engine's weights is built from the config alone
         hf_config._attn_implementation = config.model["attn_implementation"]
     return hf_config
+
+
+def require_length(config: LoadConfig, hf_config: Any) -> None:
+    """See that the model has as many positions as are asked for, before vLLM is imported.
+
+    Asks no more than vLLM (`_get_and_verify_max_len`, vllm/config/model.py), and what that may allow is left to it:
+    scaled positions, lengths of other names, and what the user overrides.
+
+    Raises:
+        ConflictingArguments: `max_seq_length` is above the checkpoint's `max_position_embeddings`.
+    """
+    text = hf_config.get_text_config()
+    has = getattr(text, "max_position_embeddings", None)
+    overridden = "hf_overrides" in config.engine or os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN")
+    if not config.fast_inference or overridden or not isinstance(has, int) or config.max_seq_length <= has:
+        return
+    if _scales_positions(text) or getattr(text, "model_max_length", None):
+        return
+    raise ConflictingArguments(
+        f"FastLanguageModel.from_pretrained: max_seq_length={config.max_seq_length}, and {config.model_name} was made "
+        f"for {has} tokens (max_position_embeddings in its config.json), prompt and completion together. Set "
+        f"max_seq_length={has} or less, or scale its positions with hf_overrides={{'rope_scaling': ...}}"
+    )
+
+
+def _scales_positions(text: Any) -> bool:
+    # transformers 5 has `rope_parameters`, always, and of some models one for each kind of layer.
+    for given in (getattr(text, "rope_scaling", None), getattr(text, "rope_parameters", None)):
+        if isinstance(given, Mapping):
+            every = [given, *(one for one in given.values() if isinstance(one, Mapping))]
+            if any("factor" in one or one.get("rope_type", one.get("type")) not in (None, "default") for one in every):
+                return True
+    return False
 
 
 def hub_has(name: str, file: str, **arguments: Any) -> bool:

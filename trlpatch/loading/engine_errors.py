@@ -61,6 +61,9 @@ _KNOWN = (
         "enable_sleep_mode=False",
     ),
 )
+_LINE = 2000
+"""Characters of a line of vLLM's. The longest of those that are known, about max_model_len, has some 600."""
+
 _ELSE = (
     "see vLLM's message; enforce_eager=True avoids compilation and CUDA graphs, fast_inference=False does without an "
     "engine, and `pip install --upgrade vllm` may cure it"
@@ -85,7 +88,7 @@ def translate(error: Exception, config: LoadConfig) -> TrlpatchError:
 def _telling_line(message: str, known: _Known | None) -> str:
     """Return the line of a long message that says what is known."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or [""]
-    return next((line for line in lines if known is not None and re.search(known.says, line)), lines[0])[:500]
+    return next((line for line in lines if known is not None and re.search(known.says, line)), lines[0])[:_LINE]
 
 
 def _retry_advice() -> str:

@@ -13,7 +13,7 @@ from trlpatch.engine.build import engine_argument_names
 from trlpatch.errors import ConflictingArguments, Fp8NeedsEngine, MissingPackage, UnknownArgument
 from trlpatch.loading.unsloth_arguments import FOLLOWED, NEUTRAL, take_unsloth_arguments, without_spread
 from trlpatch.options import LoraLayers
-from trlpatch.versions import installed_version, pip_install
+from trlpatch.versions import installed_version, pip_install, vllm_missing
 
 OWN = frozenset(
     {
@@ -52,8 +52,9 @@ INSTEAD = {
     "hf_token": "token",
     "use_auth_token": "token",
     "kv_cache_dtype": "float8_kv_cache",
+    **dict.fromkeys(("r", "rank", "lora_r", "lora_rank"), "max_lora_rank"),
 }
-"""Names of vLLM's and transformers' own for what has a parameter here."""
+"""Names of vLLM's, transformers' and adapters' own for what has a parameter here."""
 
 OF_THE_MODEL = frozenset(
     {
@@ -337,8 +338,8 @@ def check_packages(config: LoadConfig) -> None:
             )
     if config.fast_inference and importlib.util.find_spec("vllm") is None:
         raise MissingPackage(
-            "trlpatch: fast_inference=True needs vLLM, which is not installed. Run: pip install vllm, or set "
-            "fast_inference=False to generate with transformers"
+            f"{vllm_missing('trlpatch: fast_inference=True builds a vLLM engine')}, or set fast_inference=False to "
+            "generate with transformers"
         )
     if config.num_engines is not None and importlib.util.find_spec("ray") is None:
         raise MissingPackage(
@@ -365,9 +366,13 @@ def _refuse_unknown(extra: Mapping[str, Any], of_engine: frozenset[str]) -> None
             )
 
 
-def nearest(name: str, known: frozenset[str]) -> str:
-    """`; did you mean x=?`, or nothing when no known name is like it."""
-    found = difflib.get_close_matches(name, sorted(known), n=1)
+def nearest(name: str, known: frozenset[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """`; did you mean x=?`, or nothing when no known name is like it.
+
+    `elsewhere` has, by what others call them, known names that are spelled too differently to be found.
+    """
+    meant = (elsewhere or {}).get(name.lower())
+    found = [meant] if meant else difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {found[0]}=?" if found else ""
 
 

@@ -24,7 +24,15 @@ from trlpatch.errors import CannotShare, ConflictingArguments, EngineMismatch, M
 from trlpatch.export.api import attach_export
 from trlpatch.loading import adapter_source, platform_checks
 from trlpatch.loading.adapter import check_engine_serves, mark_fully_trained, set_gradient_checkpointing
-from trlpatch.loading.checkpoint import model_class, quantization_of, read_hf_config, reads, require_lora, sizes
+from trlpatch.loading.checkpoint import (
+    model_class,
+    quantization_of,
+    read_hf_config,
+    reads,
+    require_length,
+    require_lora,
+    sizes,
+)
 from trlpatch.loading.engine_errors import translate
 from trlpatch.loading.images import load_processor, read_as_images, tokenizer_of
 from trlpatch.loading.load_config import LoadConfig
@@ -77,6 +85,7 @@ def _load(config: LoadConfig, made: dict[str, Any], show: Progress) -> list[str]
             hf_config = read_hf_config(config)
         except ModelNotFound as error:
             raise error if source is None else adapter_source.base_not_found(source, error) from error
+        require_length(config, hf_config)
         dtype = platform_checks.engine_dtype(config, hf_config)
         images = read_as_images(config, hf_config)
         made["tokenizer"] = load_processor(config) if images else load_tokenizer(config)

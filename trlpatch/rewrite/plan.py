@@ -38,6 +38,7 @@ class Plan:
     Attributes:
         absent: patches that have nothing to do with this target; not reported, but it must be free of their anchors.
         excluded: names of the patches that are left out of every target.
+        off: patches that fit and that an option would have to ask for.
     """
 
     target: str
@@ -45,6 +46,7 @@ class Plan:
     skips: tuple[Skip, ...]
     absent: tuple[Skip, ...] = ()
     excluded: frozenset[str] = frozenset()
+    off: tuple[Patch, ...] = ()
 
 
 def plan(
@@ -61,10 +63,12 @@ def plan(
     steps: list[Step] = []
     skips: list[Skip] = []
     absent: list[Skip] = []
+    off: list[Patch] = []
     for patch in patches():
-        if patch.option and patch.name not in asked_for:
-            continue
         variant = patch.variant(target.name, release)
+        if patch.option and patch.name not in asked_for:
+            off += [patch] if variant is not None else []
+            continue
         exemption = patch.exemption(target.name, release)
         if variant is None and exemption is not None:
             skips.append(Skip(patch, exemption.reason, forbids=True))
@@ -74,4 +78,4 @@ def plan(
             skips.append(Skip(patch, excluded[patch.name], forbids=False))
         elif variant is not None:
             steps.append(Step(patch, variant))
-    return Plan(target.name, tuple(steps), tuple(skips), tuple(absent), frozenset(excluded))
+    return Plan(target.name, tuple(steps), tuple(skips), tuple(absent), frozenset(excluded), tuple(off))

@@ -93,12 +93,13 @@ def _own_annotations(cls: type) -> dict[str, Any]:
 def generated_assignments(live: type, scratch: type) -> Iterator[Assignment]:
     """Yield what gives `live` the members that `@dataclass` generated for `scratch`, and its fields."""
     for name in _GENERATED:
-        if name in vars(scratch) and name in vars(live) and _is_generated(vars(live)[name]):
+        if name in vars(scratch) and name in vars(live) and is_generated(vars(live)[name]):
             yield Assignment(live, name, vars(scratch)[name])
     yield Assignment(live, _FIELDS, vars(scratch)[_FIELDS])
 
 
-def _is_generated(member: Any) -> bool:
+def is_generated(member: Any) -> bool:
+    """Tell whether `@dataclass` made a member of a class."""
     if isinstance(member, FunctionType):
         # dataclasses compiles what it generates under this file name; __repr__ is wrapped against recursion.
         generated: FunctionType = inspect.unwrap(member)
@@ -113,7 +114,7 @@ def rebuild_on(cls: type, bases: tuple[type, ...]) -> type:
     namespace = {
         name: value
         for name, value in vars(cls).items()
-        if name not in _NOT_COPIED and not (name in _GENERATED and _is_generated(value))
+        if name not in _NOT_COPIED and not (name in _GENERATED and is_generated(value))
     }
     for name in own:
         if name in fields and fields[name]._field_type.name != "_FIELD_CLASSVAR":  # type: ignore[attr-defined]

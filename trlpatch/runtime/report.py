@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from trlpatch.options import active, in_force
 from trlpatch.outcomes import Outcome
 from trlpatch.runtime.loader import running_file
 
@@ -220,6 +221,8 @@ class PatchReport:
             ("compat", self.compat),
         ):
             yield from ((name, item) for item in items)
+        if self.patched and in_force() and (off := active().off):
+            yield "off", f"{', '.join(off)} (PatchFastRL)"
         if not self.trl and not self.disabled and self.engines:
             yield "to do", "a stock trainer does not use an engine: call trlpatch.PatchFastRL()"
         if self.absent:

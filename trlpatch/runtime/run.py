@@ -44,8 +44,8 @@ def run_script(argv: Sequence[str], options: Options, *, quiet: bool = False) ->
     words = list(argv[1:] if as_module else argv)
     if not words:
         raise InvalidOption(
-            "nothing to run: expected `trlpatch run script.py args...`, `trlpatch run -m module ...` or a program, "
-            "such as `trlpatch run trl grpo ...`"
+            "trlpatch run: nothing to run, expected `trlpatch run script.py args...`, `trlpatch run -m module ...` or "
+            "a program, such as `trlpatch run trl grpo ...`"
         )
     if not as_module and words[0].startswith("-"):
         raise _unknown_option(words[0])
@@ -148,13 +148,13 @@ def _is_script(path: Path) -> bool:
 
 def _program(name: str) -> str:
     if name.endswith(".py"):
-        raise InvalidOption(f"cannot run {name!r}: no such file {Path.cwd() / name}")
+        raise InvalidOption(f"trlpatch run {name}: no such file {Path.cwd() / name}")
     # Beside this interpreter first: the `trl` of its environment, also where that is not activated.
     beside = None if os.sep in name else shutil.which(name, path=sysconfig.get_path("scripts"))
     found = beside or shutil.which(name)
     if found is None:
         raise InvalidOption(
-            f"cannot run {name!r}: no such file in {Path.cwd()}, and no such program beside {sys.executable} or on "
+            f"trlpatch run {name}: no such file in {Path.cwd()}, and no such program beside {sys.executable} or on "
             "PATH. A module is run with -m."
         )
     return found

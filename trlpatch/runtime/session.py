@@ -17,6 +17,7 @@ from trlpatch.errors import (
     OptionsConflict,
     PatchedTrainersAlive,
     TrainerAlreadyBuilt,
+    UnknownArgument,
 )
 from trlpatch.options import (
     DISABLE,
@@ -45,6 +46,7 @@ from trlpatch.source.locate import find_trl, target_names
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Never
 
     from trlpatch.runtime.undo_journal import UndoJournal
 
@@ -90,6 +92,7 @@ def PatchFastRL(
     compat: Compat | None = None,
     on_drift: OnDrift = "raise",
     skip: Collection[str] = (),
+    **unknown: Never,
 ) -> PatchReport:
     """Patch TRL in this process. Call it before building a trainer, best before importing one.
 
@@ -119,6 +122,7 @@ def PatchFastRL(
             the targets concerned as TRL wrote them and warns. A trainer that has moved to another file does not fit;
             one that is gone from TRL is named in the report, nothing more.
         skip: patches to leave out, by name (`trlpatch list`): a tuple, list or set.
+        unknown: refused, in words of ours.
 
     Returns:
         What was done. The same call again does nothing and returns the same object.
@@ -130,6 +134,7 @@ def PatchFastRL(
         UnreadableSource: a file of TRL cannot be read or is not UTF-8.
         UnknownAlgorithm: `algorithm` names no trainer that can use vLLM in this TRL, or one that has moved.
         UnknownPatch: `skip` names a patch that does not exist.
+        UnknownArgument: there is no such option.
         InvalidOption: another argument has a value outside its list or another type, or TRLPATCH_DISABLE is no yes
             or no.
         AnchorDrift: anchors are not where a patch expects them; nothing was changed.
@@ -138,6 +143,8 @@ def PatchFastRL(
         TrainerAlreadyBuilt: a stock trainer exists already; nothing was changed.
         OptionsConflict: an earlier call used another `skip`, `logps` or `old_logps`.
     """
+    if unknown:
+        raise _unknown_option(next(iter(unknown)))
     named: Any = skip  # Options checks what it is, and keeps it as a tuple.
     # PatchFastRL("GRPO", FastLanguageModel) of a notebook, after one with compat="on", must not take it back unsaid.
     said = active().compat if compat is None else compat
@@ -145,6 +152,14 @@ def PatchFastRL(
 
 
 patch = PatchFastRL
+
+
+def _unknown_option(name: str) -> UnknownArgument:
+    import difflib  # for messages alone
+
+    known = list(vars(Options()))
+    close = "".join(f"; did you mean {one}=?" for one in difflib.get_close_matches(name, known, n=1))
+    return UnknownArgument(f"PatchFastRL({name}=...): there is no such option{close} It has {', '.join(known)}.")
 
 
 def apply(options: Options, *, caller: str = "PatchFastRL") -> PatchReport:

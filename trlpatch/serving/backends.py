@@ -14,7 +14,7 @@ from packaging.version import Version
 from trlpatch.errors import ConflictingArguments, MissingPackage, NotServable
 from trlpatch.serving.artifact import Artifact
 from trlpatch.serving.names import BACKENDS, LLAMA_CPP, VLLM, XLLAMACPP
-from trlpatch.versions import installed_release, installed_version, pip_install
+from trlpatch.versions import installed_release, installed_version, pip_install, vllm_missing
 
 GGUF_PLUGIN = "vllm-gguf-plugin"
 GGUF_LEFT_VLLM = Version("0.24")
@@ -98,7 +98,7 @@ def _for_gguf(artifact: Artifact, backend: str, cuda: Callable[[], bool]) -> str
             "llama-cpp-python is not installed. Run: pip install llama-cpp-python[server] (it compiles llama.cpp), or "
             f"without a compiler, and without --backend: {pip_install('serve')}"
         )
-    on_cuda = f", or on CUDA: pip install vllm {GGUF_PLUGIN}" if backend == "auto" else ""
+    on_cuda = f", or on CUDA: {pip_install('vllm')} {GGUF_PLUGIN}" if backend == "auto" else ""
     raise MissingPackage(
         f"{artifact.path} is a GGUF file, and nothing here serves those: "
         f"{'no xllamacpp, no llama-cpp-python' if backend == 'auto' else 'no xllamacpp'}. "
@@ -210,8 +210,8 @@ def cuda_available() -> bool:
 def _require_vllm(artifact: Artifact) -> None:
     if not _there("vllm"):
         raise MissingPackage(
-            f"{artifact.path} is a {_words(artifact)}, which vLLM serves, and vLLM is not installed. Run: "
-            f"{pip_install('vllm')}, or serve a GGUF file of it: trlpatch export gguf {artifact.path} --out DIR"
+            f"{vllm_missing(f'{artifact.path} is a {_words(artifact)}, which vLLM serves')}, or serve a GGUF file of "
+            f"it: trlpatch export gguf {artifact.path} --out DIR"
         )
 
 

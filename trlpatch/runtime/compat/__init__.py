@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from trlpatch.log import translations
+
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without importing typing
 if TYPE_CHECKING:
     from trlpatch.options import Compat
@@ -66,9 +68,7 @@ def describe() -> list[str]:
     if _in_force != "on":
         return []
     lines = ["on: arguments that this TRL and transformers took away are accepted (docs/compat.md)"]
-    if "trlpatch.runtime.compat.said" in sys.modules:
-        lines += import_module("trlpatch.runtime.compat.said").translated()
-    return lines
+    return lines + translations()
 
 
 def _change(module: str) -> None:

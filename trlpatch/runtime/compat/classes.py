@@ -6,7 +6,8 @@ import sys
 from types import FunctionType, ModuleType
 from typing import Any
 
-from trlpatch.runtime.compat import configs, prompts, said, tokenizers, trainers
+from trlpatch.log import forget_translations
+from trlpatch.runtime.compat import configs, prompts, tokenizers, trainers
 from trlpatch.runtime.live_objects import subclasses
 from trlpatch.runtime.undo_journal import UndoJournal
 
@@ -42,7 +43,7 @@ def undo() -> None:
     base = _base("training_args", "TrainingArguments")
     if base is not None:
         configs.drop_fields(subclasses(base))
-    said.forget()
+    forget_translations()
 
 
 def _base(module: str, name: str) -> type | None:

@@ -15,9 +15,11 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
+from trlpatch.log import tell_translation
 from trlpatch.options import read_launcher
+from trlpatch.runtime.compat import correction
 from trlpatch.runtime.compat.removed import TABLE, Removed, known
-from trlpatch.runtime.compat.said import explain, say, tell
+from trlpatch.runtime.compat.said import explain, say
 from trlpatch.runtime.configs import generated_assignments, rebuild_on
 from trlpatch.runtime.undo_journal import Assignment, UndoJournal
 
@@ -60,6 +62,7 @@ def wrap_init(journal: UndoJournal, cls: type, original: Any) -> None:
         return
     signature = inspect.signature(original)
     table = known(cls)
+    left_out = correction.remember(journal, cls, signature, original)
     added = [
         field for name, field in vars(cls)[_FIELDS].items() if field in _added and name not in signature.parameters
     ]
@@ -69,6 +72,8 @@ def wrap_init(journal: UndoJournal, cls: type, original: Any) -> None:
         for field in () if journal.undone else added:
             if field.name in kwargs:
                 setattr(self, field.name, kwargs.pop(field.name))
+        if not journal.undone and left_out(args, kwargs):
+            correction.mark(self)
         try:
             original(self, *args, **kwargs)
         except TypeError as error:
@@ -199,7 +204,7 @@ def raise_batch_size(config: Any) -> None:
     if size * steps * ranks % group == 0:
         return
     config.per_device_train_batch_size = group
-    tell(
+    tell_translation(
         f"{type(config).__name__}: per_device_train_batch_size={size} is raised to num_generations={group}, because "
         f"{size} x {steps} (gradient_accumulation_steps or steps_per_generation) x {ranks} (ranks) is no multiple of "
         "it. TRL raises an error instead; write a batch size with which it is one"

@@ -11,7 +11,7 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-from trlpatch.runtime.compat.said import tell
+from trlpatch.log import tell_translation
 from trlpatch.runtime.undo_journal import Assignment, UndoJournal
 
 FIELD = "max_prompt_length"
@@ -49,7 +49,9 @@ def _generate_single_turn(journal: UndoJournal, original: Any) -> Any:
         if limit is None or journal.undone:
             return original(self, prompts)
         # The fields of GRPO 0.26 and 0.27 and of RLOO 0.27 and 0.28 are upstream's own, whose warning is another one.
-        tell(f"{type(self).__name__}: prompts are cut from the left to args.max_prompt_length={limit} tokens")
+        tell_translation(
+            f"{type(self).__name__}: prompts are cut from the left to args.max_prompt_length={limit} tokens"
+        )
         with _hooks().cutting(self, limit):
             return original(self, prompts)
 

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from trlpatch.log import logger
+from trlpatch.log import tell_translation
 from trlpatch.runtime.compat.removed import Removed
-
-_translated: dict[str, None] = {}
-
-
-def translated() -> list[str]:
-    """Return what was translated in this process, a line each, in the order in which it was met."""
-    return list(_translated)
-
-
-def forget() -> None:
-    """Say it again when it is met again."""
-    _translated.clear()
 
 
 def say(where: str, one: Removed, what: str) -> None:
     """Log once that the argument `one` of `where` was taken, what was done, and what to write."""
-    tell(f"{where}({one.name}=...): {what}. Gone since {one.since}; write {one.instead}")
-
-
-def tell(message: str) -> None:
-    """Log a message once, and keep it for the report."""
-    if message not in _translated:
-        _translated[message] = None
-        logger.warning(message)
+    tell_translation(f"{where}({one.name}=...): {what}. Gone since {one.since}; write {one.instead}")
 
 
 def explain(error: TypeError, where: str, met: Iterable[Removed], accepted: bool) -> None:
