@@ -193,6 +193,10 @@ def test_a_warm_process_is_like_a_fresh_one_and_is_ended_with_all_that_it_starte
         assert "Traceback" not in done.stderr
         assert not alive(other(done.stdout))
 
+        words = [sys.executable, "-m", "tests.warm", "run", "runs_warm", "word", "exit"]
+        launched = processes.run(words, env={**environ, **warm.variables()}, timeout=600.0)
+        assert (launched.returncode, launched.stdout.splitlines()[0].split()[-1]) == (3, "warm"), launched.stderr
+
         failed = processes.run_module("runs_warm", ["word", "raise"], env=environ, timeout=600.0)
         assert failed.returncode == 1
         assert "ZeroDivisionError" in failed.stderr

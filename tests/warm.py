@@ -52,12 +52,20 @@ vLLM's in its own order: the CPU worker of 0.23 exchanges functions that models 
 VARIABLE = "TRLPATCH_TEST_WARM"
 """Names the socket, for the processes of pytest."""
 
+HUB = "TRLPATCH_TEST_HUB"
+"""Names the HF_HOME of warm processes, to them: huggingface_hub has read it. It is theirs together, and temporary."""
+
 _SOCKET = os.environ.get(VARIABLE)  # a test's environment has no TRLPATCH_ variables
 
 
 def available() -> bool:
     """Whether processes can be started warm here."""
     return _SOCKET is not None
+
+
+def variables() -> dict[str, str]:
+    """Return what tells a process that a test starts where `run` finds the one that forks; nothing where none does."""
+    return {} if _SOCKET is None else {VARIABLE: _SOCKET}
 
 
 class Process:
@@ -139,7 +147,8 @@ def serving(
         listener.listen(64)
         life, ours = os.pipe()  # at its end the process ends, however this one ends
         stack.callback(os.close, ours)
-        environ = {**env, "HOME": folder, "XDG_CACHE_HOME": f"{folder}/cache", "PYTHONWARNINGS": "default"}
+        places = {"HOME": folder, "XDG_CACHE_HOME": f"{folder}/cache", "HF_HOME": f"{folder}/hub-home"}
+        environ = {**env, **places, "PYTHONWARNINGS": "default"}
         passed = listener.fileno(), life
         command = [str(python), "-X", "faulthandler", "-m", "tests.warm", "serve", *map(str, passed), *modules]
         process = subprocess.Popen(command, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, pass_fds=passed)
@@ -156,7 +165,8 @@ def run(module: str, arguments: Sequence[str]) -> NoReturn:
     """Be the warm process for whoever started this one, a fresh one where none forks."""
     if not available():
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
-    status = Process(module, arguments, Path.cwd(), os.environ, sys.stdout.buffer, sys.stderr.buffer).wait()
+    environ = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    status = Process(module, arguments, Path.cwd(), environ, sys.stdout.buffer, sys.stderr.buffer).wait()
     if status < 0:
         os.kill(os.getpid(), -status)
     sys.exit(status)
@@ -224,8 +234,9 @@ def _become(request: dict[str, Any], files: list[int]) -> dict[str, Any]:
     for number, file in enumerate(files, start=1):
         os.dup2(file, number)
         os.close(file)
+    hub = os.environ["HF_HOME"]
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update({**request["env"], HUB: hub})
     os.chdir(request["cwd"])
     return request
 

@@ -15,15 +15,18 @@ its own per release would install 3 GB each time, and tox recreates a directory 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
 
@@ -58,9 +61,7 @@ WORKERS = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 def main(environment: str, arguments: list[str]) -> int:
     """Run the tests of an environment; return pytest's status, the first that is not 0."""
     if environment == "unit-torch":
-        with ThreadPoolExecutor() as pool:  # pip uses one core, and waits for what it downloads
-            list(pool.map(installed, stacks().values()))
-        return max(torch_tier(stack, arguments or ["tests"]) for stack in stacks().values())
+        return torch_tiers(arguments or ["tests"])
     if environment.startswith("engine-"):
         stack = _stack(environment.removeprefix("engine-"), environment)
         newest = [release for release in pinned().values() if release.cpu == stack.name][-1]
@@ -95,25 +96,52 @@ def engine_tier(stack: Stack, release: PinnedRelease, tier: str, arguments: list
         return _run([str(python), "-m", "pytest", "-W", "default", *chosen], {**environ, **variables})
 
 
-def torch_tier(stack: Stack, arguments: list[str]) -> int:
-    """Run the tier that needs no engine; with the newest stack leave its coverage in .coverage-torch.
+def torch_tiers(arguments: list[str]) -> int:
+    """Run the tier that needs no engine on all stacks at once, each from when it is installed.
+
+    One stack's tests have the cores while pip waits for what it downloads, and while the other's last tests end. What
+    the newest says is shown as it comes, what the others said behind it.
+    """
+    newest = list(pinned().values())[-1].cpu
+    with contextlib.ExitStack() as files, ThreadPoolExecutor() as pool:
+        kept = {name: files.enter_context(tempfile.TemporaryFile()) for name in stacks() if name != newest}
+        runs = [pool.submit(torch_tier, stack, arguments, kept.get(name)) for name, stack in stacks().items()]
+        wait(runs)
+        for file in kept.values():
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer)
+            sys.stdout.flush()
+        return max(run.result() for run in runs)
+
+
+def torch_tier(stack: Stack, arguments: list[str], out: IO[bytes] | None = None) -> int:
+    """Run the tier that needs no engine on a stack; with the newest leave its coverage in .coverage-torch.
 
     Measuring takes half as long again, and both stacks run the same tests: the second one's lines are 1 % more.
+
+    Args:
+        stack: the stack.
+        arguments: pytest's.
+        out: where what it says goes, and that its coverage is not measured; None: shown, and measured.
     """
     python = [str(installed(stack)), "-m"]
-    print(f"Without TRL and vLLM on {stack.name}: {stack.description}", flush=True)
+    about = f"Without TRL and vLLM on {stack.name}: {stack.description}"
     environ = {**os.environ, **ENGINE_ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(ROOT), *overlays(stack)])}
     pytest = ["pytest", "-W", "default", "--tier", "torch", "-n", "2", "--dist", "worksteal", *arguments]
-    if stack.name != list(pinned().values())[-1].cpu:
-        return _run([*python, *pytest], environ)
+    if out is not None:
+        out.write(f"{about}\n".encode())
+        out.flush()
+        return _run([*python, *pytest], environ, out)
+    print(about, flush=True)
     environ["COVERAGE_FILE"] = str(ROOT / ".coverage-torch")
     coverage = [*python, "coverage"]
     _run([*coverage, "erase"], environ)
     return _run([*coverage, "run", "-m", *pytest], environ) or _run([*coverage, "combine", "--quiet"], environ)
 
 
-def _run(command: list[str], environ: dict[str, str]) -> int:
-    return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+def _run(command: list[str], environ: dict[str, str], out: IO[bytes] | None = None) -> int:
+    errors = None if out is None else subprocess.STDOUT
+    return subprocess.run(command, cwd=ROOT, env=environ, check=False, stdout=out, stderr=errors).returncode
 
 
 def environment_of(tree: Path) -> dict[str, str]:

@@ -18,6 +18,9 @@ pytestmark = [
 
 RUNS = [*GRPO, "rloo"]
 
+AS_IN_0_28 = (0, 26, 2)
+"""What is rewritten is the same code there. Old log-probabilities, reused in the runs that are left, are not."""
+
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
@@ -28,6 +31,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "chunked": ("--logps", "chunked"),
         "reused": ("--logps", "chunked", "--old-logps", "reuse"),
     }
+    if find_trl().release == AS_IN_0_28:
+        del ways["chunked"]
     return {
         way: report_of("tests.cpu.logps_runs", [], list(options), directory / f"{way}.json")
         for way, options in ways.items()
@@ -35,6 +40,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 def of(reports: dict[str, dict[str, Any]], way: str, name: str) -> dict[str, Any]:
+    if way not in reports:
+        pytest.skip("runs with TRL 0.28.0, which computes log-probabilities with the same code")
     if name not in reports[way]:
         pytest.skip("this release has no such trainer")
     found: dict[str, Any] = reports[way][name]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from tests import ports, processes
+from tests import ports, processes, warm
 from tests.cpu.ranks import SECONDS
 from tests.cpu.scenarios import TOLERANCE
 from trlpatch.source.locate import find_trl
@@ -35,9 +35,10 @@ def launch(case: str, directory: Path) -> subprocess.CompletedProcess[str]:
     checkpoint = tiny.checkpoint(directory / "model")
     master = ports.environment()["MASTER_PORT"]
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", master, "-m", "tests.warm", "run"]
+    cache = str(directory / "cache")
     return processes.run(
         [sys.executable, "-m", *launcher, "tests.cpu.ranks", case, str(checkpoint), str(directory)],
-        env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
+        env={**os.environ, **warm.variables(), "XDG_CACHE_HOME": cache, "PYTHONWARNINGS": "default"},
         timeout=SECONDS + 60,
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import processes
+from tests import processes, warm
 from tests.cpu.ranks import SECONDS
 from tests.cpu.scenarios import TOLERANCE
 from tests.cpu.sharded_ranks import STEPS
@@ -33,9 +33,10 @@ def ranks_of(case: str, directory: Path) -> list[dict[str, Any]]:
     """What each rank has found. torchrun binds a port of the system's choice and keeps it (`--standalone`)."""
     checkpoint = tiny.checkpoint(directory / "model")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.warm", "run"]
+    cache = str(directory / "cache")
     done = processes.run(
         [sys.executable, "-m", *launcher, "tests.cpu.sharded_ranks", case, str(checkpoint), str(directory)],
-        env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache"), "PYTHONWARNINGS": "default"},
+        env={**os.environ, **warm.variables(), "XDG_CACHE_HOME": cache, "PYTHONWARNINGS": "default"},
         timeout=SECONDS + 60,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-8000:]}"

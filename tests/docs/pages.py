@@ -16,6 +16,8 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = ("python", "bash")
+_ENGINE = re.compile(r"\bLLM\(|from_pretrained\(|Trainer\(")
+_TRL = re.compile(r"^(from|import) trl\b", re.MULTILINE)
 _NOT_RUN = re.compile(r"<!--\s*not run:\s*(\S.*?)\s*-->\s*$", re.DOTALL)
 
 
@@ -60,6 +62,21 @@ def blocks(page: Path) -> list[Block]:
 def runnable(page: Path) -> list[Block]:
     """Return the blocks of a page that are run."""
     return [block for block in blocks(page) if block.language in LANGUAGES and not block.why_not]
+
+
+def python_of(page: Path) -> str:
+    """Return the Python that is run of a page, in one piece."""
+    return "".join(block.text for block in runnable(page) if block.language == "python")
+
+
+def has_engine(page: Path) -> bool:
+    """Whether what is run of a page builds an engine, a model or a trainer."""
+    return bool(_ENGINE.search(python_of(page)))
+
+
+def imports_torch(page: Path) -> bool:
+    """Whether the process that runs a page imports torch, transformers and what comes with them."""
+    return has_engine(page) or bool(_TRL.search(python_of(page)))
 
 
 def summary() -> list[str]:

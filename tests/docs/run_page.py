@@ -1,7 +1,8 @@
 """Run the code blocks of a page as a reader would paste them: `python -m tests.docs.run_page docs/x.md DIRECTORY`.
 
 What a reader has and a test has not is stood in for, and nothing else: models of the hub are a tiny random one under
-their names, in a hub cache of this run; engines are built eagerly; what asks for a GPU computes on the CPU.
+their names, in a hub cache of this run, or of all that start warm; engines are built eagerly; what asks for a GPU
+computes on the CPU.
 """
 
 from __future__ import annotations
@@ -14,29 +15,30 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.docs.pages import ROOT, Block, path_of, runnable
+from tests import warm
+from tests.docs.pages import ROOT, Block, has_engine, path_of, python_of, runnable
 
 _HUB_NAME = re.compile(r"[\"' ]((?:Qwen|unsloth|meta-llama|HuggingFaceTB|google)/[\w.-]+)")
-_ENGINE = re.compile(r"\bLLM\(|from_pretrained\(|Trainer\(")
 _CONFIG = re.compile(r"Config\(")
 _SECONDS = 600
 
 
 def main(page: Path, directory: Path) -> None:
     chosen = runnable(page)
-    os.environ["HF_HOME"] = str(directory / "hub-home")
+    home = Path(os.environ.pop(warm.HUB, directory / "hub-home"))
+    os.environ["HF_HOME"] = str(home)
     os.environ["PATH"] = f"{_command(directory)}{os.pathsep}{os.environ['PATH']}"
-    _hub(directory, {name for block in chosen for name in _HUB_NAME.findall(block.text)})
+    _hub(home / "hub", directory, {name for block in chosen for name in _HUB_NAME.findall(block.text)})
     work = directory / "work"
     work.mkdir()
     os.chdir(work)
-    python = "".join(block.text for block in chosen if block.language == "python")
-    if _ENGINE.search(python):  # importing vLLM takes longer than most pages
+    if has_engine(page):  # importing vLLM takes longer than most pages
         _eager_engines()
-    if _CONFIG.search(python):
+    if _CONFIG.search(python_of(page)):
         _trainings_on_cpu()
     namespace: dict[str, Any] = {"__name__": "__main__"}
     sys.path.insert(0, "")
@@ -63,16 +65,22 @@ def _command(directory: Path) -> Path:
     return folder
 
 
-def _hub(directory: Path, names: set[str]) -> None:
-    """Lay a tiny model into the hub cache under each name, as a download would."""
-    if not names:
+def _hub(hub: Path, directory: Path, names: set[str]) -> None:
+    """Lay a tiny model into the hub cache under each name, as a download would; it is the same for every page."""
+    places = {hub / f"models--{name.replace('/', '--')}" for name in names}
+    if not (absent := [place for place in places if not place.exists()]):
         return
     made = tiny.checkpoint(directory / "tiny", max_position_embeddings=4096)
-    for name in names:
-        cached = directory / "hub-home" / "hub" / f"models--{name.replace('/', '--')}"
-        shutil.copytree(made, cached / "snapshots" / "0")
-        (cached / "refs").mkdir()
-        (cached / "refs" / "main").write_text("0", encoding="ascii")
+    hub.mkdir(parents=True, exist_ok=True)
+    for place in absent:
+        half = Path(tempfile.mkdtemp(dir=hub))
+        shutil.copytree(made, half / "snapshots" / "0")
+        (half / "refs").mkdir()
+        (half / "refs" / "main").write_text("0", encoding="ascii")
+        try:
+            half.rename(place)
+        except OSError:  # not empty: another page was faster
+            shutil.rmtree(half)
 
 
 def _eager_engines() -> None:

@@ -46,6 +46,7 @@ def test_the_method_on_a_model_writes_each_type_and_runs_it(
     assert model.save_pretrained_gguf(tmp_path / "no", is_main_process=False) is None
 
 
+@pytest.mark.usefixtures("on_one_stack")
 def test_the_command_says_sizes_seconds_and_whether_the_files_ran(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "checkpoint-3")
     words = ["export", "gguf", str(tmp_path / "checkpoint-3"), "--tokenizer-pre", "qwen2", "--out"]

@@ -165,6 +165,7 @@ def test_what_the_child_refuses_is_told_and_leaves_nothing(qwen: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("on_one_stack")
 def test_weights_that_float16_does_not_hold_are_refused(qwen: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -188,6 +189,7 @@ def test_weights_that_float16_does_not_hold_are_refused(qwen: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("on_one_stack")
 def test_an_interrupted_export_ends_its_child_and_leaves_nothing(qwen: Path, tmp_path: Path) -> None:
     (tmp_path / "one.gguf").write_bytes(b"an earlier export")
 
@@ -210,6 +212,7 @@ runpy.run_path(converter + "/convert_hf_to_gguf.py", run_name="__main__")
 """
 
 
+@pytest.mark.usefixtures("on_one_stack")
 def test_a_converter_of_its_own_makes_the_same_file(
     qwen: Path, tmp_path: Path, converter: Path, dequantized: Any
 ) -> None:
