@@ -103,7 +103,7 @@ def torch_tiers(arguments: list[str]) -> int:
     the newest says is shown as it comes, what the others said behind it.
 
     Returns:
-        the first status that is not 0: it is below zero for what a signal ended, as the kernel does for want of memory.
+        the first status that is not 0: below zero where a signal ended it, as for want of memory.
     """
     newest = list(pinned().values())[-1].cpu
     with contextlib.ExitStack() as files, ThreadPoolExecutor() as pool:
