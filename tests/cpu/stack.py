@@ -101,6 +101,9 @@ def torch_tiers(arguments: list[str]) -> int:
 
     One stack's tests have the cores while pip waits for what it downloads, and while the other's last tests end. What
     the newest says is shown as it comes, what the others said behind it.
+
+    Returns:
+        the first status that is not 0: below zero where a signal ended it, as for want of memory.
     """
     newest = list(pinned().values())[-1].cpu
     with contextlib.ExitStack() as files, ThreadPoolExecutor() as pool:
@@ -111,7 +114,7 @@ def torch_tiers(arguments: list[str]) -> int:
             file.seek(0)
             shutil.copyfileobj(file, sys.stdout.buffer)
             sys.stdout.flush()
-        return max(run.result() for run in runs)
+        return next((status for status in [run.result() for run in runs] if status), 0)
 
 
 def torch_tier(stack: Stack, arguments: list[str], out: IO[bytes] | None = None) -> int:

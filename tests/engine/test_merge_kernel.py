@@ -11,8 +11,11 @@ pytest.importorskip("triton")
 
 from tests.engine.interpreted import INTERPRETED, inside, outside, run_interpreted  # noqa: E402
 from trlpatch.engine.weights_in_place import fused_merge, merge  # noqa: E402
+from trlpatch.engine.weights_in_place.plan import Plan, structure_of  # noqa: E402
+from trlpatch.engine.weights_in_place.writer import WeightsWriter  # noqa: E402
 from trlpatch.options import MERGE_KERNEL  # noqa: E402
 from trlpatch.policy import bit_sums  # noqa: E402
+from trlpatch.policy.content_mark import ContentMark  # noqa: E402
 from trlpatch.policy.policy_weights import PolicyWeight, Term  # noqa: E402
 
 pytestmark = pytest.mark.cpu
@@ -127,6 +130,31 @@ def test_what_is_summed_is_copied_on_the_way(dtype: Any) -> None:
     assert torch.equal(places[0], tensors[0])
     assert torch.equal(places[2], tensors[2])
     assert (whole[sizes[0] :] == -1).all(), "beside its place"
+
+
+@inside
+def test_what_was_promised_to_be_copied_is_copied_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, place = torch.arange(8.0), torch.zeros(8)
+    copies = bit_sums.copies_of([(tensor, place)])
+    assert set(copies) == {id(tensor)}
+    monkeypatch.setenv(MERGE_KERNEL, "0")
+    bit_sums.bit_sums([tensor], [place])
+    assert torch.equal(place, tensor)
+
+
+@inside
+def test_tied_weights_are_written_into_both_of_an_engines_places() -> None:
+    tied, alone = torch.nn.Parameter(torch.arange(1.0, 9.0)), torch.nn.Parameter(torch.arange(8.0))
+    weights = [PolicyWeight("embed", tied), PolicyWeight("alone", alone), PolicyWeight("head", tied)]
+    places = [torch.zeros(8) for _ in weights]
+    plan = Plan(structure_of(weights), list(places), [])
+    copies = WeightsWriter.copies(weights, plan)
+    assert {key: id(place) for key, place in copies.items()} == {id(tied): id(places[0]), id(alone): id(places[1])}
+    mark = ContentMark(weights, copies=copies)
+    writer = WeightsWriter(None)  # type: ignore[arg-type]  # which is asked only of plans that are not proven
+    writer.write(torch.nn.Linear(1, 1), weights, plan, unproven=False, copied=copies)
+    assert all(torch.equal(place, one.base) for place, one in zip(places, weights, strict=True))
+    assert mark == ContentMark(weights)
 
 
 @inside

@@ -57,7 +57,7 @@ def _trl(install: TrlInstall) -> Result:
             "TRL",
             "warn",
             f"{install.version}, newer than every tested release",
-            "whether every patch fits",
+            "see whether every patch fits",
             "trlpatch check",
         )
     sleeps = "" if install.release >= (0, 23, 0) else "sleep mode and its patches begin with TRL 0.23"

@@ -33,8 +33,11 @@ def bit_sums(tensors: list[Tensor], targets: Sequence[Tensor | None] = ()) -> li
             there = [(tensor.detach(), target) for tensor, target in pairs if str(tensor.device) == device]
             fast = wanted(there[0][0].device)
             fused = [pair for pair in there if fast and readable_by_kernel(pair[0])]
-            plain = [_bits_of(tensor) for tensor, _ in there if not (fast and readable_by_kernel(tensor))]
-            found += [Sums(torch.stack(plain))] if plain else []
+            plain = [pair for pair in there if not (fast and readable_by_kernel(pair[0]))]
+            found += [Sums(torch.stack([_bits_of(tensor) for tensor, _ in plain]))] if plain else []
+            for tensor, target in plain:  # `copies_of` has none of these, unless the kernel was switched off since
+                if target is not None:
+                    target.copy_(tensor)
             found += [Sums(_by_kernel(fused))] if fused else []
     return found
 

@@ -159,7 +159,8 @@ def _unknown_option(name: str) -> UnknownArgument:
 
     known = list(vars(Options()))
     close = "".join(f"; did you mean {one}=?" for one in difflib.get_close_matches(name, known, n=1))
-    return UnknownArgument(f"PatchFastRL({name}=...): there is no such option{close} It has {', '.join(known)}.")
+    said = f"PatchFastRL({name}=...): there is no such option{close or '.'}"
+    return UnknownArgument(f"{said} It has {', '.join(known)}.")
 
 
 def apply(options: Options, *, caller: str = "PatchFastRL") -> PatchReport:
