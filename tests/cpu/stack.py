@@ -21,7 +21,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import venv
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -107,7 +106,9 @@ def torch_tiers(arguments: list[str]) -> int:
     """
     newest = list(pinned().values())[-1].cpu
     with contextlib.ExitStack() as files, ThreadPoolExecutor() as pool:
-        kept = {name: files.enter_context(tempfile.TemporaryFile()) for name in stacks() if name != newest}
+        folder = ROOT / ".tox" / "torch"  # what is cut short can be read there
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: files.enter_context((folder / f"{name}.log").open("w+b")) for name in stacks() if name != newest}
         runs = [pool.submit(torch_tier, stack, arguments, kept.get(name)) for name, stack in stacks().items()]
         wait(runs)
         for file in kept.values():

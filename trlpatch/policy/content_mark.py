@@ -60,9 +60,8 @@ def _sums_of(factors: list[Tensor], frozen: list[Tensor], model: object) -> Cont
     """Those of the model where they read these very tensors, whose memory they hold: no address is another's."""
     if model is None or not all(one.is_contiguous() for one in factors):
         return _made(factors, frozen)  # it reads copies of what is not contiguous
-    places: list[tuple[object, ...]] = [
-        (one.data_ptr(), one.numel(), one.dtype, one.device) for some in (factors, frozen) for one in some
-    ]
+    places: list[tuple[object, ...]] = [(len(factors),)]  # of the others a piece is looked at
+    places += [(one.data_ptr(), one.numel(), one.dtype, one.device) for some in (factors, frozen) for one in some]
     known = _sums_by_model.get(model)
     if known is None or known[0] != places:
         known = _sums_by_model[model] = places, _made(factors, frozen)

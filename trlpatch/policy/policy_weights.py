@@ -27,7 +27,7 @@ class NotMergeable(Exception):  # an answer, caught by the caller
 
 @dataclass(frozen=True)
 class Term:
-    """A low-rank product that an adapter adds: `scale * left @ right`, of the parameters themselves."""
+    """A low-rank product that an adapter adds: `scale * left @ right`. Its tensors may require gradients."""
 
     left: Tensor
     """[out, r]"""
