@@ -18,6 +18,7 @@ from tests.gpu.sharing_archs import checkpoint  # noqa: E402
 from trlpatch.engine import probes  # noqa: E402
 from trlpatch.engine.attach import attach_engine  # noqa: E402
 from trlpatch.engine.beside_weights import beside_mismatch  # noqa: E402
+from trlpatch.engine.sharing import logits  # noqa: E402
 from trlpatch.engine.state import state_of  # noqa: E402
 from trlpatch.errors import EngineMismatch, StaleAdapter  # noqa: E402
 from trlpatch.policy.adapter import lora_view  # noqa: E402
@@ -75,6 +76,19 @@ def test_another_vocabulary_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         attach_engine(model, engine)
     assert not hasattr(model, "vllm_engine")
     assert attach_engine(model, engine, check=False) is model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_only_the_config_ties_is_named(
+    tied: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, engine = both("qwen2-tied", tmp_path)
+    monkeypatch.setattr(logits, "_engine_logprobs", lambda llm, prompts: [[0.0] * (len(ids) - 1) for ids in prompts])
+    if not tied:  # as transformers 5 loads a checkpoint whose lm_head.weight has other values
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 0.03)
+    with pytest.raises(EngineMismatch, match="check that both come from one checkpoint") as refused:
+        logits.compare_logits(model, engine)
+    assert ("set it in the checkpoint's config.json to what was trained" in str(refused.value)) is not tied
 
 
 def test_an_engine_with_other_norms_gets_the_whole_policy_pushed(caplog: pytest.LogCaptureFixture) -> None:

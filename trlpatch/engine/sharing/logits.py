@@ -77,10 +77,24 @@ def _compared(model: Any, llm: RolloutEngine, prompts: list[list[int]], logprobs
         raise EngineMismatch(
             f"comparing the engine's log-probabilities with {type(model).__name__}'s on {sum(map(len, prompts))} "
             f"tokens: they differ by {found:.3g} standard deviations of the log-probabilities, expected at most "
-            f"{limit} for {' and '.join(dtypes)}; engine and trainer do not compute the same function: check that "
-            "both come from one checkpoint and revision"
+            f"{limit} for {' and '.join(dtypes)}; engine and trainer do not compute the same function"
+            f"{_untied(model)}: check that both come from one checkpoint and revision"
         )
     return found
+
+
+def _untied(model: Any) -> str:
+    """What is said of a head that the config ties and transformers does not.
+
+    transformers 5 loads such a checkpoint as two tensors, with a warning; vLLM 0.28 samples from the embeddings.
+    """
+    text, head, words = model.config.get_text_config(), model.get_output_embeddings(), model.get_input_embeddings()
+    if not getattr(text, "tie_word_embeddings", False) or head is None or head.weight is words.weight:
+        return ""
+    return (
+        " (the model's config has tie_word_embeddings=True, and its head is not its embeddings, which an engine that "
+        "goes by the config computes with; set it in the checkpoint's config.json to what was trained)"
+    )
 
 
 def check_prompts(model: PreTrainedModel, llm: RolloutEngine) -> list[list[int]]:
