@@ -88,8 +88,9 @@ def _untied(model: Any) -> str:
 
     transformers 5 loads such a checkpoint as two tensors, with a warning; vLLM 0.28 samples from the embeddings.
     """
-    text, head, words = model.config.get_text_config(), model.get_output_embeddings(), model.get_input_embeddings()
-    if not getattr(text, "tie_word_embeddings", False) or head is None or head.weight is words.weight:
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if not tied or head is None or head.weight is words.weight:
         return ""
     return (
         " (the model's config has tie_word_embeddings=True, and its head is not its embeddings, which an engine that "
