@@ -10,17 +10,22 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from tests.fakes.models import lora_model, randomize  # noqa: E402
-from trlpatch.policy.adapter import lora_view  # noqa: E402
+from trlpatch.policy.adapter import LoraView, lora_view  # noqa: E402
 from trlpatch.policy.change_detection import fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
 
+def view_of(model: Any) -> LoraView:
+    view = lora_view(model)
+    assert view is not None
+    return view
+
+
 @pytest.mark.parametrize("settings", [{"foreach": False}, {"foreach": True}, {"fused": True}])
 def test_an_optimizer_step_moves_the_fingerprint(settings: dict[str, bool]) -> None:
     model = lora_model()
-    view = lora_view(model)
-    assert view is not None
+    view = view_of(model)
     before = fingerprint(view)
     assert fingerprint(view) == before
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, **settings)
@@ -32,8 +37,7 @@ def test_an_optimizer_step_moves_the_fingerprint(settings: dict[str, bool]) -> N
 
 def test_scaling_and_the_active_adapter_are_part_of_the_fingerprint() -> None:
     model = lora_model()
-    view = lora_view(model)
-    assert view is not None
+    view = view_of(model)
     before = fingerprint(view)
     view.layers[0][1].scaling["default"] *= 2
     assert fingerprint(view) != before
@@ -46,8 +50,7 @@ def test_scaling_and_the_active_adapter_are_part_of_the_fingerprint() -> None:
 
 def test_writes_that_torch_does_not_count_are_seen() -> None:
     model = lora_model()
-    view = lora_view(model)
-    assert view is not None
+    view = view_of(model)
     before = fingerprint(view)
     _, a, _, _ = view.pairs("default")[0]
     counted = a._version
@@ -60,8 +63,7 @@ def test_writes_that_torch_does_not_count_are_seen() -> None:
 def test_parameters_without_version_counters(dtype: Any) -> None:
     with torch.inference_mode():
         model = lora_model().to(dtype)
-        view = lora_view(model)
-        assert view is not None
+        view = view_of(model)
         before = fingerprint(view)
         assert fingerprint(view) == before
         randomize(model)
@@ -71,8 +73,7 @@ def test_parameters_without_version_counters(dtype: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moves_that_cancel_out_are_seen(dtype: Any) -> None:
     model = lora_model().to(dtype)
-    view = lora_view(model)
-    assert view is not None
+    view = view_of(model)
     before = fingerprint(view)
     _, a, _, _ = view.pairs("default")[0]
     bits = a.detach().view(torch.int32 if dtype == torch.float32 else torch.int16)
@@ -89,8 +90,7 @@ def test_moves_that_cancel_out_are_seen(dtype: Any) -> None:
 def test_a_rectangle_of_moves_that_cancel_out_is_seen(dtype: Any, distance: int) -> None:
     """+d -d over -d +d leaves the sum of every row and of every column as it was, whatever the rows' length."""
     model = lora_model().to(dtype)
-    view = lora_view(model)
-    assert view is not None
+    view = view_of(model)
     before = fingerprint(view)
     _, a, _, _ = view.pairs("default")[0]
     bits = a.detach().view(torch.int32 if dtype == torch.float32 else torch.int16)
@@ -109,8 +109,7 @@ def test_large_adapters_are_summed_piece_by_piece(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "_CHUNK", 40)
     model = lora_model()
     randomize(model)
-    view = lora_view(model)
-    assert view is not None
+    view = view_of(model)
     weights = view.weights("default")
     weights.b[2].data = weights.b[2].data.bfloat16()
     weights.a[1].data = weights.a[1].data.t().contiguous().t()

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tests.golden.sources import ROOT
@@ -67,11 +68,17 @@ def imported(folder: Path = ROOT / "trlpatch") -> dict[str, list[str]]:
     Imports for type checkers are left out, and those by `importlib.import_module` counted as modules.
     """
     found: dict[str, list[str]] = {}
-    for file in sorted(folder.rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+    for file, tree in _sources(folder):
         for name in _imports(tree):
-            found.setdefault(name, []).append(str(file.relative_to(folder.parent)))
+            found.setdefault(name, []).append(file)
     return found
+
+
+@cache
+def _sources(folder: Path) -> list[tuple[str, ast.Module]]:
+    """Every file of a package with its syntax tree; one vLLM after another is held against them."""
+    files = sorted(folder.rglob("*.py"))
+    return [(str(file.relative_to(folder.parent)), ast.parse(file.read_text(encoding="utf-8"))) for file in files]
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
@@ -95,10 +102,10 @@ def _is_vllm(module: str) -> bool:
 def variables(folder: Path = ROOT / "trlpatch") -> dict[str, list[str]]:
     """The environment variables of vLLM's that trlpatch reads or sets, each with the files that do."""
     found: dict[str, list[str]] = {}
-    for file in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for file, tree in _sources(folder):
+        for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and _VARIABLE.fullmatch(node.value):
-                found.setdefault(node.value, []).append(str(file.relative_to(folder.parent)))
+                found.setdefault(node.value, []).append(file)
     return found
 
 

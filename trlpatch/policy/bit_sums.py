@@ -7,6 +7,7 @@ twice. TRLPATCH_MERGE_KERNEL=0 takes torch's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,10 @@ def bit_sums(tensors: list[Tensor], targets: Sequence[Tensor | None] = ()) -> li
         for device in sorted({str(tensor.device) for tensor in tensors}):
             there = [(tensor.detach(), target) for tensor, target in pairs if str(tensor.device) == device]
             fast = wanted(there[0][0].device)
-            fused = [pair for pair in there if fast and readable_by_kernel(pair[0])]
-            plain = [pair for pair in there if not (fast and readable_by_kernel(pair[0]))]
+            fused: list[tuple[Tensor, Tensor | None]] = []
+            plain: list[tuple[Tensor, Tensor | None]] = []
+            for pair in there:
+                (fused if fast and readable_by_kernel(pair[0]) else plain).append(pair)
             found += [Sums(torch.stack([_bits_of(tensor) for tensor, _ in plain]))] if plain else []
             for tensor, target in plain:  # `copies_of` has none of these, unless the kernel was switched off since
                 if target is not None:
@@ -45,13 +48,10 @@ def bit_sums(tensors: list[Tensor], targets: Sequence[Tensor | None] = ()) -> li
 def copies_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
     """Of pairs (tensor, target of its shape), by id of the tensor, those that are copied while they are summed."""
     found: dict[int, Tensor] = {}
-    fast: dict[torch.device, bool] = {}
+    fast = cache(wanted)  # it reads the environment
     for tensor, target in pairs:
-        device = tensor.device
-        if device not in fast:
-            fast[device] = wanted(device)
-        alike = (device, tensor.dtype) == (target.device, target.dtype)
-        if fast[device] and alike and readable_by_kernel(tensor) and readable_by_kernel(target):
+        alike = (tensor.device, tensor.dtype) == (target.device, target.dtype)
+        if alike and fast(tensor.device) and readable_by_kernel(tensor) and readable_by_kernel(target):
             found.setdefault(id(tensor), target)
     return found
 

@@ -38,6 +38,7 @@ class ContentMark:
         """
         import torch
 
+        copies = copies or {}
         self._structure = [
             (one.path, one.base.data_ptr(), one.base.dtype, [term.scale for term in one.terms], one.magnitude is None)
             for one in weights
@@ -48,7 +49,7 @@ class ContentMark:
         whole = {id(one.base): one.base.detach() for one in weights if one.base.requires_grad}
         with torch.inference_mode(False), torch.no_grad():
             self._sums: list[Sums] = _sums_of(factors, frozen, model).now() if factors or frozen else []
-            self._sums += bit_sums(list(whole.values()), [(copies or {}).get(key) for key in whole])
+            self._sums += bit_sums(list(whole.values()), [copies.get(key) for key in whole])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ContentMark):

@@ -94,9 +94,11 @@ class WeightsWriter:
     @staticmethod
     def copies(weights: list[PolicyWeight], plan: Plan) -> dict[int, Tensor]:
         """Where parameters that are trained whole go, by id, of those that are copied with their `ContentMark`."""
-        trained = [one.plain and one.base.requires_grad for one in weights]
-        pairs = zip(weights, plan.targets, trained, strict=True)
-        return bit_sums.copies_of((one.base, to) for one, to, whole in pairs if whole and to is not None)
+        return bit_sums.copies_of(
+            (one.base, target)
+            for one, target in zip(weights, plan.targets, strict=True)
+            if target is not None and one.plain and one.base.requires_grad
+        )
 
     def write(
         self,
